@@ -1,0 +1,155 @@
+/**
+ * Packets are numbers. A pool owns one piece of memory, cut into equal slots, and a few parallel typed arrays
+ * indexed by packet number. Nothing here allocates after construction.
+ *
+ * ```
+ *   slot p:  | headroom (>= 128) | packet bytes …             | tailroom |
+ *            p * stride          ^ offset[p]   length[p] bytes
+ * ```
+ */
+import type { DmaMemory, MappedMemory } from '../sys/memory.ts';
+
+/** `next[p]` of the last packet of a chain. */
+export const NO_PACKET = 0xffffffff;
+
+/** Bits of `flags[p]`. On receive the driver sets them; on transmit the application may. */
+export const PacketFlag = {
+  /** Transmit: `checksumStart`/`checksumOffset` are to be filled by the device. Receive: checksum not yet filled (NEEDS_CSUM). */
+  needsChecksum: 1 << 0,
+  /** Receive: a checksum was validated (DATA_VALID). */
+  checksumValid: 1 << 1,
+  /** Receive: IPsec processing was done and succeeded; `sa[p]` names the SA. */
+  secured: 1 << 2,
+  /** Receive: the device tried IPsec and failed, or did not process the packet; it may still be ESP. */
+  securityError: 1 << 3,
+  /** Receive: the SA that protected the packet has passed its soft limit. */
+  softExpiry: 1 << 4,
+} as const;
+
+export interface PacketPoolOptions {
+  /** Bytes per slot; a multiple of 64. Default 2048. */
+  readonly stride?: number;
+  /** Bytes before the packet in a fresh slot; a multiple of 64, at least 128. Default 128. */
+  readonly headroom?: number;
+}
+
+export class PacketPool {
+  /** Number of packets. */
+  readonly count: number;
+  readonly stride: number;
+  readonly headroom: number;
+  readonly memory: MappedMemory;
+  readonly u8: Uint8Array;
+  readonly u16: Uint16Array;
+  readonly u32: Uint32Array;
+  /** IOVA of byte 0 of the memory; both 0 when the memory is not mapped for a device. */
+  readonly iovaLow: number;
+  readonly iovaHigh: number;
+
+  /** Byte offset in `memory` of the first byte of the packet. */
+  readonly offset: Uint32Array;
+  /** Bytes in this slot. */
+  readonly length: Uint32Array;
+  /** Handle of the SA that is to protect, or has protected, the packet; 0 is in the clear. */
+  readonly sa: Uint32Array;
+  readonly flags: Uint32Array;
+  /** Next packet of the chain, or `NO_PACKET`. */
+  readonly next: Uint32Array;
+
+  readonly #free: Uint32Array;
+  /** Packet numbers are tokens that callers give back: a set bit says who holds one, so that none is freed twice. */
+  readonly #held: Uint8Array;
+  #available: number;
+
+  constructor(memory: MappedMemory | DmaMemory, options: PacketPoolOptions = {}) {
+    const stride = options.stride ?? 2048;
+    const headroom = options.headroom ?? 128;
+    if (stride % 64 !== 0 || headroom % 64 !== 0 || headroom < 128 || stride <= headroom) {
+      throw new RangeError(`stride ${stride} and headroom ${headroom}: multiples of 64, 128 <= headroom < stride`);
+    }
+    const count = Math.floor(memory.size / stride);
+    if (count < 1) throw new RangeError(`memory of ${memory.size} bytes holds no slot of ${stride}`);
+    this.count = count;
+    this.stride = stride;
+    this.headroom = headroom;
+    this.memory = memory;
+    this.u8 = memory.u8;
+    this.u16 = memory.u16;
+    this.u32 = memory.u32;
+    this.iovaLow = 'iovaLow' in memory ? memory.iovaLow : 0;
+    this.iovaHigh = 'iovaHigh' in memory ? memory.iovaHigh : 0;
+    this.offset = new Uint32Array(count);
+    this.length = new Uint32Array(count);
+    this.sa = new Uint32Array(count);
+    this.flags = new Uint32Array(count);
+    this.next = new Uint32Array(count).fill(NO_PACKET);
+    this.#held = new Uint8Array(count);
+    this.#free = new Uint32Array(count);
+    for (let i = 0; i < count; i++) this.#free[i] = count - 1 - i;
+    this.#available = count;
+  }
+
+  /** Packets that `allocate` can still hand out. */
+  get available(): number {
+    return this.#available;
+  }
+
+  /** Byte offset of slot `packet`. */
+  slot(packet: number): number {
+    return packet * this.stride;
+  }
+
+  /** Takes up to `n` packets, empty and in the clear, into `out`; returns how many there were. */
+  allocate(out: Uint32Array, n: number): number {
+    // hot:
+    const free = this.#free;
+    const held = this.#held;
+    let top = this.#available;
+    const take = n < top ? n : top;
+    for (let i = 0; i < take; i++) {
+      const p = free[--top];
+      held[p] = 1;
+      this.offset[p] = p * this.stride + this.headroom;
+      this.length[p] = 0;
+      this.sa[p] = 0;
+      this.flags[p] = 0;
+      this.next[p] = NO_PACKET;
+      out[i] = p;
+    }
+    this.#available = top;
+    return take;
+  }
+
+  /** Gives `n` packets back. Throws RangeError on a number that is not out, before anything is changed for it. */
+  free(packets: Uint32Array, n: number): void {
+    // hot:
+    const free = this.#free;
+    const held = this.#held;
+    let top = this.#available;
+    for (let i = 0; i < n; i++) {
+      const p = packets[i];
+      if (held[p] !== 1) {
+        this.#available = top;
+        throw new RangeError(`packet ${p} is not in use`);
+      }
+      held[p] = 0;
+      free[top++] = p;
+    }
+    this.#available = top;
+  }
+
+  /** Copies `bytes` into `packet` as its whole content, at the default headroom. */
+  write(packet: number, bytes: Uint8Array): void {
+    if (bytes.length > this.stride - this.headroom) throw new RangeError(`${bytes.length} bytes do not fit a slot`);
+    const at = this.slot(packet) + this.headroom;
+    this.u8.set(bytes, at);
+    this.offset[packet] = at;
+    this.length[packet] = bytes.length;
+  }
+
+  /** A copy of the bytes of `packet`. */
+  read(packet: number): Uint8Array {
+    const at = this.offset[packet];
+    return this.u8.slice(at, at + this.length[packet]);
+  }
+}

@@ -1,0 +1,53 @@
+/**
+ * One PCI function, however it is reached: kernel VFIO (`kernel.ts`) or a vfio-user socket (`user.ts`).
+ *
+ * Everything here is synchronous: a register access is a memory access with kernel VFIO and a message with
+ * vfio-user. Every method throws `VfioError` with code `DEVICE_GONE` once the function is lost.
+ */
+import type { DmaMemory } from '../sys/memory.ts';
+
+/** Region indices of a VFIO PCI device (linux/vfio.h). BAR n is region n. */
+export const PciRegion = { bar0: 0, bar1: 1, bar2: 2, bar3: 3, bar4: 4, bar5: 5, rom: 6, config: 7 } as const;
+
+/** A BAR, or the configuration space. Accesses have exactly the width named and must be naturally aligned and inside the region. */
+export interface Region {
+  readonly index: number;
+  /** Bytes; 0 when the region is absent. */
+  readonly size: number;
+  read8(offset: number): number;
+  read16(offset: number): number;
+  read32(offset: number): number;
+  write8(offset: number, value: number): void;
+  write16(offset: number, value: number): void;
+  write32(offset: number, value: number): void;
+}
+
+/** An inclusive range of I/O virtual addresses that the function can be given. */
+export interface IovaRange {
+  readonly start: number;
+  readonly last: number;
+}
+
+export interface PciFunction {
+  /** The device address as the user wrote it: `0000:01:00.0`, `vfio-user:/path`. */
+  readonly address: string;
+  /** PCI configuration space; may be 256 or 4096 bytes. */
+  readonly config: Region;
+  /** BAR `index` (0 to 5). An absent BAR has size 0. */
+  bar(index: number): Region;
+  readonly iovaRanges: readonly IovaRange[];
+  /** Allocates zeroed memory and maps it for DMA, both ways. `size` is rounded up to pages. */
+  allocateDma(size: number): DmaMemory;
+  /** Unmaps and frees memory of `allocateDma`. Its views are detached: later accesses read undefined, never foreign memory. */
+  freeDma(memory: DmaMemory): void;
+  /** Number of MSI-X vectors; 0 without MSI-X. */
+  readonly interruptVectors: number;
+  /** Routes vector i to eventfd `eventfds[i]` for all i at once; an empty list disables MSI-X. */
+  setInterrupts(eventfds: readonly number[]): void;
+  /** Function-level reset. */
+  reset(): void;
+  /** True once the device process died, the socket broke or the function was unplugged. */
+  readonly gone: boolean;
+  /** Resets the function if it is still there, unmaps all DMA, closes descriptors. Idempotent. */
+  close(): void;
+}
