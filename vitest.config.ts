@@ -1,6 +1,9 @@
 import { defineConfig } from 'vitest/config';
 
-/** The tiers of `npm test`: unit (no processes), integration (driver against the software device). */
+/**
+ * The tiers of `npm test`: unit, integration (the driver against the software device in its own process) and
+ * judges (Scapy and tshark decide).
+ */
 export default defineConfig({
   test: {
     projects: [
@@ -19,6 +22,15 @@ export default defineConfig({
           pool: 'forks',
           testTimeout: 30_000,
           hookTimeout: 30_000,
+        },
+      },
+      {
+        test: {
+          name: 'judges',
+          include: ['test/judges/**/*.test.ts'],
+          pool: 'forks',
+          testTimeout: 120_000,
+          hookTimeout: 60_000,
         },
       },
     ],
