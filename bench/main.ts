@@ -1,0 +1,137 @@
+/**
+ * `npm run bench [-- --json] [--only PREFIX] [--list]`: measures every benchmark of every suite in `suites/`.
+ *
+ * Each benchmark runs in a process of its own: a call site that has seen the shapes of another benchmark costs twice as
+ * much, and what a native library does to one must not touch the next. One benchmark runs at a time.
+ */
+import { fork } from 'node:child_process';
+import { readdir } from 'node:fs/promises';
+import { arch, cpus, release, totalmem, type } from 'node:os';
+import { fileURLToPath } from 'node:url';
+import { parseArgs } from 'node:util';
+import Table from 'cli-table3';
+import type { Benchmark, BenchSuite, Measurement } from './harness.ts';
+
+/** A benchmark that takes longer than this is stopped and reported as failed. */
+const DEADLINE_MS = 120_000;
+
+async function loadSuites(): Promise<BenchSuite[]> {
+  const folder = new URL('./suites/', import.meta.url);
+  const files = (await readdir(folder)).filter((file) => /(?<!\.d)\.[jt]s$/.test(file)).sort();
+  const suites: BenchSuite[] = [];
+  for (const file of files) {
+    const module: { suite?: BenchSuite } = await import(new URL(file, folder).href);
+    if (module.suite === undefined) throw new Error(`bench/suites/${file} exports no suite`);
+    suites.push(module.suite);
+  }
+  return suites;
+}
+
+async function benchmarks(only: string): Promise<Benchmark[]> {
+  const all: Benchmark[] = [];
+  for (const suite of await loadSuites()) for (const one of suite.benchmarks()) all.push(one);
+  return all.filter((one) => one.name.startsWith(only));
+}
+
+/** Runs this file again for one benchmark and returns what it sent, or an error text. */
+function runAlone(name: string): Promise<Measurement | { readonly error: string }> {
+  return new Promise((resolve) => {
+    const child = fork(fileURLToPath(import.meta.url), ['--one', name], {
+      execArgv: [...process.execArgv, '--expose-gc'],
+      stdio: ['ignore', 'ignore', 'inherit', 'ipc'],
+    });
+    let answer: Measurement | { error: string } = { error: 'the process ended without a result' };
+    const timer = setTimeout(() => {
+      answer = { error: `no result within ${DEADLINE_MS / 1000} s` };
+      child.kill('SIGKILL');
+    }, DEADLINE_MS);
+    child.on('message', (message: Measurement | { error: string }) => {
+      answer = message;
+    });
+    child.on('error', (error) => {
+      answer = { error: error.message };
+    });
+    child.on('close', () => {
+      clearTimeout(timer);
+      resolve(answer);
+    });
+  });
+}
+
+async function measureOne(name: string): Promise<void> {
+  const one = (await benchmarks(name)).find((candidate) => candidate.name === name);
+  let answer: Measurement | { error: string };
+  try {
+    answer = one === undefined ? { error: 'no such benchmark' } : await one.measure();
+  } catch (error) {
+    answer = { error: error instanceof Error ? (error.stack ?? error.message) : String(error) };
+  }
+  process.send?.(answer, () => process.exit(0));
+}
+
+function machine(): Record<string, string | number> {
+  const processors = cpus();
+  return {
+    cpu: processors[0]?.model.trim() ?? 'unknown',
+    cores: processors.length,
+    memoryGiB: Math.round(totalmem() / 2 ** 30),
+    os: `${type()} ${release()}`,
+    arch: arch(),
+    node: process.versions.node,
+    v8: process.versions.v8,
+  };
+}
+
+function printTable(metrics: Record<string, Measurement>): void {
+  const table = new Table({
+    head: ['metric', 'median', 'min', 'max', 'unit'],
+    colAligns: ['left', 'right', 'right', 'right', 'left'],
+    style: { head: [], border: [], compact: true },
+  });
+  const show = (value: number) => (Math.abs(value) >= 1000 ? value.toFixed(0) : value.toPrecision(4));
+  for (const [name, m] of Object.entries(metrics)) table.push([name, show(m.median), show(m.min), show(m.max), m.unit]);
+  process.stdout.write(`${table.toString()}\n`);
+}
+
+async function main(): Promise<number> {
+  const { values } = parseArgs({
+    options: {
+      json: { type: 'boolean', default: false },
+      list: { type: 'boolean', default: false },
+      only: { type: 'string', default: '' },
+      one: { type: 'string' },
+    },
+  });
+  if (values.one !== undefined) {
+    await measureOne(values.one);
+    return 0;
+  }
+  const chosen = await benchmarks(values.only);
+  if (chosen.length === 0) {
+    process.stderr.write(`bench: error: no benchmark begins with '${values.only}'\n`);
+    return 2;
+  }
+  if (values.list) {
+    for (const one of chosen) process.stdout.write(`${one.name}\n`);
+    return 0;
+  }
+  const progress = process.stderr.isTTY;
+  const metrics: Record<string, Measurement> = {};
+  let failed = 0;
+  for (const [i, { name }] of chosen.entries()) {
+    if (progress) process.stderr.write(`\r\x1b[K${i + 1}/${chosen.length} ${name}`);
+    const answer = await runAlone(name);
+    if ('error' in answer) {
+      failed++;
+      process.stderr.write(`${progress ? '\r\x1b[K' : ''}bench: error: ${name}: ${answer.error}\n`);
+    } else {
+      metrics[name] = answer;
+    }
+  }
+  if (progress) process.stderr.write('\r\x1b[K');
+  if (values.json) process.stdout.write(`${JSON.stringify({ machine: machine(), metrics }, null, 2)}\n`);
+  else printTable(metrics);
+  return failed === 0 ? 0 : 1;
+}
+
+process.exitCode = await main();

@@ -1,0 +1,320 @@
+/**
+ * `struct virtio_net_hdr` for every negotiated layout and both wire revisions (Virtio 1.4, 5.1.9).
+ *
+ * A layout is made once, when the features are known. The driver's hot functions write and read headers in packet
+ * memory through it; the device decodes from its own copy with `decodeNetHeader`. Flags are given and returned in the
+ * ratified standard's numbers; only this file knows that the draft has others. Fields are little-endian.
+ */
+import { VirtioError } from '../errors.ts';
+import type { MappedMemory } from '../sys/memory.ts';
+import { Feature, type FeatureSet } from '../virtio/features.ts';
+import type { WireRevision } from '../virtio/revision.ts';
+
+/** `flags` (5.1.9), as `virtio-1.4` numbers them. */
+export const NetHeaderFlag = {
+  NEEDS_CSUM: 1,
+  DATA_VALID: 2,
+  RSC_INFO: 4,
+  UDP_TUNNEL_CSUM: 8,
+  SECURITY: 16,
+  SECURITY_ERR: 32,
+  SECURITY_SA_SOFT_EXPIRY_WARN: 64,
+} as const;
+
+/** `gso_type` (5.1.9). */
+export const GsoType = {
+  NONE: 0,
+  TCPV4: 1,
+  UDP: 3,
+  TCPV6: 4,
+  UDP_L4: 5,
+  UDP_TUNNEL_IPV4: 0x20,
+  UDP_TUNNEL_IPV6: 0x40,
+  ECN: 0x80,
+} as const;
+
+/** Offsets of the fields that every layout has (5.1.9). */
+export const NetHeaderField = {
+  flags: 0,
+  gsoType: 1,
+  hdrLen: 2,
+  gsoSize: 4,
+  csumStart: 6,
+  csumOffset: 8,
+  numBuffers: 10,
+} as const;
+
+/** Offsets of the fields that depend on features, in `virtio-1.4`; `padding_reserved` is at 18. */
+const Extension = {
+  hashValue: 12,
+  hashReport: 16,
+  outerThOffset: 20,
+  innerNhOffset: 22,
+  outerNhOffset: 24,
+  resourceId: 26,
+  resourceType: 30,
+} as const;
+
+/** Header lengths by what was negotiated (5.1.9.3.1). */
+const BASIC_LENGTH = 12;
+const HASH_LENGTH = 20;
+const TUNNEL_LENGTH = 24;
+const FULL_LENGTH = 32;
+/** `resource_id` and `resource_type`, which the draft appends to the shorter layouts. */
+const RESOURCE_LENGTH = 6;
+
+/** The draft's numbers of the two security flags. */
+const DRAFT_SECURITY = 8;
+const DRAFT_SECURITY_ERR = 16;
+
+/** Longest header of any layout: the headroom that a packet needs for it. */
+export const NET_HEADER_MAX = FULL_LENGTH;
+
+/** Where the fields of a header are. An offset of -1: the layout has no such field. */
+export interface NetHeaderLayout {
+  readonly revision: WireRevision;
+  /** Bytes in front of every packet. */
+  readonly length: number;
+  readonly hashValue: number;
+  readonly hashReport: number;
+  readonly outerThOffset: number;
+  readonly innerNhOffset: number;
+  readonly outerNhOffset: number;
+  readonly resourceId: number;
+  readonly resourceType: number;
+  /** The wire's number of each security flag; 0 when the layout cannot express it. */
+  readonly security: number;
+  readonly securityErr: number;
+  readonly softExpiryWarn: number;
+}
+
+/**
+ * The layout that `features` select. Throws `VirtioError` HEADER_LAYOUT for a feature that the draft has no layout for
+ * (OUT_NET_HEADER and the UDP tunnel features came later).
+ */
+export function netHeaderLayout(features: FeatureSet, revision: WireRevision): NetHeaderLayout {
+  const ipsec = features.has(Feature.IPSEC);
+  const hash = features.has(Feature.HASH_REPORT);
+  const tunnel = features.hasAny(Feature.HOST_UDP_TUNNEL_GSO, Feature.GUEST_UDP_TUNNEL_GSO);
+  const outer = features.has(Feature.OUT_NET_HEADER);
+  const hashFields = { hashValue: hash ? Extension.hashValue : -1, hashReport: hash ? Extension.hashReport : -1 };
+
+  if (revision === 'rfc-2025-01') {
+    if (tunnel || outer) {
+      throw new VirtioError(
+        'HEADER_LAYOUT',
+        `wire revision ${revision} has no header for UDP tunnels or OUT_NET_HEADER`,
+      );
+    }
+    const resource = hash ? HASH_LENGTH : BASIC_LENGTH;
+    return {
+      revision,
+      length: resource + (ipsec ? RESOURCE_LENGTH : 0),
+      ...hashFields,
+      outerThOffset: -1,
+      innerNhOffset: -1,
+      outerNhOffset: -1,
+      resourceId: ipsec ? resource : -1,
+      resourceType: ipsec ? resource + 4 : -1,
+      security: ipsec ? DRAFT_SECURITY : 0,
+      securityErr: ipsec ? DRAFT_SECURITY_ERR : 0,
+      softExpiryWarn: 0,
+    };
+  }
+
+  let length: number = BASIC_LENGTH;
+  if (hash) length = HASH_LENGTH;
+  if (tunnel) length = TUNNEL_LENGTH;
+  if (ipsec || outer) length = FULL_LENGTH;
+  return {
+    revision,
+    length,
+    ...hashFields,
+    outerThOffset: tunnel ? Extension.outerThOffset : -1,
+    innerNhOffset: tunnel ? Extension.innerNhOffset : -1,
+    outerNhOffset: outer ? Extension.outerNhOffset : -1,
+    resourceId: ipsec ? Extension.resourceId : -1,
+    resourceType: ipsec ? Extension.resourceType : -1,
+    security: ipsec ? NetHeaderFlag.SECURITY : 0,
+    securityErr: ipsec ? NetHeaderFlag.SECURITY_ERR : 0,
+    softExpiryWarn: ipsec ? NetHeaderFlag.SECURITY_SA_SOFT_EXPIRY_WARN : 0,
+  };
+}
+
+/** A decoded header. One object is reused for many packets. Fields that the layout lacks are 0. */
+export class NetHeader {
+  /** Bits of `NetHeaderFlag`, whatever the wire revision. */
+  flags = 0;
+  gsoType = 0;
+  hdrLen = 0;
+  gsoSize = 0;
+  csumStart = 0;
+  csumOffset = 0;
+  numBuffers = 0;
+  hashValue = 0;
+  hashReport = 0;
+  outerThOffset = 0;
+  innerNhOffset = 0;
+  outerNhOffset = 0;
+  resourceId = 0;
+  resourceType = 0;
+}
+
+/** Flags of the wire for flags of the standard; those that the layout cannot express are left out. */
+export function wireFlags(layout: NetHeaderLayout, flags: number): number {
+  const { SECURITY, SECURITY_ERR, SECURITY_SA_SOFT_EXPIRY_WARN, UDP_TUNNEL_CSUM } = NetHeaderFlag;
+  const plain = layout.revision === 'virtio-1.4' ? flags & (UDP_TUNNEL_CSUM | 7) : flags & 7;
+  return (
+    plain |
+    (flags & SECURITY ? layout.security : 0) |
+    (flags & SECURITY_ERR ? layout.securityErr : 0) |
+    (flags & SECURITY_SA_SOFT_EXPIRY_WARN ? layout.softExpiryWarn : 0)
+  );
+}
+
+/** Flags of the standard for flags of the wire; those that mean nothing in the layout are left out. */
+export function standardFlags(layout: NetHeaderLayout, wire: number): number {
+  const { SECURITY, SECURITY_ERR, SECURITY_SA_SOFT_EXPIRY_WARN, UDP_TUNNEL_CSUM } = NetHeaderFlag;
+  const plain = layout.revision === 'virtio-1.4' ? wire & (UDP_TUNNEL_CSUM | 7) : wire & 7;
+  return (
+    plain |
+    (wire & layout.security ? SECURITY : 0) |
+    (wire & layout.securityErr ? SECURITY_ERR : 0) |
+    (wire & layout.softExpiryWarn ? SECURITY_SA_SOFT_EXPIRY_WARN : 0)
+  );
+}
+
+/**
+ * hot: reads the header at `bytes[at]` into `out`. Returns false, with `out` unchanged, when the header does not end
+ * before `end`. Byte accesses only: `bytes` is a private copy, or packet memory that the other side has given up.
+ */
+export function decodeNetHeader(
+  layout: NetHeaderLayout,
+  bytes: Uint8Array,
+  at: number,
+  end: number,
+  out: NetHeader,
+): boolean {
+  if (end > bytes.length || at + layout.length > end) return false;
+  out.flags = standardFlags(layout, bytes[at]);
+  out.gsoType = bytes[at + NetHeaderField.gsoType];
+  out.hdrLen = get16(bytes, at + NetHeaderField.hdrLen);
+  out.gsoSize = get16(bytes, at + NetHeaderField.gsoSize);
+  out.csumStart = get16(bytes, at + NetHeaderField.csumStart);
+  out.csumOffset = get16(bytes, at + NetHeaderField.csumOffset);
+  out.numBuffers = get16(bytes, at + NetHeaderField.numBuffers);
+  out.hashValue = layout.hashValue < 0 ? 0 : get32(bytes, at + layout.hashValue);
+  out.hashReport = layout.hashReport < 0 ? 0 : get16(bytes, at + layout.hashReport);
+  out.outerThOffset = layout.outerThOffset < 0 ? 0 : get16(bytes, at + layout.outerThOffset);
+  out.innerNhOffset = layout.innerNhOffset < 0 ? 0 : get16(bytes, at + layout.innerNhOffset);
+  out.outerNhOffset = layout.outerNhOffset < 0 ? 0 : get16(bytes, at + layout.outerNhOffset);
+  out.resourceId = layout.resourceId < 0 ? 0 : get32(bytes, at + layout.resourceId);
+  out.resourceType = layout.resourceType < 0 ? 0 : get16(bytes, at + layout.resourceType);
+  return true;
+}
+
+/** hot: writes all of `layout.length` bytes of a header to `bytes[at]`. Throws RangeError when they do not fit. */
+export function encodeNetHeader(layout: NetHeaderLayout, header: NetHeader, bytes: Uint8Array, at: number): void {
+  if (at < 0 || at + layout.length > bytes.length)
+    throw new RangeError(`no room for a header of ${layout.length} bytes`);
+  for (let i = BASIC_LENGTH; i < layout.length; i++) bytes[at + i] = 0;
+  bytes[at] = wireFlags(layout, header.flags);
+  bytes[at + NetHeaderField.gsoType] = header.gsoType;
+  put16(bytes, at + NetHeaderField.hdrLen, header.hdrLen);
+  put16(bytes, at + NetHeaderField.gsoSize, header.gsoSize);
+  put16(bytes, at + NetHeaderField.csumStart, header.csumStart);
+  put16(bytes, at + NetHeaderField.csumOffset, header.csumOffset);
+  put16(bytes, at + NetHeaderField.numBuffers, header.numBuffers);
+  if (layout.hashValue >= 0) put32(bytes, at + layout.hashValue, header.hashValue);
+  if (layout.hashReport >= 0) put16(bytes, at + layout.hashReport, header.hashReport);
+  if (layout.outerThOffset >= 0) put16(bytes, at + layout.outerThOffset, header.outerThOffset);
+  if (layout.innerNhOffset >= 0) put16(bytes, at + layout.innerNhOffset, header.innerNhOffset);
+  if (layout.outerNhOffset >= 0) put16(bytes, at + layout.outerNhOffset, header.outerNhOffset);
+  if (layout.resourceId >= 0) put32(bytes, at + layout.resourceId, header.resourceId);
+  if (layout.resourceType >= 0) put16(bytes, at + layout.resourceType, header.resourceType);
+}
+
+/**
+ * hot: the driver's transmit header, of `length` bytes, at byte `at` of packet memory: everything zero but the flags,
+ * the checksum fields and, where `resourceAt` (the layout's `resourceId`) is not negative, the resource. `flags` are the
+ * wire's. One store a word when `at` and the layout are aligned; packets that were shifted by an odd number of
+ * bytes take the byte-wise way.
+ */
+export function writeTransmitHeader(
+  memory: MappedMemory,
+  at: number,
+  length: number,
+  resourceAt: number,
+  flags: number,
+  csumStart: number,
+  csumOffset: number,
+  resourceId: number,
+  resourceType: number,
+): void {
+  if (((at | length) & 3) === 0) {
+    const u32 = memory.u32;
+    const w = at >>> 2;
+    u32[w] = flags;
+    u32[w + 1] = csumStart << 16;
+    u32[w + 2] = csumOffset;
+    if (length === FULL_LENGTH) {
+      u32[w + 3] = 0;
+      u32[w + 4] = 0;
+      u32[w + 5] = 0;
+      // outer_nh_offset 0, then the resource, whose id crosses a word boundary.
+      u32[w + 6] = resourceId << 16;
+      u32[w + 7] = (resourceId >>> 16) | (resourceType << 16);
+      return;
+    }
+    for (let i = BASIC_LENGTH >>> 2; i < length >>> 2; i++) u32[w + i] = 0;
+    return;
+  }
+  const u8 = memory.u8;
+  for (let i = 0; i < length; i++) u8[at + i] = 0;
+  u8[at] = flags;
+  put16(u8, at + NetHeaderField.csumStart, csumStart);
+  put16(u8, at + NetHeaderField.csumOffset, csumOffset);
+  if (resourceAt >= 0) {
+    put32(u8, at + resourceAt, resourceId);
+    put16(u8, at + resourceAt + 4, resourceType);
+  }
+}
+
+/** hot: the `resource_id` at byte `at` of packet memory, which is 2 modulo 4 in the ratified layout. */
+export function readResourceId(u16: Uint16Array, u8: Uint8Array, at: number): number {
+  if ((at & 1) === 0) return (u16[at >>> 1] | (u16[(at >>> 1) + 1] << 16)) >>> 0;
+  return get32(u8, at);
+}
+
+/**
+ * hot: whether a header's flags and GSO type may be accepted at all (5.1.9.2.2 for the device, 5.1.9.4.2 for the
+ * driver): not both UDP tunnel types, and a tunnel type only with an inner type and a checksum to fill. `flags` are the
+ * standard's. `transmit` is the device's stricter rule for UDP_TUNNEL_CSUM.
+ */
+export function isAcceptable(flags: number, gsoType: number, transmit: boolean): boolean {
+  const both = GsoType.UDP_TUNNEL_IPV4 | GsoType.UDP_TUNNEL_IPV6;
+  const tunnel = gsoType & both;
+  if (tunnel === both) return false;
+  const needs = flags & NetHeaderFlag.NEEDS_CSUM;
+  if (tunnel !== 0)
+    return needs !== 0 && (flags & NetHeaderFlag.DATA_VALID) === 0 && (gsoType & ~both) !== GsoType.NONE;
+  return (flags & NetHeaderFlag.UDP_TUNNEL_CSUM) === 0 || (!transmit && needs === 0);
+}
+
+function get16(bytes: Uint8Array, at: number): number {
+  return bytes[at] | (bytes[at + 1] << 8);
+}
+
+function get32(bytes: Uint8Array, at: number): number {
+  return (bytes[at] | (bytes[at + 1] << 8) | (bytes[at + 2] << 16) | (bytes[at + 3] << 24)) >>> 0;
+}
+
+function put16(bytes: Uint8Array, at: number, value: number): void {
+  bytes[at] = value;
+  bytes[at + 1] = value >>> 8;
+}
+
+function put32(bytes: Uint8Array, at: number, value: number): void {
+  put16(bytes, at, value);
+  put16(bytes, at + 2, value >>> 16);
+}
