@@ -5,6 +5,7 @@
  * ignores what is too much. Everything is little-endian. What a capability or an object contains is not known here.
  * Left out: the legacy-interface and device-parts commands (numbers and names only).
  */
+import { get8, get16, get32, get64, put16, put32, put64 } from './little-endian.ts';
 import type { WireRevision } from './revision.ts';
 
 /**
@@ -133,34 +134,6 @@ export function adminPartLength(length: number): number {
   return Math.ceil(length / ADMIN_PART_ALIGNMENT) * ADMIN_PART_ALIGNMENT;
 }
 
-// Byte-wise little-endian accessors for private byte arrays; what lies beyond the end reads as zero.
-function get16(bytes: Uint8Array, at: number): number {
-  return (bytes[at] ?? 0) | ((bytes[at + 1] ?? 0) << 8);
-}
-
-function get32(bytes: Uint8Array, at: number): number {
-  return (get16(bytes, at) | (get16(bytes, at + 2) << 16)) >>> 0;
-}
-
-function get64(bytes: Uint8Array, at: number): bigint {
-  return BigInt(get32(bytes, at)) | (BigInt(get32(bytes, at + 4)) << 32n);
-}
-
-function put16(bytes: Uint8Array, at: number, value: number): void {
-  bytes[at] = value;
-  bytes[at + 1] = value >>> 8;
-}
-
-function put32(bytes: Uint8Array, at: number, value: number): void {
-  put16(bytes, at, value);
-  put16(bytes, at + 2, value >>> 16);
-}
-
-function put64(bytes: Uint8Array, at: number, value: bigint): void {
-  put32(bytes, at, Number(value & 0xffffffffn));
-  put32(bytes, at + 4, Number((value >> 32n) & 0xffffffffn));
-}
-
 /**
  * Writes the device-readable part of `command` to the start of `out`, padded with zeros to a multiple of 8, and returns
  * its length. Throws RangeError when `out` is too small.
@@ -274,7 +247,7 @@ export function decodeResourceCommand(revision: WireRevision, opcode: number, da
 
 /** `capability_specific_data` of VIRTIO_DEV_PARTS_CAP (2.12.1.5): known, shown, not used. */
 export function decodeDevicePartsCapability(data: Uint8Array): { readonly get: number; readonly set: number } {
-  return { get: data[0] ?? 0, set: data[1] ?? 0 };
+  return { get: get8(data, 0), set: get8(data, 1) };
 }
 
 function nameOf(table: Readonly<Record<string, number>>, value: number): string | undefined {

@@ -1,0 +1,394 @@
+/**
+ * The driver side of a split virtqueue (Virtio 1.4, 2.7), with indirect descriptors (2.7.5.3) and event indices (2.7.7,
+ * 2.7.10). Left out: IN_ORDER (2.7.9).
+ *
+ * ```
+ *   memory:  | descriptor table 16 * size | available ring 6 + 2 * size | used ring 6 + 8 * size | indirect tables |
+ *              written by the driver        written by the driver         written by the device    by the driver
+ * ```
+ *
+ * The device is not trusted. What was handed out is remembered in private arrays (`#capacity`, `#token`, `#chain`), so
+ * the device cannot change it afterwards; the used ring is read once per entry and checked against them. Of the shared
+ * memory only the used ring and the two event fields are ever read.
+ *
+ * Ordering: descriptors and ring entries are plain stores, then the index is one `Atomics.store`, a full fence; only after
+ * that is the device's wish for notifications read. The used index is one `Atomics.load` per burst, then plain reads.
+ */
+import { VirtioError } from '../errors.ts';
+import type { DmaMemory } from '../sys/memory.ts';
+import type { PciFunction } from '../vfio/function.ts';
+import type { Virtqueue } from './virtqueue.ts';
+
+/** `struct virtq_desc` (2.7.5), in 32-bit words: address low, address high, length, flags and next. */
+const DESCRIPTOR_BYTES = 16;
+const DESCRIPTOR_WORDS = 4;
+const DescriptorFlag = { NEXT: 1, WRITE: 2, INDIRECT: 4 } as const;
+/** `next` is the upper half of the last word. */
+const NEXT_SHIFT = 16;
+
+/** `struct virtq_avail` and `struct virtq_used` (2.7.6, 2.7.8), in 16-bit units. */
+const RingField = { flags: 0, idx: 1, ring: 2 } as const;
+const NO_NOTIFICATIONS = 1;
+
+/** Largest queue (2.7). */
+const MAX_QUEUE_SIZE = 32768;
+/** Parts start on cache lines of their own: one side writes each. The standard asks for 16, 2 and 4 bytes. */
+const PART_ALIGNMENT = 64;
+
+export interface SplitVirtqueueOptions {
+  /** Index of the queue on the device. */
+  readonly index: number;
+  /** Number of descriptors: a power of two, 1 to 32768. */
+  readonly size: number;
+  /** True when EVENT_IDX was negotiated. */
+  readonly eventIdx?: boolean;
+  /** Entries of each buffer's indirect table; 0 (the default) when INDIRECT_DESC was not negotiated or is not wanted. */
+  readonly indirectEntries?: number;
+  /** IOVA that `offset` of `postBurst` counts from: the packet pool's. */
+  readonly iovaLow?: number;
+  readonly iovaHigh?: number;
+}
+
+/** Byte offsets of the parts. */
+interface Layout {
+  readonly driver: number;
+  readonly device: number;
+  readonly indirect: number;
+  readonly bytes: number;
+}
+
+function layout(size: number, indirectEntries: number): Layout {
+  const align = (n: number) => Math.ceil(n / PART_ALIGNMENT) * PART_ALIGNMENT;
+  const driver = align(DESCRIPTOR_BYTES * size);
+  const device = align(driver + 6 + 2 * size);
+  const indirect = align(device + 6 + 8 * size);
+  return { driver, device, indirect, bytes: indirect + size * indirectEntries * DESCRIPTOR_BYTES };
+}
+
+function checkSize(index: number, size: number): void {
+  const power = Number.isInteger(size) && size >= 1 && size <= MAX_QUEUE_SIZE && (size & (size - 1)) === 0;
+  if (!power) {
+    throw new VirtioError(
+      'QUEUE_SIZE',
+      `queue ${index}: size ${size} is not a power of two from 1 to ${MAX_QUEUE_SIZE}`,
+    );
+  }
+}
+
+/** Bytes of memory that a queue needs. Throws `VirtioError` QUEUE_SIZE. */
+export function splitVirtqueueBytes(options: SplitVirtqueueOptions): number {
+  checkSize(options.index, options.size);
+  return layout(options.size, options.indirectEntries ?? 0).bytes;
+}
+
+export class SplitVirtqueue implements Virtqueue {
+  readonly index: number;
+  readonly size: number;
+  readonly memory: DmaMemory;
+  /** IOVA of the descriptor area (descriptor table), driver area (available ring) and device area (used ring). */
+  readonly descriptorArea: number;
+  readonly driverArea: number;
+  readonly deviceArea: number;
+
+  readonly #mask: number;
+  readonly #eventIdx: boolean;
+  readonly #iovaLow: number;
+  readonly #iovaHigh: number;
+  readonly #indirectEntries: number;
+  /** Byte offset in `memory` of the indirect tables. */
+  readonly #indirect: number;
+  readonly #u16: Uint16Array;
+  readonly #u32: Uint32Array;
+  // Positions in #u16, and of the used ring's first element in #u32.
+  readonly #availFlags: number;
+  readonly #availIdx: number;
+  readonly #availRing: number;
+  readonly #usedEvent: number;
+  readonly #usedFlags: number;
+  readonly #usedIdx: number;
+  readonly #usedRing: number;
+  readonly #availEvent: number;
+
+  // By descriptor, for heads of buffers that are out: bytes that the device may write, plus 1 (0 is not out); the token;
+  // and the number of descriptors of a chain less 1, whose others follow in #next.
+  readonly #capacity: Uint32Array;
+  readonly #token: Uint32Array;
+  readonly #chain: Uint16Array;
+  readonly #next: Uint16Array;
+  /** Stack of free descriptors. */
+  readonly #freeIds: Uint16Array;
+  #free: number;
+  /** Buffers that are out and have more than one descriptor. */
+  #chained = 0;
+  /** Index of the next available entry to write; of the next one that the device does not know; of the next used one to read. */
+  #nextAvail = 0;
+  #published = 0;
+  #lastUsed = 0;
+  /** Published buffers that the device has not returned. */
+  #outstanding = 0;
+  #broken: VirtioError | null = null;
+
+  /**
+   * A queue in `memory`, of at least `splitVirtqueueBytes(options)`, which is cleared. Interrupts are off.
+   * Throws `VirtioError` QUEUE_SIZE.
+   */
+  constructor(memory: DmaMemory, options: SplitVirtqueueOptions) {
+    const { index, size } = options;
+    checkSize(index, size);
+    const indirectEntries = options.indirectEntries ?? 0;
+    const at = layout(size, indirectEntries);
+    if (memory.size < at.bytes)
+      throw new RangeError(`queue ${index}: ${memory.size} bytes of memory, needs ${at.bytes}`);
+    this.index = index;
+    this.size = size;
+    this.memory = memory;
+    this.descriptorArea = memory.iova;
+    this.driverArea = memory.iova + at.driver;
+    this.deviceArea = memory.iova + at.device;
+    this.#mask = size - 1;
+    this.#eventIdx = options.eventIdx ?? false;
+    this.#iovaLow = options.iovaLow ?? 0;
+    this.#iovaHigh = options.iovaHigh ?? 0;
+    this.#indirectEntries = indirectEntries;
+    this.#indirect = at.indirect;
+    this.#u16 = memory.u16;
+    this.#u32 = memory.u32;
+    const avail = at.driver >>> 1;
+    const used = at.device >>> 1;
+    this.#availFlags = avail + RingField.flags;
+    this.#availIdx = avail + RingField.idx;
+    this.#availRing = avail + RingField.ring;
+    this.#usedEvent = this.#availRing + size;
+    this.#usedFlags = used + RingField.flags;
+    this.#usedIdx = used + RingField.idx;
+    this.#usedRing = (used + RingField.ring) >>> 1;
+    this.#availEvent = used + RingField.ring + 4 * size;
+    this.#capacity = new Uint32Array(size);
+    this.#token = new Uint32Array(size);
+    this.#chain = new Uint16Array(size);
+    this.#next = new Uint16Array(size);
+    this.#freeIds = new Uint16Array(size);
+    for (let i = 0; i < size; i++) this.#freeIds[i] = size - 1 - i;
+    this.#free = size;
+    memory.u8.fill(0, 0, at.bytes);
+    this.disableInterrupts();
+  }
+
+  get free(): number {
+    return this.#free;
+  }
+
+  get broken(): VirtioError | null {
+    return this.#broken;
+  }
+
+  /** Closes the queue for good: every later call does nothing, so that its memory may go away. The first reason stays. */
+  fail(reason: VirtioError): void {
+    this.#broken ??= reason;
+  }
+
+  postBurst(
+    tokens: Uint32Array,
+    from: number,
+    to: number,
+    offset: Uint32Array,
+    length: Uint32Array,
+    deviceWrites: boolean,
+  ): number {
+    // hot:
+    if (this.#broken !== null) return 0;
+    let free = this.#free;
+    const n = Math.min(to - from, free);
+    const u16 = this.#u16;
+    const u32 = this.#u32;
+    const freeIds = this.#freeIds;
+    const token = this.#token;
+    const capacity = this.#capacity;
+    const mask = this.#mask;
+    const ring = this.#availRing;
+    const low = this.#iovaLow;
+    const high = this.#iovaHigh;
+    const flags = deviceWrites ? DescriptorFlag.WRITE : 0;
+    const writable = deviceWrites ? 0xffffffff : 0;
+    let avail = this.#nextAvail;
+    for (let i = from; i < from + n; i++) {
+      const t = tokens[i];
+      const id = freeIds[--free];
+      const bytes = length[t];
+      const w = id * DESCRIPTOR_WORDS;
+      u32[w] = low + offset[t];
+      u32[w + 1] = high;
+      u32[w + 2] = bytes;
+      u32[w + 3] = flags;
+      token[id] = t;
+      capacity[id] = (bytes & writable) + 1;
+      u16[ring + (avail & mask)] = id;
+      avail++;
+    }
+    this.#nextAvail = avail & 0xffff;
+    this.#free = free;
+    return Math.max(n, 0);
+  }
+
+  postChain(token: number, pieces: Uint32Array, readable: number, writable: number): boolean {
+    const count = readable + writable;
+    if (this.#broken !== null || count === 0) return false;
+    let capacity = 0;
+    for (let i = readable; i < count; i++) capacity += pieces[3 * i + 2];
+    if (capacity >= 0xffffffff) throw new RangeError(`a buffer of ${capacity} writable bytes`);
+
+    const indirect = count > 1 && count <= this.#indirectEntries;
+    const descriptors = indirect ? 1 : count;
+    if (descriptors > this.#free) return false;
+    const head = this.#freeIds[this.#free - 1];
+    if (indirect) {
+      const table = this.#indirect + head * this.#indirectEntries * DESCRIPTOR_BYTES;
+      for (let i = 0; i < count; i++) {
+        this.#writePiece((table >>> 2) + i * DESCRIPTOR_WORDS, pieces, i, readable, i + 1 < count ? i + 1 : -1);
+      }
+      const w = head * DESCRIPTOR_WORDS;
+      this.#u32[w] = this.memory.iovaLow + table;
+      this.#u32[w + 1] = this.memory.iovaHigh;
+      this.#u32[w + 2] = count * DESCRIPTOR_BYTES;
+      this.#u32[w + 3] = DescriptorFlag.INDIRECT;
+    } else {
+      for (let i = 0; i < count; i++) {
+        const id = this.#freeIds[this.#free - 1 - i];
+        const next = i + 1 < count ? this.#freeIds[this.#free - 2 - i] : -1;
+        this.#writePiece(id * DESCRIPTOR_WORDS, pieces, i, readable, next);
+        if (next >= 0) this.#next[id] = next;
+      }
+    }
+    this.#free -= descriptors;
+    this.#token[head] = token;
+    this.#capacity[head] = capacity + 1;
+    this.#chain[head] = descriptors - 1;
+    if (descriptors > 1) this.#chained++;
+    this.#u16[this.#availRing + (this.#nextAvail & this.#mask)] = head;
+    this.#nextAvail = (this.#nextAvail + 1) & 0xffff;
+    return true;
+  }
+
+  #writePiece(w: number, pieces: Uint32Array, i: number, readable: number, next: number): void {
+    const u32 = this.#u32;
+    u32[w] = pieces[3 * i];
+    u32[w + 1] = pieces[3 * i + 1];
+    u32[w + 2] = pieces[3 * i + 2];
+    const flags = i < readable ? 0 : DescriptorFlag.WRITE;
+    u32[w + 3] = next < 0 ? flags : flags | DescriptorFlag.NEXT | (next << NEXT_SHIFT);
+  }
+
+  publish(): boolean {
+    // hot:
+    const avail = this.#nextAvail;
+    const added = (avail - this.#published) & 0xffff;
+    if (added === 0 || this.#broken !== null) return false;
+    const u16 = this.#u16;
+    Atomics.store(u16, this.#availIdx, avail);
+    this.#published = avail;
+    this.#outstanding += added;
+    // 2.7.10: notify when avail_event lies among the entries just added; or unless the device said that it need not be.
+    if (this.#eventIdx) return ((avail - Atomics.load(u16, this.#availEvent) - 1) & 0xffff) < added;
+    return (Atomics.load(u16, this.#usedFlags) & NO_NOTIFICATIONS) === 0;
+  }
+
+  take(tokens: Uint32Array, written: Uint32Array, max: number): number {
+    // hot:
+    if (this.#broken !== null) return 0;
+    let last = this.#lastUsed;
+    let n = (Atomics.load(this.#u16, this.#usedIdx) - last) & 0xffff;
+    if (n === 0) return 0;
+    if (n > this.#outstanding) {
+      this.#break('USED_INDEX', `the used index is ${n} ahead with ${this.#outstanding} buffers out`);
+      return 0;
+    }
+    if (n > max) n = max;
+    const u32 = this.#u32;
+    const capacity = this.#capacity;
+    const token = this.#token;
+    const freeIds = this.#freeIds;
+    const mask = this.#mask;
+    const ring = this.#usedRing;
+    const size = this.size;
+    const chained = this.#chained !== 0;
+    let free = this.#free;
+    let i = 0;
+    for (; i < n; i++) {
+      const at = ring + (last & mask) * 2;
+      const id = u32[at];
+      const bytes = u32[at + 1];
+      if (id >= size) {
+        this.#break('USED_ID', `used id ${id} in a queue of ${size}`);
+        break;
+      }
+      const limit = capacity[id];
+      if (bytes >= limit) {
+        if (limit === 0) this.#break('USED_ID', `used id ${id} was not given out`);
+        else this.#break('USED_LENGTH', `used length ${bytes} for a buffer of ${limit - 1} writable bytes`);
+        break;
+      }
+      capacity[id] = 0;
+      tokens[i] = token[id];
+      written[i] = bytes;
+      freeIds[free++] = id;
+      if (chained && this.#chain[id] !== 0) free = this.#freeChain(id, free);
+      last++;
+    }
+    this.#free = free;
+    this.#lastUsed = last & 0xffff;
+    this.#outstanding -= i;
+    return i;
+  }
+
+  /** Frees the descriptors after `head` of a chain; returns the new height of the stack. */
+  #freeChain(head: number, free: number): number {
+    let height = free;
+    let id = head;
+    for (let left = this.#chain[head]; left > 0; left--) {
+      id = this.#next[id];
+      this.#freeIds[height++] = id;
+    }
+    this.#chain[head] = 0;
+    this.#chained--;
+    return height;
+  }
+
+  #break(code: string, message: string): void {
+    this.fail(new VirtioError(code, `queue ${this.index}: ${message}`));
+  }
+
+  enableInterrupts(): boolean {
+    if (this.#broken !== null) return false;
+    const u16 = this.#u16;
+    if (this.#eventIdx) Atomics.store(u16, this.#usedEvent, this.#lastUsed);
+    else Atomics.store(u16, this.#availFlags, 0);
+    return Atomics.load(u16, this.#usedIdx) !== this.#lastUsed;
+  }
+
+  disableInterrupts(): void {
+    if (this.#broken !== null) return;
+    // With event indices `flags` must stay 0 (2.7.7.1): name the entry that is furthest away.
+    if (this.#eventIdx) Atomics.store(this.#u16, this.#usedEvent, (this.#lastUsed - 1) & 0xffff);
+    else Atomics.store(this.#u16, this.#availFlags, NO_NOTIFICATIONS);
+  }
+
+  reclaimAll(tokens: Uint32Array): number {
+    this.fail(new VirtioError('QUEUE_CLOSED', `queue ${this.index} was reset`));
+    let n = 0;
+    for (let id = 0; id < this.size; id++) {
+      if (this.#capacity[id] === 0) continue;
+      tokens[n++] = this.#token[id];
+      this.#capacity[id] = 0;
+    }
+    this.#outstanding = 0;
+    return n;
+  }
+}
+
+/** A queue in memory of its own. Throws `VirtioError` QUEUE_SIZE, and what `allocateDma` throws. */
+export function allocateSplitVirtqueue(
+  fn: Pick<PciFunction, 'allocateDma'>,
+  options: SplitVirtqueueOptions,
+): SplitVirtqueue {
+  return new SplitVirtqueue(fn.allocateDma(splitVirtqueueBytes(options)), options);
+}
