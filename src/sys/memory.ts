@@ -4,7 +4,15 @@
  * Aligned `Uint8Array`, `Uint16Array` and `Uint32Array` elements are single machine accesses in every compiler
  * tier; `DataView` and `Buffer` accessors are byte-wise and must not touch memory that is shared with a device.
  * All views are little-endian on the machines that Node supports here (x86-64, arm64, riscv64).
+ *
+ * Unmapping detaches the views first: whoever still holds one reads `undefined` and writes nothing, instead of touching
+ * what is mapped at that address next.
  */
+import { constants as os } from 'node:os';
+import { SystemError } from '../errors.ts';
+import { ffi } from './ffi/ffi.ts';
+import { fstat, MapFlag, mmap, munmap, PAGE_SIZE, Prot } from './libc.ts';
+
 export interface MappedMemory {
   /** Virtual address of byte 0 in this process (below 2^53, so an exact number). */
   readonly address: number;
@@ -24,4 +32,86 @@ export interface DmaMemory extends MappedMemory {
   readonly iova: number;
   readonly iovaLow: number;
   readonly iovaHigh: number;
+}
+
+/** Memory that `unmapMemory` has yet to unmap. */
+const mapped = new WeakSet<MappedMemory>();
+
+/** Fresh zeroed memory that only this process sees. `size` is rounded up to pages. */
+export function mapAnonymous(size: number): MappedMemory {
+  const bytes = roundToPages(size);
+  return wrap(mmap(0, bytes, Prot.read | Prot.write, MapFlag.private | MapFlag.anonymous, -1, 0), bytes);
+}
+
+/**
+ * Maps `size` bytes of a file, memfd or device from `offset` on, shared with whoever else maps it. `offset` is a multiple of
+ * the page size, `size` of 4. Writing through views of memory that was mapped without `write` ends the process, and so does
+ * touching a page that the file no longer has: of a regular file, or memfd, the range must lie inside of it now (else `ENXIO`),
+ * and only a seal keeps its owner from shrinking it later.
+ */
+export function mapShared(fd: number, offset: number, size: number, options: { write: boolean }): MappedMemory {
+  if (!Number.isSafeInteger(offset) || offset < 0 || offset % PAGE_SIZE !== 0) {
+    throw new RangeError(`offset ${offset} is not a multiple of the page size`);
+  }
+  if (!Number.isSafeInteger(size) || size <= 0 || size % 4 !== 0) throw new RangeError(`cannot map ${size} bytes`);
+  const file = fstat(fd);
+  if ((file.mode & S_IFMT) === S_IFREG && offset + size > file.size) {
+    throw new SystemError('mmap', os.errno.ENXIO, 'ENXIO', `the file ends at ${file.size}, before ${offset + size}`);
+  }
+  const prot = options.write ? Prot.read | Prot.write : Prot.read;
+  return wrap(mmap(0, size, prot, MapFlag.shared, fd, offset), size);
+}
+
+/** Detaches the views of `memory` and unmaps it. Idempotent. */
+export function unmapMemory(memory: MappedMemory): void {
+  if (!mapped.delete(memory)) return;
+  if (detach(memory.u8.buffer)) {
+    munmap(memory.address, memory.size);
+    return;
+  }
+  // The runtime would not let go of the views. Keep the addresses and put fresh private pages there: a late access finds
+  // zeros of its own and nothing that belongs to somebody else.
+  const flags = MapFlag.private | MapFlag.anonymous | MapFlag.fixed | MapFlag.noReserve;
+  mmap(memory.address, memory.size, Prot.read | Prot.write, flags, -1, 0);
+}
+
+/** File type bits of a mode (inode(7)). */
+const S_IFMT = 0o170000;
+const S_IFREG = 0o100000;
+
+/** `size` in whole pages. Throws RangeError when it is not a positive number of bytes. */
+export function roundToPages(size: number): number {
+  if (!Number.isSafeInteger(size) || size <= 0) throw new RangeError(`${size} is not a size`);
+  return Math.ceil(size / PAGE_SIZE) * PAGE_SIZE;
+}
+
+function wrap(address: number, size: number): MappedMemory {
+  const buffer = ffi().view(address, size);
+  const memory: MappedMemory = {
+    address,
+    size,
+    u8: new Uint8Array(buffer),
+    u16: new Uint16Array(buffer),
+    u32: new Uint32Array(buffer),
+  };
+  mapped.add(memory);
+  return memory;
+}
+
+/**
+ * Detaches an ArrayBuffer over foreign memory, without a copy. `structuredClone` copies such a buffer and leaves it attached.
+ * `transfer` (Node 22) detaches it; so does a byte stream, which takes the buffer of a pending read (Streams Standard,
+ * ReadableByteStreamControllerPullInto), on every Node. Returns whether it worked.
+ */
+function detach(buffer: ArrayBufferLike): boolean {
+  if (!(buffer instanceof ArrayBuffer)) return false;
+  if ('transfer' in buffer && typeof buffer.transfer === 'function') {
+    buffer.transfer();
+  } else {
+    const reader = new ReadableStream({ type: 'bytes' }).getReader({ mode: 'byob' });
+    const ignore = () => {};
+    reader.read(new Uint8Array(buffer)).catch(ignore);
+    reader.cancel().catch(ignore);
+  }
+  return buffer.byteLength === 0;
 }
