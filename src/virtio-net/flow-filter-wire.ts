@@ -6,13 +6,22 @@
  * zeros. Which selectors may follow which is not checked here: that is the device's decision about a classifier.
  */
 import { VirtioError } from '../errors.ts';
+import { CapabilityId, ResourceType } from '../virtio/admin-wire.ts';
 import { get8, get16, get32, getBytes, put8, put16, put32, putBytes } from '../virtio/little-endian.ts';
 
 /** Capability ids (Virtio 1.4, 5.1.5). */
-export const FlowFilterCapability = { resource: 0x800, selector: 0x801, action: 0x802 } as const;
+export const FlowFilterCapability = {
+  resource: CapabilityId.NET_FF_RESOURCE,
+  selector: CapabilityId.NET_FF_SELECTOR,
+  action: CapabilityId.NET_FF_ACTION,
+} as const;
 
 /** Resource object types (Virtio 1.4, 5.1.6). */
-export const FlowFilterObject = { group: 0x200, classifier: 0x201, rule: 0x202 } as const;
+export const FlowFilterObject = {
+  group: ResourceType.NET_FF_GROUP,
+  classifier: ResourceType.NET_FF_CLASSIFIER,
+  rule: ResourceType.NET_FF_RULE,
+} as const;
 
 /** Table "Flow filter selector types". 0 is reserved. */
 export const SelectorType = { eth: 1, ipv4: 2, ipv6: 3, tcp: 4, udp: 5, esp: 6 } as const;

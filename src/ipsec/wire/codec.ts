@@ -21,9 +21,10 @@ import {
   put64,
   putBytes,
 } from '../../virtio/little-endian.ts';
+import type { WireRevision } from '../../virtio/revision.ts';
 import { DEFAULT_TUNNEL_TYPE_BASE, KEY_FIELD_SIZE } from './numbers.ts';
 
-export type WireRevision = 'virtio-1.4' | 'rfc-2025-01';
+export type { WireRevision };
 
 /** VIRTIO_NET_IPSEC_RESOURCE_CAP: object ids run from 0 to limit - 1. */
 export interface SaLimits {

@@ -3,13 +3,17 @@
  *
  * They are the same in both wire revisions; layouts are in `virtio-1.4.ts` and `rfc-2025-01.ts`.
  */
+import { CapabilityId, ResourceType } from '../../virtio/admin-wire.ts';
 import type { AeadName, AuthName, CipherName } from '../sa.ts';
 
 /** Capability ids of the network device (Virtio 1.4, 5.1.5, Device and driver capabilities). */
-export const IpsecCapability = { resource: 0x803, sa: 0x804 } as const;
+export const IpsecCapability = { resource: CapabilityId.NET_IPSEC_RESOURCE, sa: CapabilityId.NET_IPSEC_SA } as const;
 
 /** Resource object types of the network device (Virtio 1.4, 5.1.6, Device resource objects). They are also the `resource_type` of the packet header. */
-export const SaObjectType = { outbound: 0x203, inbound: 0x204 } as const;
+export const SaObjectType = {
+  outbound: ResourceType.NET_IPSEC_OUTB_SA,
+  inbound: ResourceType.NET_IPSEC_INB_SA,
+} as const;
 
 /** `mode` of a mode capability and of an SA object (table "IPsec Modes"). 0 is reserved. */
 export const IpsecMode = { espTunnel: 1, espTransport: 2, ahTunnel: 3, ahTransport: 4 } as const;

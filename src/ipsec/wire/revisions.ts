@@ -1,11 +1,12 @@
 /** The wire revisions by name. */
-import { type IpsecWire, makeIpsecWire, type WireOptions, type WireRevision } from './codec.ts';
+import { WIRE_REVISIONS, type WireRevision } from '../../virtio/revision.ts';
+import { type IpsecWire, makeIpsecWire, type WireOptions } from './codec.ts';
 import { rfc202501Layout } from './rfc-2025-01.ts';
 import { virtio14Layout } from './virtio-1.4.ts';
 
 const layouts = { 'virtio-1.4': virtio14Layout, 'rfc-2025-01': rfc202501Layout } as const;
 
-export const WIRE_REVISIONS: readonly WireRevision[] = ['virtio-1.4', 'rfc-2025-01'];
+export { WIRE_REVISIONS };
 
 /** The codec of `revision`. */
 export function ipsecWire(revision: WireRevision = 'virtio-1.4', options: WireOptions = {}): IpsecWire {
