@@ -1,0 +1,67 @@
+/**
+ * How a driver reaches a virtio device, whatever the bus looks like (Virtio 1.4, chapter 4): status, features, device
+ * configuration, queues, notifications. `standard.ts` is the modern PCI transport.
+ *
+ * All calls are synchronous. Each throws `VfioError` DEVICE_GONE once the function is lost.
+ */
+import type { FeatureSet } from './features.ts';
+
+/** What the device must know of a queue before it is enabled. Addresses are IOVAs. */
+export interface QueueSetup {
+  /** Number of descriptors, not above `maxQueueSize`. */
+  readonly size: number;
+  readonly descriptorArea: number;
+  readonly driverArea: number;
+  readonly deviceArea: number;
+  /** MSI-X vector for used buffers, or `NO_VECTOR`. */
+  readonly vector: number;
+}
+
+/** Tells the device that a queue has new buffers. */
+export interface QueueNotifier {
+  notify(): void;
+}
+
+/** Reads of the device configuration, of exact width; offsets count from its start. Past its end, they throw. */
+export interface ConfigReader {
+  /** Bytes of device configuration. */
+  readonly size: number;
+  read8(offset: number): number;
+  read16(offset: number): number;
+  read32(offset: number): number;
+}
+
+export interface VirtioTransport {
+  /** The device address as the user wrote it. */
+  readonly address: string;
+  /** Virtio device type (5): 1 is a network device. */
+  readonly deviceType: number;
+  /** MSI-X vectors that events can be mapped to. */
+  readonly interruptVectors: number;
+  /** True once the device is lost. */
+  readonly gone: boolean;
+
+  readStatus(): number;
+  /** Writing 0 starts a reset, which is over when `readStatus` gives 0. */
+  writeStatus(status: number): void;
+  readDeviceFeatures(): FeatureSet;
+  writeDriverFeatures(features: FeatureSet): void;
+
+  /** Number of queues, administration queues not counted. */
+  queueCount(): number;
+  /** The administration queues; only with ADMIN_VQ negotiated. Throws `VirtioError` ADMIN_QUEUE when they cannot be. */
+  adminQueues(): { readonly first: number; readonly count: number };
+  /** Largest size of queue `index`; 0 when there is no such queue. */
+  maxQueueSize(index: number): number;
+  /** Describes queue `index` to the device, maps its interrupt and enables it. Throws `VirtioError` when that fails. */
+  enableQueue(index: number, setup: QueueSetup): QueueNotifier;
+  /** Maps configuration changes to an MSI-X vector, or to none with `NO_VECTOR`. Throws `VirtioError` MSIX_VECTOR. */
+  setConfigVector(vector: number): void;
+  /** ISR status bits, cleared by the read. Not to be used with MSI-X. */
+  readIsr(): number;
+  /**
+   * Reads device configuration so that all that `read` returns belongs together: it is called again while the device
+   * changes its configuration (2.5.1). Throws `VirtioError` CONFIG_UNSTABLE when that does not end.
+   */
+  readConfig<T>(read: (config: ConfigReader) => T): T;
+}
