@@ -1,0 +1,110 @@
+/** What a scenario can do inside the guest: make checks, run commands, talk to its other half on the host. */
+import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
+import { readdirSync, readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import type { GuestMessage, Mailbox } from '../messages.ts';
+
+export interface CommandResult {
+  readonly status: number;
+  readonly stdout: string;
+  readonly stderr: string;
+}
+
+const NOTE_TIMEOUT_MS = 30_000;
+const COMMAND_TIMEOUT_MS = 60_000;
+/** Root port of device k of the scenario: slot 0x10 + k of the root bus. `machine.ts` places them so. */
+export const FIRST_ROOT_PORT_SLOT = 0x10;
+
+export class Guest {
+  readonly #send: (message: GuestMessage) => void;
+  readonly #mailbox: Mailbox;
+  readonly #ids: readonly string[];
+  /** Folder of the built package inside the guest. */
+  readonly dist: string;
+
+  constructor(send: (message: GuestMessage) => void, mailbox: Mailbox, ids: readonly string[], dist: string) {
+    this.#send = send;
+    this.#mailbox = mailbox;
+    this.#ids = ids;
+    this.dist = dist;
+  }
+
+  /**
+   * Makes check `name`: it passes when `body` does not throw; what it returns is shown as its result. Returns whether it
+   * passed, so that what cannot work without it can be left out (and is then reported as not run).
+   */
+  async check(name: string, body: () => unknown): Promise<boolean> {
+    this.#send({ type: 'begin', check: name });
+    const started = performance.now();
+    let ok = true;
+    let detail = '';
+    try {
+      const result = await body();
+      if (result !== undefined) detail = String(result);
+    } catch (error) {
+      ok = false;
+      detail = describe(error);
+    }
+    this.#send({ type: 'check', check: name, ok, detail, ms: Math.round(performance.now() - started) });
+    return ok;
+  }
+
+  /** Runs a shell command to its end. */
+  sh(command: string, input = ''): CommandResult {
+    const result = spawnSync('sh', ['-c', command], { encoding: 'utf8', input, timeout: COMMAND_TIMEOUT_MS });
+    if (result.error !== undefined) throw result.error;
+    return { status: result.status ?? -1, stdout: result.stdout, stderr: result.stderr };
+  }
+
+  /** Runs a shell command that must succeed; returns what it printed. */
+  must(command: string, input = ''): string {
+    const { status, stdout, stderr } = this.sh(command, input);
+    if (status !== 0) throw new Error(`'${command}' ended with ${status}: ${stderr || stdout}`.trim());
+    return stdout;
+  }
+
+  /** Starts a program of the built package (a path below its folder) as a process of its own. */
+  spawnNode(program: string, args: readonly string[]): ChildProcess {
+    return spawn(process.execPath, [join(this.dist, program), ...args], { stdio: ['pipe', 'pipe', 'inherit'] });
+  }
+
+  /** PCI address of the scenario's device `id`: the function behind that device's root port. */
+  address(id: string): string {
+    const index = this.#ids.indexOf(id);
+    if (index < 0) throw new Error(`the scenario has no device ${id}`);
+    const slot = (FIRST_ROOT_PORT_SLOT + index).toString(16);
+    const port = `/sys/bus/pci/devices/0000:00:${slot}.0`;
+    const behind = readdirSync(port).find((name) => /^0000:[0-9a-f]{2}:00\.0$/.test(name));
+    return behind ?? `0000:00:${slot}.0`;
+  }
+
+  /** Name of the kernel's network interface on device `id`, while a kernel driver has it. */
+  interface(id: string): string {
+    const device = `/sys/bus/pci/devices/${this.address(id)}`;
+    const virtio = readdirSync(device).find((name) => /^virtio\d+$/.test(name));
+    const name = virtio === undefined ? undefined : readdirSync(join(device, virtio, 'net'))[0];
+    if (name === undefined) throw new Error(`no network interface on ${id}`);
+    return name;
+  }
+
+  /** A file of sysfs or procfs, without the newline. */
+  read(path: string): string {
+    return readFileSync(path, 'utf8').trim();
+  }
+
+  tell(topic: string, body: unknown = null): void {
+    this.#send({ type: 'note', topic, body });
+  }
+
+  hear(topic: string, timeoutMs = NOTE_TIMEOUT_MS): Promise<unknown> {
+    return this.#mailbox.take(topic, timeoutMs);
+  }
+}
+
+/** An error as one line with its code and hint. */
+export function describe(error: unknown): string {
+  if (!(error instanceof Error)) return String(error);
+  const code = 'code' in error ? ` [${String(error.code)}]` : '';
+  const place = error.stack?.split('\n').find((line) => /^\s+at /.test(line) && !line.includes('node:'));
+  return `${error.message}${code}${place === undefined ? '' : ` (${place.trim()})`}`;
+}

@@ -1,0 +1,106 @@
+/**
+ * The host's end of a guest NIC: QEMU's stream netdev connects here and sends each Ethernet frame behind its length
+ * (u32, big-endian); the same format the other way.
+ */
+import { createServer, type Server, type Socket } from 'node:net';
+
+const LENGTH_BYTES = 4;
+const MAX_FRAME = 65_550;
+
+export class FramePort {
+  readonly #server: Server;
+  #peer: Socket | undefined;
+  #rest: Buffer = Buffer.alloc(0);
+  #received: Buffer[] = [];
+  #waiting: { wanted: (frame: Buffer) => boolean; resolve: (frame: Buffer) => void }[] = [];
+  #failure: Error | undefined;
+  /** Called with each frame that nobody waits for; without it such frames are kept for `next`. */
+  onFrame: ((frame: Buffer) => void) | undefined;
+  /** Frames that arrived. */
+  count = 0;
+
+  private constructor(server: Server) {
+    this.#server = server;
+  }
+
+  static async listen(path: string): Promise<FramePort> {
+    const server = createServer();
+    const port = new FramePort(server);
+    server.on('connection', (socket) => port.#connected(socket));
+    await new Promise<void>((resolve, reject) => {
+      server.once('error', reject);
+      server.listen(path, resolve);
+    });
+    return port;
+  }
+
+  send(frame: Uint8Array): void {
+    if (this.#peer === undefined) throw new Error('no guest is connected');
+    const length = Buffer.alloc(LENGTH_BYTES);
+    length.writeUInt32BE(frame.length);
+    this.#peer.write(Buffer.concat([length, frame]));
+  }
+
+  /** The next frame for which `wanted` holds; others stay. */
+  next(wanted: (frame: Buffer) => boolean, timeoutMs: number): Promise<Buffer> {
+    if (this.#failure !== undefined) return Promise.reject(this.#failure);
+    const at = this.#received.findIndex(wanted);
+    if (at >= 0) return Promise.resolve(this.#received.splice(at, 1)[0]);
+    return new Promise((resolve, reject) => {
+      const waiter = {
+        wanted,
+        resolve: (frame: Buffer) => {
+          clearTimeout(timer);
+          resolve(frame);
+        },
+      };
+      const timer = setTimeout(() => {
+        this.#waiting = this.#waiting.filter((w) => w !== waiter);
+        reject(this.#failure ?? new Error(`no such frame within ${timeoutMs} ms (${this.count} came in all)`));
+      }, timeoutMs);
+      this.#waiting.push(waiter);
+    });
+  }
+
+  /** Forgets the frames that nobody took. */
+  discard(): void {
+    this.#received = [];
+  }
+
+  close(): void {
+    this.#peer?.destroy();
+    this.#server.close();
+  }
+
+  #connected(socket: Socket): void {
+    this.#peer?.destroy();
+    this.#peer = socket;
+    this.#rest = Buffer.alloc(0);
+    socket.on('data', (chunk: Buffer) => this.#arrived(chunk));
+    socket.on('error', () => socket.destroy());
+  }
+
+  #arrived(chunk: Buffer): void {
+    let bytes = this.#rest.length === 0 ? chunk : Buffer.concat([this.#rest, chunk]);
+    while (bytes.length >= LENGTH_BYTES) {
+      const length = bytes.readUInt32BE(0);
+      if (length > MAX_FRAME) {
+        this.#failure = new Error(`the stream is broken: a frame of ${length} bytes`);
+        this.#peer?.destroy();
+        return;
+      }
+      if (bytes.length < LENGTH_BYTES + length) break;
+      this.#frame(Buffer.from(bytes.subarray(LENGTH_BYTES, LENGTH_BYTES + length)));
+      bytes = bytes.subarray(LENGTH_BYTES + length);
+    }
+    this.#rest = bytes;
+  }
+
+  #frame(frame: Buffer): void {
+    this.count++;
+    const at = this.#waiting.findIndex((w) => w.wanted(frame));
+    if (at >= 0) this.#waiting.splice(at, 1)[0].resolve(frame);
+    else if (this.onFrame !== undefined) this.onFrame(frame);
+    else this.#received.push(frame);
+  }
+}

@@ -1,0 +1,49 @@
+/** What a scenario can do on the host while its guest runs. */
+import { Mailbox } from '../messages.ts';
+import type { FramePort } from './frames.ts';
+import type { Qmp } from './qmp.ts';
+
+const NOTE_TIMEOUT_MS = 60_000;
+
+export interface HostParts {
+  readonly links: ReadonlyMap<string, FramePort>;
+  readonly qmp: Qmp;
+  readonly send: (topic: string, body: unknown) => void;
+  /** Aborted when the guest has ended: nothing more will come from it. */
+  readonly ended: AbortSignal;
+  /** Makes a check, as `Guest.check`. */
+  readonly check: (name: string, body: () => unknown) => Promise<boolean>;
+}
+
+export class Host {
+  readonly #parts: HostParts;
+  readonly mailbox = new Mailbox();
+
+  constructor(parts: HostParts) {
+    this.#parts = parts;
+  }
+
+  /** The host's end of the NIC `id`, whose link is `host`. */
+  link(id: string): FramePort {
+    const port = this.#parts.links.get(id);
+    if (port === undefined) throw new Error(`device ${id} has no link to the host`);
+    return port;
+  }
+
+  check(name: string, body: () => unknown): Promise<boolean> {
+    return this.#parts.check(name, body);
+  }
+
+  tell(topic: string, body: unknown = null): void {
+    this.#parts.send(topic, body);
+  }
+
+  hear(topic: string, timeoutMs = NOTE_TIMEOUT_MS): Promise<unknown> {
+    return this.mailbox.take(topic, timeoutMs, this.#parts.ended);
+  }
+
+  /** Asks QEMU something: `device_del`, `set_link`. Devices and netdevs carry the ids of the scenario (`net-ID`). */
+  qemu(command: string, args: Readonly<Record<string, unknown>>): Promise<unknown> {
+    return this.#parts.qmp.execute(command, args);
+  }
+}

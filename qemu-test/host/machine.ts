@@ -1,0 +1,118 @@
+/** The QEMU command line of a scenario. */
+import { join } from 'node:path';
+import type { Components } from '../fetch/components.ts';
+import { FIRST_ROOT_PORT_SLOT } from '../guest/guest.ts';
+import type { Machine, QemuNic, Scenario, ScenarioDevice } from '../scenario.ts';
+
+const DEFAULT_MEMORY = 1024;
+const DEFAULT_CPUS = 2;
+const IRQ_REMAPPING = 'kernel-irqchip=split';
+
+export interface MachinePaths {
+  readonly image: string;
+  /** Folder for the sockets of this run. */
+  readonly sockets: string;
+  /** Folder of the built package inside the guest, below `/app`. */
+  readonly guestDist: string;
+}
+
+export interface CommandLine {
+  readonly command: string;
+  readonly args: readonly string[];
+  readonly env: Readonly<Record<string, string>>;
+}
+
+export const controlSocket = (sockets: string) => join(sockets, 'control');
+export const qmpSocket = (sockets: string) => join(sockets, 'qmp');
+export const linkSocket = (sockets: string, id: string) => join(sockets, `link-${id}`);
+export const deviceSocket = (sockets: string, id: string) => join(sockets, `device-${id}`);
+
+export function commandLine(
+  name: string,
+  scenario: Scenario,
+  parts: Components,
+  paths: MachinePaths,
+  interactive: boolean,
+): CommandLine {
+  const { machine, devices } = scenario;
+  const { sockets } = paths;
+  const program = parts.qemu[machine.qemu];
+  const args = [
+    ...program.args,
+    ...['-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot'],
+    ...['-machine', `q35,${IRQ_REMAPPING}`, '-accel', 'tcg,thread=multi', '-cpu', 'max'],
+    ...['-smp', String(machine.cpus ?? DEFAULT_CPUS)],
+    ...memory(machine),
+    ...iommu(machine),
+    ...['-kernel', parts.kernel, '-initrd', paths.image],
+    ...['-append', kernelArguments(name, scenario, paths.guestDist, interactive)],
+    ...['-chardev', 'stdio,id=console,signal=off', '-serial', 'chardev:console'],
+    ...['-chardev', `socket,id=control,path=${controlSocket(sockets)}`, '-serial', 'chardev:control'],
+    ...['-chardev', `socket,id=qmp,path=${qmpSocket(sockets)}`, '-mon', 'chardev=qmp,mode=control'],
+  ];
+  for (const [index, device] of devices.entries()) args.push(...pciFunction(device, index, sockets));
+  return { command: program.command, args, env: program.env ?? {} };
+}
+
+function kernelArguments(
+  name: string,
+  { machine, modules }: Scenario,
+  guestDist: string,
+  interactive: boolean,
+): string {
+  const options = ['console=ttyS0', 'loglevel=5', 'panic=-1', 'nokaslr', 'random.trust_cpu=on', 'mitigations=off'];
+  if (machine.iommu !== 'none') options.push('intel_iommu=on');
+  options.push(`vipsec.scenario=${name}`, `vipsec.dist=${guestDist}`);
+  if (modules.length > 0) options.push(`vipsec.modules=${modules.join(',')}`);
+  if (interactive) options.push('vipsec.interactive=1');
+  return options.join(' ');
+}
+
+function memory({ qemu, memory: size = DEFAULT_MEMORY }: Machine): string[] {
+  // A device process maps guest memory, so it must be a file that can be passed on.
+  if (qemu === 'stock') return ['-m', `${size}M`];
+  const backend = `memory-backend-memfd,id=mem0,size=${size}M,share=on`;
+  return ['-m', `${size}M`, '-object', backend, '-numa', 'node,memdev=mem0'];
+}
+
+function iommu({ iommu: width = 48 }: Machine): string[] {
+  return width === 'none' ? [] : ['-device', `intel-iommu,intremap=on,caching-mode=on,aw-bits=${width}`];
+}
+
+function pciFunction(device: ScenarioDevice, index: number, sockets: string): string[] {
+  const slot = `0x${(FIRST_ROOT_PORT_SLOT + index).toString(16)}`;
+  const onRootBus = device.kind === 'virtio-net' && device.placement === 'root-bus';
+  const place = onRootBus ? { addr: slot } : { bus: `port-${device.id}` };
+  const port = onRootBus ? [] : ['-device', `pcie-root-port,id=port-${device.id},chassis=${index + 1},addr=${slot}`];
+  if (device.kind === 'vfio-user') {
+    const socket = { type: 'unix', path: deviceSocket(sockets, device.id) };
+    return [
+      ...port,
+      '-device',
+      JSON.stringify({ driver: 'vfio-user-pci', id: device.id, rombar: 0, socket, ...place }),
+    ];
+  }
+  const netdev = backend(device, sockets);
+  const properties = {
+    driver: 'virtio-net-pci',
+    id: device.id,
+    netdev: netdev.id,
+    mac: device.mac,
+    romfile: '',
+    'disable-legacy': 'on',
+    ...(device.iommu ? { iommu_platform: true } : {}),
+    ...(device.mtu === undefined ? {} : { host_mtu: device.mtu }),
+    ...(device.queuePairs === undefined ? {} : { mq: true, vectors: 2 * device.queuePairs + 2 }),
+    ...place,
+    ...device.properties,
+  };
+  return [...port, '-netdev', JSON.stringify(netdev), '-device', JSON.stringify(properties)];
+}
+
+/** Where the frames of a NIC go. Two NICs that are wired together sit on one hub, numbered by whichever comes first. */
+function backend({ id, link }: QemuNic, sockets: string): { id: string } & Record<string, unknown> {
+  const name = `net-${id}`;
+  if (typeof link === 'object' && 'hub' in link) return { type: 'hubport', id: name, hubid: link.hub };
+  const path = linkSocket(sockets, link === 'host' ? id : link.device);
+  return { type: 'stream', id: name, server: false, addr: { type: 'unix', path } };
+}

@@ -1,0 +1,273 @@
+/** Runs one scenario: its sockets, its device processes, QEMU, its host half; collects what came out. */
+import { type ChildProcess, spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { existsSync } from 'node:fs';
+import { mkdtemp, rm } from 'node:fs/promises';
+import { createServer, type Socket } from 'node:net';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
+import type { Components } from '../fetch/components.ts';
+import { describe } from '../guest/guest.ts';
+import { type GuestMessage, parseGuestMessage } from '../messages.ts';
+import type { Scenario } from '../scenario.ts';
+import { consoleFaults } from './faults.ts';
+import { FramePort } from './frames.ts';
+import { Host } from './host.ts';
+import { commandLine, controlSocket, deviceSocket, linkSocket, qmpSocket } from './machine.ts';
+import { lineSplitter } from './process.ts';
+import { Qmp } from './qmp.ts';
+
+const CONSOLE_LINES = 40;
+const DEVICE_START_MS = 10_000;
+const STOP_MS = 3_000;
+
+export interface CheckResult {
+  readonly name: string;
+  readonly verdict: 'pass' | 'fail' | 'not run';
+  readonly detail: string;
+  readonly ms: number;
+}
+
+export interface ScenarioResult {
+  readonly name: string;
+  readonly title: string;
+  readonly passed: boolean;
+  readonly seconds: number;
+  readonly checks: readonly CheckResult[];
+  /** What went wrong beside the checks: a time-out, a crash, an IOMMU fault on the console. */
+  readonly problems: readonly string[];
+  /** The end of the guest's console. */
+  readonly console: readonly string[];
+}
+
+export interface RunnerOptions {
+  readonly components: Components;
+  readonly image: string;
+  readonly dist: string;
+  readonly guestDist: string;
+  readonly interactive: boolean;
+  readonly signal: AbortSignal;
+  readonly onCheck?: (scenario: string, check: string) => void;
+}
+
+export async function runScenario(name: string, scenario: Scenario, options: RunnerOptions): Promise<ScenarioResult> {
+  const run = new ScenarioRun(name, scenario, options);
+  const started = performance.now();
+  try {
+    await run.execute();
+  } catch (error) {
+    run.problems.push(describe(error));
+  } finally {
+    await run.cleanUp();
+  }
+  return run.result((performance.now() - started) / 1000);
+}
+
+class ScenarioRun {
+  readonly problems: string[] = [];
+  readonly #name: string;
+  readonly #scenario: Scenario;
+  readonly #options: RunnerOptions;
+  readonly #checks = new Map<string, CheckResult>();
+  readonly #console: string[] = [];
+  readonly #cleanUps: (() => unknown)[] = [];
+  readonly #ended = new AbortController();
+  #current = '';
+  #finished = false;
+
+  constructor(name: string, scenario: Scenario, options: RunnerOptions) {
+    this.#name = name;
+    this.#scenario = scenario;
+    this.#options = options;
+  }
+
+  async execute(): Promise<void> {
+    const { devices, timeout, host: hostBody } = this.#scenario;
+    const sockets = await mkdtemp(join(tmpdir(), 'vipsec-qemu-'));
+    this.#cleanUps.push(() => rm(sockets, { recursive: true, force: true }));
+    const links = new Map<string, FramePort>();
+    for (const device of devices) {
+      if (device.kind === 'vfio-user') await this.#startDevice(device.id, device.link, device.args ?? [], sockets);
+      else if (device.link === 'host') links.set(device.id, await FramePort.listen(linkSocket(sockets, device.id)));
+    }
+    const qmp = await Qmp.listen(qmpSocket(sockets));
+    this.#cleanUps.push(() => qmp.close(), ...[...links.values()].map((port) => () => port.close()));
+    const send = await this.#listenForGuest(controlSocket(sockets), (topic, body) => host.mailbox.put(topic, body));
+    const host: Host = new Host({
+      links,
+      qmp,
+      send,
+      ended: this.#ended.signal,
+      check: (name, body) => this.#hostCheck(name, body),
+    });
+    const hostDone = hostBody === undefined ? undefined : this.#runHost(hostBody.bind(this.#scenario), host);
+    await this.#runQemu(sockets, timeout);
+    this.#ended.abort();
+    await hostDone;
+  }
+
+  async cleanUp(): Promise<void> {
+    this.#ended.abort();
+    for (const cleanUp of this.#cleanUps.reverse()) await cleanUp();
+  }
+
+  result(seconds: number): ScenarioResult {
+    const { title, checks: expected, allowedFaults = [] } = this.#scenario;
+    const checks = expected.map(
+      (name): CheckResult => this.#checks.get(name) ?? { name, verdict: 'not run', detail: '', ms: 0 },
+    );
+    for (const name of this.#checks.keys()) {
+      if (!expected.includes(name)) this.problems.push(`check '${name}' is not in the scenario's list`);
+    }
+    for (const line of consoleFaults(this.#console, allowedFaults)) this.problems.push(`on the console: ${line}`);
+    const passed = this.problems.length === 0 && checks.every((check) => check.verdict === 'pass');
+    return {
+      name: this.#name,
+      title,
+      passed,
+      seconds,
+      checks,
+      problems: this.problems,
+      console: this.#console.slice(-CONSOLE_LINES),
+    };
+  }
+
+  /** Starts `vipsec device` and waits until its socket is there. */
+  async #startDevice(id: string, link: 'wire' | 'loopback', more: readonly string[], sockets: string): Promise<void> {
+    const socket = deviceSocket(sockets, id);
+    const target = link === 'wire' ? `unix:${linkSocket(sockets, id)}` : 'loopback';
+    const program = join(this.#options.dist, 'tools/vipsec.js');
+    const child = spawn(process.execPath, [program, 'device', '--socket', socket, '--link', target, ...more], {
+      stdio: ['ignore', 'ignore', 'pipe'],
+    });
+    let complaint = '';
+    child.stderr.setEncoding('utf8').on('data', (text: string) => {
+      complaint = (complaint + text).slice(-2000);
+    });
+    let stopping = false;
+    child.once('exit', (code, signal) => {
+      if (!stopping) this.problems.push(`device ${id} ended with ${code ?? signal}: ${complaint.trim()}`);
+    });
+    this.#cleanUps.push(() => {
+      stopping = true;
+      return stop(child);
+    });
+    for (const deadline = Date.now() + DEVICE_START_MS; !existsSync(socket); await sleep(20)) {
+      if (child.exitCode !== null) throw new Error(`device ${id} does not start: ${complaint.trim()}`);
+      if (Date.now() > deadline) throw new Error(`device ${id} has no socket after ${DEVICE_START_MS} ms`);
+    }
+  }
+
+  /** Opens the line to the guest; returns the function that sends notes. */
+  async #listenForGuest(
+    path: string,
+    onNote: (topic: string, body: unknown) => void,
+  ): Promise<(topic: string, body: unknown) => void> {
+    let guest: Socket | undefined;
+    const server = createServer((socket) => {
+      guest = socket;
+      const split = lineSplitter((line) => {
+        const message = parseGuestMessage(line);
+        if (message === undefined) this.problems.push(`the guest sent what is no message: ${line.slice(0, 200)}`);
+        else if (message.type === 'note') onNote(message.topic, message.body);
+        else this.#heard(message);
+      });
+      socket.setEncoding('utf8').on('data', (text) => split(String(text)));
+      socket.on('error', () => socket.destroy());
+    });
+    server.listen(path);
+    await once(server, 'listening');
+    this.#cleanUps.push(() => {
+      guest?.destroy();
+      server.close();
+    });
+    return (topic, body) => {
+      guest?.write(`${JSON.stringify({ type: 'note', topic, body })}\n`);
+    };
+  }
+
+  #heard(message: Exclude<GuestMessage, { type: 'note' }>): void {
+    if (message.type === 'begin') this.#begin(message.check);
+    if (message.type === 'check') this.#record(message.check, message.ok, message.detail, message.ms);
+    if (message.type === 'exit') this.problems.push(`the guest's process ended with ${message.status}`);
+    if (message.type !== 'end') return;
+    this.#finished = true;
+    if (message.error !== null) this.problems.push(`the guest's half failed: ${message.error}`);
+  }
+
+  #begin(check: string): void {
+    this.#current = check;
+    this.#options.onCheck?.(this.#name, check);
+  }
+
+  #record(name: string, ok: boolean, detail: string, ms: number): void {
+    if (this.#checks.has(name)) this.problems.push(`check '${name}' was made twice`);
+    this.#checks.set(name, { name, verdict: ok ? 'pass' : 'fail', detail, ms });
+    if (this.#current === name) this.#current = '';
+  }
+
+  async #hostCheck(name: string, body: () => unknown): Promise<boolean> {
+    const started = performance.now();
+    let ok = true;
+    let detail = '';
+    try {
+      const result = await body();
+      if (result !== undefined) detail = String(result);
+    } catch (error) {
+      ok = false;
+      detail = describe(error);
+    }
+    this.#record(name, ok, detail, Math.round(performance.now() - started));
+    return ok;
+  }
+
+  async #runHost(body: (host: Host) => Promise<void>, host: Host): Promise<void> {
+    try {
+      await body(host);
+    } catch (error) {
+      this.problems.push(`the host's half failed: ${describe(error)}`);
+    }
+  }
+
+  async #runQemu(sockets: string, timeout: number): Promise<void> {
+    const { components, image, guestDist, interactive, signal } = this.#options;
+    const line = commandLine(this.#name, this.#scenario, components, { image, sockets, guestDist }, interactive);
+    const child = spawn(line.command, line.args, {
+      env: { ...process.env, ...line.env },
+      stdio: interactive ? 'inherit' : ['ignore', 'pipe', 'pipe'],
+    });
+    const failed = once(child, 'error').then(([error]) => Promise.reject(error));
+    const over = once(child, 'exit');
+    this.#cleanUps.push(() => stop(child));
+    let complaint = '';
+    const split = lineSplitter((text) => this.#console.push(text.trimEnd()));
+    child.stdout?.setEncoding('utf8').on('data', split);
+    child.stderr?.setEncoding('utf8').on('data', (text: string) => {
+      complaint = (complaint + text).slice(-2000);
+    });
+    const bound = new AbortController();
+    const limit = AbortSignal.any([bound.signal, signal]);
+    const late = interactive
+      ? new Promise<never>(() => {})
+      : sleep(timeout * 1000, 'late' as const, { signal: limit }).catch(() => 'stopped' as const);
+    const [outcome, by] = await Promise.race([over, failed, late.then((what) => [what, null] as const)]);
+    bound.abort();
+    if (outcome === 'stopped') this.problems.push('stopped');
+    else if (outcome === 'late') {
+      const where = this.#current === '' ? '' : ` in check '${this.#current}'`;
+      this.problems.push(`not over after ${timeout} s${where}`);
+    } else if (outcome !== 0) this.problems.push(`QEMU ended with ${outcome ?? by}: ${complaint.trim()}`);
+    else if (!this.#finished && !interactive) this.problems.push('the guest powered off before the scenario was over');
+  }
+}
+
+/** Ends a process: politely, then not. */
+async function stop(child: ChildProcess): Promise<void> {
+  if (child.exitCode !== null || child.signalCode !== null || child.pid === undefined) return;
+  const over = once(child, 'exit');
+  child.kill('SIGTERM');
+  const timer = setTimeout(() => child.kill('SIGKILL'), STOP_MS);
+  await over;
+  clearTimeout(timer);
+}

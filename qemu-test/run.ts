@@ -1,0 +1,163 @@
+/**
+ * Runs the QEMU scenarios: `node dist/qemu-test/run.js`. Exit code 0 when every check of every scenario was made and
+ * passed, 1 when not, 2 for wrong usage.
+ */
+import { existsSync } from 'node:fs';
+import { mkdtemp, rm } from 'node:fs/promises';
+import { availableParallelism, tmpdir } from 'node:os';
+import { dirname, join, relative } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { Command, InvalidArgumentError, Option } from 'commander';
+import { cacheFolder } from './fetch/cache.ts';
+import { fetchComponents } from './fetch/components.ts';
+import { ToolError } from './host/process.ts';
+import { openProgress } from './host/progress.ts';
+import { checkList, failureReport, resultTable } from './host/report.ts';
+import { runScenario, type ScenarioResult } from './host/runner.ts';
+import { buildImage } from './image/build.ts';
+import { loadScenario, scenarioNames } from './load.ts';
+import type { Scenario } from './scenario.ts';
+
+const COMMAND = 'npm run test:qemu --';
+/** An emulated machine with two processors keeps about that many cores busy. */
+const CORES_PER_MACHINE = 2;
+
+interface Options {
+  readonly only: readonly string[];
+  readonly jobs: number;
+  readonly interactive: boolean;
+  readonly verbose: boolean;
+  readonly json: boolean;
+  readonly list: boolean;
+}
+
+const program = new Command('qemu-test')
+  .description('drives the driver and the software device in QEMU guests with a real kernel')
+  .option('--only <name...>', 'run these scenarios, or all whose name begins so', [])
+  .option(
+    '--jobs <n>',
+    'scenarios at a time',
+    positive,
+    Math.max(1, Math.floor(availableParallelism() / CORES_PER_MACHINE)),
+  )
+  .addOption(
+    new Option('--interactive', 'a shell in the guest of one scenario, with `scenario` to run it').default(false),
+  )
+  .option('--verbose', 'show every check', false)
+  .option('--json', 'print the results as one JSON document', false)
+  .option('--list', 'name the scenarios and stop', false)
+  .parse();
+
+const stopped = new AbortController();
+for (const signal of ['SIGINT', 'SIGTERM'] as const) process.once(signal, () => stopped.abort());
+
+try {
+  process.exitCode = await main(program.opts<Options>());
+} catch (error) {
+  if (!(error instanceof ToolError)) throw error;
+  process.stderr.write(
+    `qemu-test: error: ${error.message}\n${error.hint === undefined ? '' : `hint: ${error.hint}\n`}`,
+  );
+  process.exitCode = 1;
+}
+
+async function main(options: Options): Promise<number> {
+  const names = choose(options.only);
+  if (names.length === 0) program.error(`no scenario is called ${options.only.join(', ')}`, { exitCode: 2 });
+  if (options.interactive && names.length !== 1) program.error('--interactive needs one scenario', { exitCode: 2 });
+  const scenarios = new Map<string, Scenario>();
+  for (const name of names) scenarios.set(name, await loadScenario(name));
+  if (options.list) {
+    for (const [name, { title }] of scenarios) process.stdout.write(`${name.padEnd(24)} ${title}\n`);
+    return 0;
+  }
+  const scratch = await mkdtemp(join(tmpdir(), 'vipsec-image-'));
+  try {
+    const results = await runAll(scenarios, join(scratch, 'guest.cpio'), options);
+    return report(results, options);
+  } finally {
+    await rm(scratch, { recursive: true, force: true });
+  }
+}
+
+async function runAll(
+  scenarios: ReadonlyMap<string, Scenario>,
+  image: string,
+  options: Options,
+): Promise<ScenarioResult[]> {
+  const cache = cacheFolder();
+  const dist = join(dirname(fileURLToPath(import.meta.url)), '..');
+  const packageRoot = findPackageRoot(dist);
+  const progress = openProgress(process.stderr);
+  const components = await fetchComponents({ cache, progress, signal: stopped.signal });
+  progress.update('guest', 'building the image');
+  await buildImage({ components, cache, packageRoot, dist, output: image });
+  progress.close();
+  const results = new Map<string, ScenarioResult>();
+  const queue = [...scenarios];
+  const worker = async () => {
+    for (let next = queue.shift(); next !== undefined && !stopped.signal.aborted; next = queue.shift()) {
+      const [name, scenario] = next;
+      progress.update(name, 'starting');
+      const result = await runScenario(name, scenario, {
+        components,
+        image,
+        dist,
+        guestDist: relative(packageRoot, dist),
+        interactive: options.interactive,
+        signal: stopped.signal,
+        onCheck: (_, check) => progress.update(name, check),
+      });
+      results.set(name, result);
+      progress.finish(name, `${result.passed ? 'pass' : 'FAIL'}  ${name} (${result.seconds.toFixed(1)} s)`);
+    }
+  };
+  await Promise.all(Array.from({ length: options.jobs }, worker));
+  progress.close();
+  return [...scenarios.keys()].map((name) => results.get(name) ?? notRun(name, scenarios.get(name)));
+}
+
+function report(results: readonly ScenarioResult[], { json, verbose, interactive }: Options): number {
+  if (interactive) return 0;
+  const failed = results.filter((result) => !result.passed);
+  if (json) {
+    process.stdout.write(`${JSON.stringify({ scenarios: results, passed: failed.length === 0 }, null, 2)}\n`);
+  } else {
+    if (verbose) for (const result of results) process.stdout.write(`${result.name}\n${checkList(result)}`);
+    process.stdout.write(resultTable(results));
+    for (const result of failed) process.stdout.write(failureReport(result, COMMAND));
+  }
+  return failed.length === 0 ? 0 : 1;
+}
+
+function notRun(name: string, scenario: Scenario | undefined): ScenarioResult {
+  const checks = (scenario?.checks ?? []).map((check) => ({
+    name: check,
+    verdict: 'not run' as const,
+    detail: '',
+    ms: 0,
+  }));
+  return { name, title: scenario?.title ?? '', passed: false, seconds: 0, checks, problems: ['not run'], console: [] };
+}
+
+function choose(only: readonly string[]): string[] {
+  const all = scenarioNames();
+  if (only.length === 0) return all;
+  return all.filter((name) =>
+    only.some((wanted) => name === wanted || (!all.includes(wanted) && name.startsWith(wanted))),
+  );
+}
+
+function findPackageRoot(from: string): string {
+  for (let folder = from; ; folder = dirname(folder)) {
+    if (existsSync(join(folder, 'package.json')) && existsSync(join(folder, 'node_modules'))) return folder;
+    if (folder === dirname(folder))
+      throw new ToolError(`no package.json above ${from}`, 'run it from a built work tree');
+  }
+}
+
+function positive(text: string): number {
+  const value = Number(text);
+  if (!Number.isSafeInteger(value) || value < 1) throw new InvalidArgumentError('must be 1 or more');
+  return value;
+}

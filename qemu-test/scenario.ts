@@ -1,0 +1,68 @@
+/**
+ * What a scenario is: a machine, its devices, what runs inside the guest and on the host, and the checks that must
+ * come out. The same file is loaded on both sides, so that the list of checks is one list.
+ */
+import type { Guest } from './guest/guest.ts';
+import type { Host } from './host/host.ts';
+
+/** A virtio-net function that QEMU itself implements. */
+export interface QemuNic {
+  readonly kind: 'virtio-net';
+  readonly id: string;
+  readonly mac: string;
+  /** What the function tells its driver; QEMU offers the MTU feature only when this is given. */
+  readonly mtu?: number;
+  /** True: its DMA goes through the IOMMU, so that vfio-pci can hand it to a user process. False: the kernel's own NIC. */
+  readonly iommu: boolean;
+  readonly queuePairs?: number;
+  /**
+   * Where its frames go: `host` (`Host.link(id)`), `{ device: ID }` (the link of that software device), or
+   * `{ hub: N }` (to the other QEMU functions on the same hub).
+   */
+  readonly link: 'host' | { readonly device: string } | { readonly hub: number };
+  /** More properties of QEMU's device, such as `packed: 'on'`. */
+  readonly properties?: Readonly<Record<string, string | number>>;
+  /** Behind a root port of its own (the default), or on the root bus, where a function cannot be reset or unplugged. */
+  readonly placement?: 'root-port' | 'root-bus';
+}
+
+/** Our software device (`vipsec device`) as a vfio-user-pci function. */
+export interface SoftwareNic {
+  readonly kind: 'vfio-user';
+  readonly id: string;
+  /** `wire`: a Unix socket for the NIC that names this device in its link. `loopback`: what is sent comes back. */
+  readonly link: 'wire' | 'loopback';
+  /** More arguments of `vipsec device`. */
+  readonly args?: readonly string[];
+}
+
+export type ScenarioDevice = QemuNic | SoftwareNic;
+
+export interface Machine {
+  /** `stock`: any QEMU from 7.2. `vfioUser`: one that has vfio-user-pci. */
+  readonly qemu: 'stock' | 'vfioUser';
+  /** Address width of the IOMMU in bits; `none` leaves it out. Default 48. */
+  readonly iommu?: 39 | 48 | 'none';
+  /** MiB. Default 1024. */
+  readonly memory?: number;
+  readonly cpus?: number;
+}
+
+export interface Scenario {
+  /** One line on what it proves. */
+  readonly title: string;
+  readonly machine: Machine;
+  readonly devices: readonly ScenarioDevice[];
+  /** Modules to load before it runs. */
+  readonly modules: readonly string[];
+  /** Seconds from the start of QEMU; the scenario fails when it is not over then. */
+  readonly timeout: number;
+  /** Names of the checks that must be made, each once, and pass. */
+  readonly checks: readonly string[];
+  /** Lines of the guest's console that would fail the scenario (IOMMU faults, kernel warnings) and that are expected. */
+  readonly allowedFaults?: readonly RegExp[];
+  /** Runs inside the guest. */
+  guest(guest: Guest): Promise<void>;
+  /** Runs beside QEMU, at the same time. */
+  host?(host: Host): Promise<void>;
+}
