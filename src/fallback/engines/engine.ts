@@ -18,14 +18,19 @@
  * constant time with the `icvLength` bytes at `icvOffset`; when it differs, `status` is `JobStatus.icv` and the content of
  * the cipher range is undefined (the caller drops the packet).
  * Extended sequence numbers, mutable fields and the like are the caller's: it places bytes so that the ranges are contiguous.
+ *
+ * A job that does not fit (a range outside of the memory, a context of another transform or direction, a cipher range that
+ * is not inside of the auth range, a length that is 0 or no multiple of the block where the cipher wants one, an empty auth
+ * range) is not done: its `status` is `JobStatus.failed` and its bytes are as they were.
  */
-import type { MappedMemory } from '../../sys/memory.ts';
+import { type MappedMemory, unmapMemory } from '../../sys/memory.ts';
+import { mapUnbroken } from './native-memory.ts';
 
 export type EngineName = 'ipsec-mb' | 'openssl' | 'noble';
 
 export type TransformFamily = 'aead' | 'gmac' | 'cipher-auth' | 'auth';
 
-/** What arithmetic an SA needs: two SAs with equal `id` may share a burst. */
+/** What arithmetic an SA needs: two SAs with the same transform (the same object, see `transform.ts`) may share a burst. */
 export interface Transform {
   /** Such as `aes-128-gcm-16`, `aes-256-cbc+hmac-sha256-16`, `null+hmac-sha1-12`, `aes-128-gmac-16`, `hmac-sha1-12` (AH). */
   readonly id: string;
@@ -51,7 +56,14 @@ export const JobStatus = { ok: 0, icv: 1, failed: 2 } as const;
 /** Largest number of jobs in one burst. */
 export const MAX_BURST = 256;
 
-/** A burst of jobs of one transform and one direction; contexts (keys) may differ. Offsets are bytes from the start of the engine's memory. */
+/** Where the nonces and the AAD of a burst begin in its native memory. */
+export const BurstOffset = { iv: 0, aad: 16 * MAX_BURST } as const;
+
+/**
+ * A burst of jobs of one transform and one direction; contexts (keys) may differ. Offsets are bytes from the start of the
+ * engine's memory. Any engine takes any burst. Nonces and AAD lie in native memory, so that a library reads them where they
+ * are: `close` gives that memory back.
+ */
 export class CryptoBurst {
   /** Jobs 0 to count - 1 are valid. */
   count = 0;
@@ -65,11 +77,25 @@ export class CryptoBurst {
   readonly authLength = new Uint32Array(MAX_BURST);
   readonly icvOffset = new Uint32Array(MAX_BURST);
   /** Four words a job: up to 16 nonce bytes in memory order (word = little-endian load of four bytes). */
-  readonly iv = new Uint32Array(4 * MAX_BURST);
+  readonly iv: Uint32Array;
   /** Four words a job: up to 16 bytes of AAD in memory order. */
-  readonly aad = new Uint32Array(4 * MAX_BURST);
+  readonly aad: Uint32Array;
   /** Out: `JobStatus`. */
   readonly status = new Uint8Array(MAX_BURST);
+  /** Holds `iv` and `aad` at `BurstOffset`; does not cross a multiple of 4 GiB. */
+  readonly memory: MappedMemory;
+
+  constructor() {
+    this.memory = mapUnbroken(2 * 16 * MAX_BURST);
+    const words = this.memory.u32;
+    this.iv = words.subarray(BurstOffset.iv >> 2, (BurstOffset.iv >> 2) + 4 * MAX_BURST);
+    this.aad = words.subarray(BurstOffset.aad >> 2, (BurstOffset.aad >> 2) + 4 * MAX_BURST);
+  }
+
+  /** Gives the native memory back; the burst is of no use afterwards. */
+  close(): void {
+    unmapMemory(this.memory);
+  }
 }
 
 export interface CryptoEngine {

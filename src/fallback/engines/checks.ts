@@ -1,0 +1,147 @@
+/**
+ * What all engines do alike around the arithmetic: refuse jobs that do not fit, compare ICVs in constant time, give out
+ * context numbers. A native library follows whatever address it is given, so no job reaches one unchecked.
+ */
+import type { CryptoBurst, Transform, TransformKeys } from './engine.ts';
+
+/** `createContext` was called with something that the engine cannot do; a caller's mistake. */
+export class EngineUsageError extends RangeError {}
+
+/** One direction of a transform in one engine. */
+export interface JobRules {
+  /** Number of this pair in its engine, at least 1. */
+  readonly index: number;
+  readonly usesCipher: boolean;
+  readonly usesAuth: boolean;
+  /** The cipher range must be a multiple of this many bytes (a power of two) … */
+  readonly block: number;
+  /** … and at least this many. */
+  readonly minCipher: number;
+  readonly icvLength: number;
+}
+
+export function jobRules(transform: Transform, index: number): JobRules {
+  const { family, cipher, icvLength } = transform;
+  const block = cipher === 'aes-cbc' ? 16 : cipher === '3des-cbc' ? 8 : 1;
+  return {
+    index,
+    usesCipher: family === 'aead' || family === 'cipher-auth',
+    usesAuth: family !== 'aead',
+    block,
+    minCipher: family === 'cipher-auth' && cipher !== 'null' ? block : 0,
+    icvLength,
+  };
+}
+
+/**
+ * Index of the first job from `start` on that does not fit, `end` when all do. `kinds` gives the rules index of each
+ * context, `size` the bytes of the memory.
+ */
+export function fittingRun(
+  burst: CryptoBurst,
+  start: number,
+  end: number,
+  rules: JobRules,
+  kinds: Uint16Array,
+  size: number,
+): number {
+  // hot:
+  const { index, usesCipher, usesAuth, block, minCipher, icvLength } = rules;
+  const { context, cipherOffset, cipherLength, authOffset, authLength, icvOffset } = burst;
+  const lastIcv = size - icvLength;
+  for (let i = start; i < end; i++) {
+    if (kinds[context[i]] !== index || icvOffset[i] > lastIcv) return i;
+    if (usesCipher) {
+      const length = cipherLength[i];
+      if (length < minCipher || (length & (block - 1)) !== 0 || cipherOffset[i] + length > size) return i;
+    }
+    if (usesAuth) {
+      const from = authOffset[i];
+      const to = from + authLength[i];
+      if (to === from || to > size) return i;
+      if (usesCipher && (cipherOffset[i] < from || cipherOffset[i] + cipherLength[i] > to)) return i;
+    }
+  }
+  return end;
+}
+
+/**
+ * Compares `length` bytes (a multiple of 4) at `at` of one memory with those at `bt` (a multiple of 4) of another, in a time
+ * that depends on `length` and the alignment of `at` only. Returns 0 when they are equal.
+ */
+export function differs(
+  a8: Uint8Array,
+  a16: Uint16Array,
+  a32: Uint32Array,
+  at: number,
+  b8: Uint8Array,
+  b16: Uint16Array,
+  b32: Uint32Array,
+  bt: number,
+  length: number,
+): number {
+  // hot:
+  let difference = 0;
+  if ((at & 3) === 0) {
+    const a = at >>> 2;
+    const b = bt >>> 2;
+    for (let i = 0; i < length >> 2; i++) difference |= a32[a + i] ^ b32[b + i];
+  } else if ((at & 1) === 0) {
+    const a = at >>> 1;
+    const b = bt >>> 1;
+    for (let i = 0; i < length >> 1; i++) difference |= a16[a + i] ^ b16[b + i];
+  } else {
+    for (let i = 0; i < length; i++) difference |= a8[at + i] ^ b8[bt + i];
+  }
+  return difference;
+}
+
+/** Throws when the keys are not those of the transform. The message names lengths only. */
+export function checkKeys(transform: Transform, keys: TransformKeys): void {
+  const { id, cipherKeyLength, authKeyLength } = transform;
+  if (keys.cipherKey.length !== cipherKeyLength || keys.authKey.length !== authKeyLength) {
+    throw new EngineUsageError(
+      `${id} takes keys of ${cipherKeyLength} and ${authKeyLength} bytes, not ${keys.cipherKey.length} and ${keys.authKey.length}`,
+    );
+  }
+}
+
+/** Gives out context numbers 1, 2, 3 … and remembers the rules index of each; freed numbers are given out again. */
+export class ContextNumbers {
+  /** Rules index of each context; 0 is free. A new array when it grows: read it anew for every burst. */
+  kinds = new Uint16Array(64);
+  readonly #free: number[] = [];
+  #next = 1;
+
+  get capacity(): number {
+    return this.kinds.length;
+  }
+
+  take(kind: number): number {
+    const context = this.#free.pop() ?? this.#next++;
+    if (context >= this.kinds.length) this.kinds = grown(this.kinds, 2 * this.kinds.length);
+    this.kinds[context] = kind;
+    return context;
+  }
+
+  give(context: number): void {
+    if (!this.isTaken(context)) throw new EngineUsageError(`context ${context} does not exist`);
+    this.kinds[context] = 0;
+    this.#free.push(context);
+  }
+
+  isTaken(context: number): boolean {
+    return Number.isInteger(context) && context > 0 && context < this.#next && this.kinds[context] !== 0;
+  }
+
+  *taken(): Generator<number> {
+    for (let context = 1; context < this.#next; context++) if (this.kinds[context] !== 0) yield context;
+  }
+}
+
+/** A copy of `array` with room for `length` elements. */
+export function grown<T extends Uint16Array | Uint32Array | Float64Array>(array: T, length: number): T {
+  const larger = new (array.constructor as new (length: number) => T)(length);
+  larger.set(array);
+  return larger;
+}
