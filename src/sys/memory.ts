@@ -37,10 +37,14 @@ export interface DmaMemory extends MappedMemory {
 /** Memory that `unmapMemory` has yet to unmap. */
 const mapped = new WeakSet<MappedMemory>();
 
-/** Fresh zeroed memory that only this process sees. `size` is rounded up to pages. */
-export function mapAnonymous(size: number): MappedMemory {
+/**
+ * Fresh zeroed memory that only this process sees. `size` is rounded up to pages. `reserve: false` asks for address space that
+ * need not fit the machine's memory: only what is touched counts.
+ */
+export function mapAnonymous(size: number, options: { readonly reserve?: boolean } = {}): MappedMemory {
   const bytes = roundToPages(size);
-  return wrap(mmap(0, bytes, Prot.read | Prot.write, MapFlag.private | MapFlag.anonymous, -1, 0), bytes);
+  const flags = MapFlag.private | MapFlag.anonymous | (options.reserve === false ? MapFlag.noReserve : 0);
+  return wrap(mmap(0, bytes, Prot.read | Prot.write, flags, -1, 0), bytes);
 }
 
 /**

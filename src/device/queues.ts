@@ -1,0 +1,388 @@
+/**
+ * The device side of a split virtqueue (Virtio 1.4, 2.7).
+ *
+ * The ring belongs to a driver that is not trusted: each field of it is read once, into locals, and checked; chains are bounded by
+ * the queue size, whatever their `next` says; tables of indirect descriptors are copied before they are walked. A queue whose
+ * driver broke a rule is `broken` and does nothing any more; the function then needs a reset.
+ *
+ * `DeviceQueue` is what the rest of the device knows, so that packed virtqueues (2.8) can be put beside it.
+ */
+import type { GuestMemory, Pin } from './guest-memory.ts';
+
+/** `take` found no buffer. */
+export const NO_BUFFER = -1;
+
+/** Most descriptors of one buffer, whatever the queue size. */
+export const MAX_SEGMENTS = 1024;
+
+/** Virtio 1.4, 2.7.5. */
+const Descriptor = { size: 16, words: 4, address: 0, addressHigh: 1, length: 2, flagsNext: 3 } as const;
+const DescriptorFlag = { NEXT: 1, WRITE: 2, INDIRECT: 4 } as const;
+/** Virtio 1.4, 2.7.6: flags, idx, ring, used_event; offsets in 16-bit words. */
+const Avail = { flags: 0, idx: 1, ring: 2 } as const;
+const AvailFlag = { NO_INTERRUPT: 1 } as const;
+/** Virtio 1.4, 2.7.8: flags, idx, ring of (id, len), avail_event; offsets in 16-bit words. */
+const Used = { flags: 0, idx: 1, ring: 2 } as const;
+const UsedFlag = { NO_NOTIFY: 1 } as const;
+const USED_ELEMENT = 8;
+
+/** Alignment of the three areas (2.7). */
+export const AREA_ALIGNMENT = { descriptor: 16, driver: 2, device: 4 } as const;
+
+/** Total length of a buffer (2.7.5.2). */
+const BUFFER_MAX = 2 ** 32;
+
+/** Where a driver has put a queue, as written to the common configuration structure. */
+export interface QueueAddresses {
+  readonly descriptorLow: number;
+  readonly descriptorHigh: number;
+  readonly driverLow: number;
+  readonly driverHigh: number;
+  readonly deviceLow: number;
+  readonly deviceHigh: number;
+}
+
+export interface DeviceQueue {
+  readonly index: number;
+  /** Number of descriptors. */
+  readonly size: number;
+  /** What the driver did wrong; nothing works after that. */
+  readonly broken: string | null;
+
+  /** The pieces of the buffer that was taken last, as IOVA and length: first `readable` device-readable ones, then device-writable ones. */
+  readonly low: Uint32Array;
+  readonly high: Uint32Array;
+  readonly length: Uint32Array;
+  readonly readable: number;
+  readonly segments: number;
+  /** Bytes of the readable and of the writable pieces. */
+  readonly readableBytes: number;
+  readonly writableBytes: number;
+
+  /** hot: number of buffers that the driver has made available and that were not taken. */
+  available(): number;
+  /** hot: takes the next buffer and returns its id, or `NO_BUFFER`. */
+  take(): number;
+  /** hot: puts back the last `count` buffers taken. None of them may have been completed. */
+  putBack(count: number): void;
+  /** hot: notes that buffer `id` is used and that `written` bytes were written to it. The driver sees it after `publish`. */
+  complete(id: number, written: number): void;
+  /** hot: shows completed buffers to the driver; true when it wants a notification. */
+  publish(): boolean;
+  /** hot: copies readable bytes of the buffer taken last, from byte `skip` on, to arena offset `to`; returns how many, or -1 when one is unmapped. */
+  gather(skip: number, max: number, to: number): number;
+  /** hot: copies from arena offset `from` to the writable pieces, from their byte `skip` on; returns how many fitted, or -1. */
+  scatter(skip: number, bytes: number, from: number): number;
+  /** Asks the driver not to notify. */
+  suppress(): void;
+  /** Asks the driver to notify; true when a buffer is there already. */
+  arm(): boolean;
+  /** Lets go of the ring. */
+  close(): void;
+}
+
+export interface SplitQueueOptions {
+  readonly index: number;
+  /** A power of two. */
+  readonly size: number;
+  readonly addresses: QueueAddresses;
+  readonly eventIdx: boolean;
+  readonly indirect: boolean;
+  /** Arena offset of `size * 16` private bytes: indirect tables are copied there. */
+  readonly scratch: number;
+}
+
+export class SplitDeviceQueue implements DeviceQueue {
+  readonly index: number;
+  readonly size: number;
+  broken: string | null = null;
+  readonly low = new Uint32Array(MAX_SEGMENTS);
+  readonly high = new Uint32Array(MAX_SEGMENTS);
+  readonly length = new Uint32Array(MAX_SEGMENTS);
+  readable = 0;
+  segments = 0;
+  readableBytes = 0;
+  writableBytes = 0;
+
+  readonly #memory: GuestMemory;
+  readonly #addresses: QueueAddresses;
+  readonly #eventIdx: boolean;
+  readonly #indirect: boolean;
+  readonly #scratch: number;
+  readonly #u16: Uint16Array;
+  readonly #u32: Uint32Array;
+  readonly #mask: number;
+  readonly #limit: number;
+  #pins: readonly Pin[] = [];
+  /** Word indices: of the descriptor table in 32-bit words, of the rings in 16-bit words. */
+  #descriptors = 0;
+  #avail = 0;
+  #used = 0;
+  /** Free-running, 16 bits: next available entry to take, next used entry to write, used index that the driver knows. */
+  #nextAvail = 0;
+  #nextUsed = 0;
+  #published = 0;
+  /** Available index when it was last read. */
+  #availIdx = 0;
+
+  constructor(memory: GuestMemory, options: SplitQueueOptions) {
+    this.#memory = memory;
+    this.index = options.index;
+    this.size = options.size;
+    this.#addresses = options.addresses;
+    this.#eventIdx = options.eventIdx;
+    this.#indirect = options.indirect;
+    this.#scratch = options.scratch;
+    this.#u16 = memory.arena.u16;
+    this.#u32 = memory.arena.u32;
+    this.#mask = options.size - 1;
+    this.#limit = Math.min(options.size, MAX_SEGMENTS);
+  }
+
+  /** Finds the ring in guest memory again if the driver has unmapped a part of it since. False when it is not all there. */
+  #located(): boolean {
+    // hot:
+    const pins = this.#pins;
+    if (pins.length === 3 && pins[0].valid && pins[1].valid && pins[2].valid) return true;
+    return this.#locate();
+  }
+
+  #locate(): boolean {
+    if (this.broken !== null) return false;
+    this.close();
+    const { descriptorLow, descriptorHigh, driverLow, driverHigh, deviceLow, deviceHigh } = this.#addresses;
+    const event = this.#eventIdx ? 2 : 0;
+    const areas = [
+      [descriptorLow, descriptorHigh, this.size * Descriptor.size, false],
+      [driverLow, driverHigh, 2 * (Avail.ring + this.size) + event, false],
+      [deviceLow, deviceHigh, 2 * Used.ring + this.size * USED_ELEMENT + event, true],
+    ] as const;
+    const pins: Pin[] = [];
+    for (const [low, high, size, write] of areas) {
+      const pin = this.#memory.pin(low, high, size, write);
+      if (pin === null) break;
+      pins.push(pin);
+    }
+    this.#pins = pins;
+    if (pins.length < areas.length) {
+      this.close();
+      return this.#fail('a part of the ring is not mapped');
+    }
+    this.#descriptors = pins[0].offset >>> 2;
+    this.#avail = pins[1].offset >>> 1;
+    this.#used = pins[2].offset >>> 1;
+    return true;
+  }
+
+  #fail(reason: string): false {
+    this.broken = `queue ${this.index}: ${reason}`;
+    return false;
+  }
+
+  available(): number {
+    // hot:
+    if (this.broken !== null || !this.#located()) return 0;
+    this.#availIdx = Atomics.load(this.#u16, this.#avail + Avail.idx);
+    const count = (this.#availIdx - this.#nextAvail) & 0xffff;
+    if (count > this.size) {
+      this.#fail('the available index is ahead by more than the queue size');
+      return 0;
+    }
+    return count;
+  }
+
+  take(): number {
+    // hot:
+    if (this.#nextAvail === this.#availIdx && this.available() === 0) return NO_BUFFER;
+    if (this.broken !== null || !this.#located()) return NO_BUFFER;
+    const head = this.#u16[this.#avail + Avail.ring + (this.#nextAvail & this.#mask)];
+    this.readable = 0;
+    this.segments = 0;
+    this.readableBytes = 0;
+    this.writableBytes = 0;
+    if (!this.#walk(head)) return NO_BUFFER;
+    this.#nextAvail = (this.#nextAvail + 1) & 0xffff;
+    return head;
+  }
+
+  /** hot: follows the chain from descriptor `head`. */
+  #walk(head: number): boolean {
+    const u32 = this.#u32;
+    let next = head;
+    for (let steps = 0; steps < this.size; steps++) {
+      if (next >= this.size) return this.#fail('a descriptor index beyond the table');
+      const d = this.#descriptors + next * Descriptor.words;
+      const low = u32[d + Descriptor.address];
+      const high = u32[d + Descriptor.addressHigh];
+      const length = u32[d + Descriptor.length];
+      const flagsNext = u32[d + Descriptor.flagsNext];
+      if ((flagsNext & DescriptorFlag.INDIRECT) !== 0) {
+        if ((flagsNext & DescriptorFlag.NEXT) !== 0) return this.#fail('a descriptor with both INDIRECT and NEXT');
+        return this.#walkTable(low, high, length);
+      }
+      if (!this.#add(low, high, length, (flagsNext & DescriptorFlag.WRITE) !== 0)) return false;
+      if ((flagsNext & DescriptorFlag.NEXT) === 0) return true;
+      next = flagsNext >>> 16;
+    }
+    return this.#fail('a descriptor chain that is longer than the queue');
+  }
+
+  /** hot: follows the chain in a table of indirect descriptors (2.7.5.3). */
+  #walkTable(tableLow: number, tableHigh: number, bytes: number): boolean {
+    if (!this.#indirect) return this.#fail('INDIRECT without having negotiated it');
+    if (bytes === 0 || bytes % Descriptor.size !== 0) return this.#fail(`an indirect table of ${bytes} bytes`);
+    const count = bytes / Descriptor.size;
+    if (count > this.size) return this.#fail(`an indirect table of ${count} descriptors`);
+    if (!this.#memory.read(tableLow, tableHigh, bytes, this.#scratch)) {
+      return this.#fail('an indirect table that is not mapped');
+    }
+    const u32 = this.#u32;
+    const table = this.#scratch >>> 2;
+    let next = 0;
+    for (let steps = 0; steps < count; steps++) {
+      if (next >= count) return this.#fail('an indirect descriptor index beyond the table');
+      const d = table + next * Descriptor.words;
+      const flagsNext = u32[d + Descriptor.flagsNext];
+      if ((flagsNext & DescriptorFlag.INDIRECT) !== 0) return this.#fail('INDIRECT inside an indirect table');
+      const write = (flagsNext & DescriptorFlag.WRITE) !== 0;
+      const length = u32[d + Descriptor.length];
+      if (!this.#add(u32[d + Descriptor.address], u32[d + Descriptor.addressHigh], length, write)) return false;
+      if ((flagsNext & DescriptorFlag.NEXT) === 0) return true;
+      next = flagsNext >>> 16;
+    }
+    return this.#fail('an indirect chain that loops');
+  }
+
+  /** hot: appends a piece to the buffer. */
+  #add(low: number, high: number, length: number, write: boolean): boolean {
+    const at = this.segments;
+    if (at >= this.#limit) return this.#fail('a buffer of more descriptors than the queue has');
+    this.low[at] = low;
+    this.high[at] = high;
+    this.length[at] = length;
+    this.segments = at + 1;
+    if (write) {
+      this.writableBytes += length;
+      if (this.writableBytes > BUFFER_MAX) return this.#fail('a buffer of more than 2^32 bytes');
+      return true;
+    }
+    if (this.readable !== at) return this.#fail('a device-readable descriptor after a device-writable one');
+    this.readable = at + 1;
+    this.readableBytes += length;
+    if (this.readableBytes > BUFFER_MAX) return this.#fail('a buffer of more than 2^32 bytes');
+    return true;
+  }
+
+  putBack(count: number): void {
+    // hot:
+    this.#nextAvail = (this.#nextAvail - count) & 0xffff;
+  }
+
+  gather(skip: number, max: number, to: number): number {
+    // hot:
+    let left = max;
+    let over = skip;
+    let done = 0;
+    for (let i = 0; i < this.readable && left > 0; i++) {
+      const length = this.length[i];
+      if (over >= length) {
+        over -= length;
+        continue;
+      }
+      const n = Math.min(length - over, left);
+      if (!this.#read(i, over, n, to + done)) {
+        this.#fail('a device-readable descriptor that is not mapped');
+        return -1;
+      }
+      over = 0;
+      done += n;
+      left -= n;
+    }
+    return done;
+  }
+
+  scatter(skip: number, bytes: number, from: number): number {
+    // hot:
+    let left = bytes;
+    let over = skip;
+    let done = 0;
+    for (let i = this.readable; i < this.segments && left > 0; i++) {
+      const length = this.length[i];
+      if (over >= length) {
+        over -= length;
+        continue;
+      }
+      const n = Math.min(length - over, left);
+      if (!this.#write(i, over, n, from + done)) {
+        this.#fail('a device-writable descriptor that is not mapped, or not for writing');
+        return -1;
+      }
+      over = 0;
+      done += n;
+      left -= n;
+    }
+    return done;
+  }
+
+  /** hot: */
+  #read(segment: number, over: number, n: number, to: number): boolean {
+    const low = this.low[segment] + over;
+    const carry = low >= 0x100000000 ? 1 : 0;
+    return this.#memory.read(low - carry * 0x100000000, this.high[segment] + carry, n, to);
+  }
+
+  /** hot: */
+  #write(segment: number, over: number, n: number, from: number): boolean {
+    const low = this.low[segment] + over;
+    const carry = low >= 0x100000000 ? 1 : 0;
+    return this.#memory.write(low - carry * 0x100000000, this.high[segment] + carry, n, from);
+  }
+
+  complete(id: number, written: number): void {
+    // hot:
+    if (this.broken !== null || !this.#located()) return;
+    const at = (this.#used + Used.ring + (this.#nextUsed & this.#mask) * (USED_ELEMENT / 2)) >>> 1;
+    this.#u32[at] = id;
+    this.#u32[at + 1] = written;
+    this.#nextUsed = (this.#nextUsed + 1) & 0xffff;
+  }
+
+  publish(): boolean {
+    // hot:
+    const before = this.#published;
+    const now = this.#nextUsed;
+    if (before === now || this.broken !== null || !this.#located()) return false;
+    // One store that no other side can see in halves; as an atomic one it also keeps the order: entries, index, then the read below.
+    Atomics.store(this.#u16, this.#used + Used.idx, now);
+    this.#published = now;
+    if (this.#eventIdx) {
+      const event = this.#u16[this.#avail + Avail.ring + this.size];
+      return ((now - event - 1) & 0xffff) < ((now - before) & 0xffff);
+    }
+    return (this.#u16[this.#avail + Avail.flags] & AvailFlag.NO_INTERRUPT) === 0;
+  }
+
+  suppress(): void {
+    // hot:
+    // With EVENT_IDX the event index is simply left behind (2.7.10).
+    if (this.#eventIdx || this.broken !== null || !this.#located()) return;
+    this.#u16[this.#used + Used.flags] = UsedFlag.NO_NOTIFY;
+  }
+
+  arm(): boolean {
+    if (this.broken !== null || !this.#located()) return false;
+    if (this.#eventIdx) Atomics.store(this.#u16, this.#eventAt(), this.#nextAvail);
+    else Atomics.store(this.#u16, this.#used + Used.flags, 0);
+    return this.available() > 0;
+  }
+
+  /** Where `avail_event` is. */
+  #eventAt(): number {
+    return this.#used + Used.ring + this.size * (USED_ELEMENT / 2);
+  }
+
+  close(): void {
+    for (const pin of this.#pins) this.#memory.unpin(pin);
+    this.#pins = [];
+  }
+}
