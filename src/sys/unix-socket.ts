@@ -153,6 +153,12 @@ export class UnixSocket {
     return count;
   }
 
+  /** Waits until something can be received, or the other side is gone. Throws `ETIMEDOUT`. */
+  waitReadable(deadline: number): void {
+    this.#check('poll');
+    this.#wait('recvmsg', libc.PollEvent.in, deadline);
+  }
+
   /** Idempotent. */
   close(): void {
     if (!this.#open) return;
