@@ -101,7 +101,7 @@ export interface SecurityAssociation {
   readonly aead?: Aead;
   readonly cipher?: Cipher;
   readonly auth?: Auth;
-  /** Present exactly when `mode` is tunnel. Inbound: used to find the SA by destination. */
+  /** Only in tunnel mode, and there always outbound. Inbound: used to find the SA by destination when it is there. */
   readonly tunnel?: Tunnel;
   readonly udpEncap?: { readonly sourcePort: number; readonly destinationPort: number };
   readonly options: SaOptions;

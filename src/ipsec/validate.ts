@@ -1,0 +1,440 @@
+/**
+ * From what a user wrote to a `SecurityAssociation`: every field checked, sizes exact, defaults filled in.
+ *
+ * Rules come from RFC 4301 to 4303, RFC 8221 (which algorithms, and none without integrity), RFC 3948 (UDP
+ * encapsulation) and the RFC of each algorithm. Keys and salts are copied into `SecretBytes`, which do not show in
+ * logs; the caller may wipe its own. Throws `IpsecError` with a code of `SaErrorCode` and the `path` of the field;
+ * a message never repeats a value.
+ *
+ * Whether a device or an engine can do the SA is not asked here.
+ */
+import { createHash } from 'node:crypto';
+import { IpProtocol, UdpEsp } from '../packet/fields.ts';
+import {
+  type AddressInput,
+  type BytesInput,
+  Fields,
+  fieldError,
+  type IntegerInput,
+  type PrefixInput,
+  SaErrorCode,
+} from './fields.ts';
+import type {
+  Aead,
+  AeadName,
+  Auth,
+  AuthName,
+  Cipher,
+  CipherName,
+  Direction,
+  Lifetime,
+  Mode,
+  Protocol,
+  SaOptions,
+  SecurityAssociation,
+  Selector,
+  Tunnel,
+} from './sa.ts';
+import { SecretBytes } from './secret.ts';
+
+/** What a user may write; `validateSa` turns it into a `SecurityAssociation`. Also the shape of an entry of an SA file. */
+export interface SecurityAssociationInput {
+  readonly name?: string;
+  readonly direction: Direction;
+  /** Default `esp`. */
+  readonly protocol?: Protocol;
+  readonly mode: Mode;
+  readonly spi: IntegerInput;
+  readonly aead?: { name: AeadName; key: BytesInput; salt: BytesInput; icvLength?: IntegerInput };
+  readonly cipher?: { name: CipherName; key?: BytesInput; salt?: BytesInput };
+  readonly auth?: { name: AuthName; key?: BytesInput; salt?: BytesInput; icvLength?: IntegerInput };
+  /** Required outbound in tunnel mode; an inbound SA may leave it out and is then found without its destination. */
+  readonly tunnel?: {
+    source: AddressInput;
+    destination: AddressInput;
+    /** IPv4. Default 64. */
+    ttl?: IntegerInput;
+    /** IPv6. Default: `ttl`. */
+    hopLimit?: IntegerInput;
+    dscp?: IntegerInput;
+    df?: boolean;
+    flowLabel?: IntegerInput;
+  };
+  /** Ports default to 4500. */
+  readonly udpEncap?: { sourcePort?: IntegerInput; destinationPort?: IntegerInput };
+  readonly options?: Partial<SaOptions>;
+  /** Packets; 0, or 32 to 65536. Default 64. */
+  readonly replayWindow?: IntegerInput;
+  /** Absent or 0 is no limit. */
+  readonly lifetime?: { [Limit in keyof Lifetime]?: IntegerInput };
+  readonly tfcPadding?: IntegerInput;
+  readonly initial?: { sequence?: IntegerInput; iv?: BytesInput };
+  readonly selector?: {
+    source?: PrefixInput;
+    destination?: PrefixInput;
+    protocol?: IntegerInput;
+    sourcePort?: IntegerInput;
+    destinationPort?: IntegerInput;
+  };
+}
+
+interface Algorithm {
+  /** Lengths of the key in bytes. */
+  readonly keys: readonly number[];
+  /** Bytes of the salt; 0 is none. */
+  readonly salt: number;
+  /** Bytes of the ICV, the default first; empty for ciphers. */
+  readonly icvs: readonly number[];
+  /** Bytes of the explicit IV that a packet carries. */
+  readonly iv: number;
+}
+
+const AES = [16, 24, 32] as const;
+
+/** RFC 4106; RFC 4309; RFC 7634; RFC 4543. */
+const AEADS: Readonly<Record<AeadName, Algorithm>> = {
+  'aes-gcm': { keys: AES, salt: 4, icvs: [16, 12, 8], iv: 8 },
+  'aes-ccm': { keys: AES, salt: 3, icvs: [16, 12, 8], iv: 8 },
+  'chacha20-poly1305': { keys: [32], salt: 4, icvs: [16], iv: 8 },
+  'aes-gmac': { keys: AES, salt: 4, icvs: [16], iv: 8 },
+};
+
+/** RFC 2410; RFC 3602; RFC 3686; RFC 2451. */
+const CIPHERS: Readonly<Record<CipherName, Algorithm>> = {
+  null: { keys: [0], salt: 0, icvs: [], iv: 0 },
+  'aes-cbc': { keys: AES, salt: 0, icvs: [], iv: 16 },
+  'aes-ctr': { keys: AES, salt: 4, icvs: [], iv: 8 },
+  '3des-cbc': { keys: [24], salt: 0, icvs: [], iv: 8 },
+};
+
+/** RFC 2404; RFC 4868, 2.1.1; RFC 3566; RFC 4494; RFC 4543. The key lengths are the only ones these RFCs allow. */
+const AUTHS: Readonly<Record<AuthName, Algorithm>> = {
+  null: { keys: [0], salt: 0, icvs: [0], iv: 0 },
+  'hmac-sha1': { keys: [20], salt: 0, icvs: [12], iv: 0 },
+  'hmac-sha256': { keys: [32], salt: 0, icvs: [16], iv: 0 },
+  'hmac-sha384': { keys: [48], salt: 0, icvs: [24], iv: 0 },
+  'hmac-sha512': { keys: [64], salt: 0, icvs: [32], iv: 0 },
+  'aes-xcbc': { keys: [16], salt: 0, icvs: [12], iv: 0 },
+  'aes-cmac': { keys: [16], salt: 0, icvs: [12], iv: 0 },
+  'aes-gmac': { keys: AES, salt: 4, icvs: [16], iv: 8 },
+};
+
+const U16 = 0xffff;
+const U32 = 0xffffffff;
+const U64 = 0xffff_ffff_ffff_ffffn;
+
+/** The smallest window that RFC 4303, 3.4.3 allows, its default, and the largest that is implemented. */
+const Window = { min: 32, default: 64, max: 65_536 } as const;
+
+/** Transport protocols whose ports a selector can name. */
+const WITH_PORTS: readonly number[] = [
+  IpProtocol.tcp,
+  IpProtocol.udp,
+  IpProtocol.dccp,
+  IpProtocol.sctp,
+  IpProtocol.udpLite,
+];
+
+function keysOf<T extends string>(table: Readonly<Record<T, Algorithm>>): T[] {
+  return Object.keys(table).filter((name): name is T => name in table);
+}
+
+/** Key, salt and name of one algorithm, checked against its row. */
+function algorithm<T extends string>(fields: Fields, table: Readonly<Record<T, Algorithm>>) {
+  const name = fields.choice('name', keysOf(table));
+  const row = table[name];
+  const key = fields.bytes('key') ?? new SecretBytes(0);
+  if (!row.keys.includes(key.length)) {
+    const allowed = row.keys[0] === 0 ? `${name} takes no key` : `${name} takes a key of ${row.keys.join(', ')} bytes`;
+    const { length } = key;
+    key.wipe();
+    const hint = row.salt > 0 && row.keys.includes(length - row.salt) ? 'the salt is a field of its own' : undefined;
+    throw fieldError(SaErrorCode.keyLength, fields.at('key'), `has ${length} bytes; ${allowed}`, hint);
+  }
+  const salt = fields.bytes('salt');
+  if ((salt?.length ?? 0) !== row.salt) {
+    const allowed = row.salt === 0 ? `${name} takes no salt` : `${name} takes a salt of ${row.salt} bytes`;
+    throw fieldError(SaErrorCode.keyLength, fields.at('salt'), `has ${salt?.length ?? 0} bytes; ${allowed}`);
+  }
+  let icvLength = 0;
+  if (row.icvs.length > 0) {
+    icvLength = fields.integer('icvLength', 0, U16, row.icvs[0]);
+    if (!row.icvs.includes(icvLength)) {
+      throw fieldError(SaErrorCode.value, fields.at('icvLength'), `${name} has an ICV of ${row.icvs.join(', ')} bytes`);
+    }
+  }
+  return { name, row, key, ...(salt === null || row.salt === 0 ? {} : { salt }), icvLength };
+}
+
+/** RFC 2451, 2.3: with two equal neighbours 3DES is DES; such keys must be refused. The lowest bit of a byte is parity. */
+function refuseWeakTripleDes(key: Uint8Array, path: string): void {
+  const equal = (a: number, b: number): boolean => {
+    let difference = 0;
+    for (let i = 0; i < 8; i++) difference |= (key[a + i] ^ key[b + i]) & 0xfe;
+    return difference === 0;
+  };
+  if (equal(0, 8) || equal(8, 16)) {
+    throw fieldError(SaErrorCode.weakKey, path, 'two neighbouring thirds of a 3DES key are equal (RFC 2451, 2.3)');
+  }
+}
+
+type Algorithms = Pick<SecurityAssociation, 'aead' | 'cipher' | 'auth'> & { readonly ivLength: number };
+
+/** Either an AEAD, or a cipher and an authenticator (ESP), or an authenticator (AH). */
+function readAlgorithms(sa: Fields, protocol: Protocol): Algorithms {
+  if (sa.has('aead')) {
+    for (const other of ['cipher', 'auth']) {
+      if (sa.has(other)) throw fieldError(SaErrorCode.combination, sa.at(other), 'excludes aead');
+    }
+    if (protocol === 'ah') {
+      throw fieldError(SaErrorCode.combination, sa.at('aead'), 'AH takes auth, not aead', 'aes-gmac is an auth there');
+    }
+    const fields = new Fields(sa.raw('aead'), sa.at('aead'), ['name', 'key', 'salt', 'icvLength']);
+    const { name, row, key, salt, icvLength } = algorithm(fields, AEADS);
+    const aead: Aead = { name, key, salt: salt ?? new SecretBytes(0), icvLength };
+    return { aead, ivLength: row.iv };
+  }
+  if (!sa.has('auth')) {
+    const what = sa.has('cipher') ? 'a cipher without an authenticator is refused (RFC 8221, 4)' : 'is required';
+    const code = sa.has('cipher') ? SaErrorCode.combination : SaErrorCode.missing;
+    throw fieldError(code, sa.at('auth'), what, protocol === 'esp' ? 'give aead, or cipher and auth' : 'give auth');
+  }
+  const fields = new Fields(sa.raw('auth'), sa.at('auth'), ['name', 'key', 'salt', 'icvLength']);
+  const { row: authRow, ...auth }: { row: Algorithm } & Auth = algorithm(fields, AUTHS);
+  if (auth.name === 'null') {
+    throw fieldError(SaErrorCode.combination, fields.at('name'), 'packets without integrity are refused (RFC 8221, 4)');
+  }
+  if (protocol === 'ah') {
+    if (sa.has('cipher')) throw fieldError(SaErrorCode.combination, sa.at('cipher'), 'AH does not encrypt');
+    return { auth, ivLength: authRow.iv };
+  }
+  if (auth.name === 'aes-gmac') {
+    const hint = 'in ESP, aes-gmac is an aead (RFC 4543)';
+    throw fieldError(SaErrorCode.combination, fields.at('name'), 'is for AH only', hint);
+  }
+  if (!sa.has('cipher')) {
+    throw fieldError(SaErrorCode.missing, sa.at('cipher'), 'is required', 'integrity only is the cipher "null"');
+  }
+  const cipherFields = new Fields(sa.raw('cipher'), sa.at('cipher'), ['name', 'key', 'salt']);
+  const {
+    row,
+    icvLength: _none,
+    ...cipher
+  }: { row: Algorithm; icvLength: number } & Cipher = algorithm(cipherFields, CIPHERS);
+  if (cipher.name === '3des-cbc') refuseWeakTripleDes(cipher.key, cipherFields.at('key'));
+  return { cipher, auth, ivLength: row.iv };
+}
+
+function readTunnel(value: unknown, path: string): Tunnel {
+  const known = ['source', 'destination', 'ttl', 'hopLimit', 'dscp', 'df', 'flowLabel'];
+  const fields = new Fields(value, path, known);
+  const source = fields.address('source');
+  const destination = fields.address('destination');
+  if (source.length !== destination.length) {
+    throw fieldError(SaErrorCode.combination, fields.at('destination'), 'must be of the same family as source');
+  }
+  const ttl = fields.integer('ttl', 1, 255, 64);
+  const hopLimit = fields.integer('hopLimit', 1, 255, ttl);
+  return {
+    source,
+    destination,
+    ttl: source.length === 16 ? hopLimit : ttl,
+    dscp: fields.integer('dscp', 0, 63, 0),
+    df: fields.boolean('df'),
+    flowLabel: fields.integer('flowLabel', 0, 0xfffff, 0),
+  };
+}
+
+function readLifetime(value: unknown, path: string): Lifetime {
+  const fields = new Fields(value ?? {}, path, ['softPackets', 'hardPackets', 'softBytes', 'hardBytes']);
+  const limit = (name: keyof Lifetime): bigint => fields.bigint(name, 0n, U64, 0n);
+  const lifetime: Lifetime = {
+    softPackets: limit('softPackets'),
+    hardPackets: limit('hardPackets'),
+    softBytes: limit('softBytes'),
+    hardBytes: limit('hardBytes'),
+  };
+  for (const unit of ['Packets', 'Bytes'] as const) {
+    const hard = lifetime[`hard${unit}`];
+    if (hard !== 0n && lifetime[`soft${unit}`] > hard) {
+      throw fieldError(SaErrorCode.combination, fields.at(`soft${unit}`), `must not be beyond hard${unit}`);
+    }
+  }
+  return lifetime;
+}
+
+function readSelector(value: unknown, path: string): Selector {
+  const known = ['source', 'destination', 'protocol', 'sourcePort', 'destinationPort'];
+  const fields = new Fields(value ?? {}, path, known);
+  const source = fields.prefix('source');
+  const destination = fields.prefix('destination');
+  if (source !== null && destination !== null && source.address.length !== destination.address.length) {
+    throw fieldError(SaErrorCode.combination, fields.at('destination'), 'must be of the same family as source');
+  }
+  const protocol = fields.has('protocol') ? fields.integer('protocol', 0, 255) : undefined;
+  const port = (name: string): number | undefined => {
+    if (!fields.has(name)) return undefined;
+    if (protocol !== undefined && !WITH_PORTS.includes(protocol)) {
+      throw fieldError(SaErrorCode.combination, fields.at(name), 'the selector names a protocol without ports');
+    }
+    return fields.integer(name, 0, U16);
+  };
+  const sourcePort = port('sourcePort');
+  const destinationPort = port('destinationPort');
+  return {
+    ...(source === null ? {} : { source }),
+    ...(destination === null ? {} : { destination }),
+    ...(protocol === undefined ? {} : { protocol }),
+    ...(sourcePort === undefined ? {} : { sourcePort }),
+    ...(destinationPort === undefined ? {} : { destinationPort }),
+  };
+}
+
+function readOptions(value: unknown, path: string): SaOptions {
+  const fields = new Fields(value ?? {}, path, ['esn', 'copyDscp', 'copyDf', 'decrementTtl', 'ecn']);
+  return {
+    esn: fields.boolean('esn'),
+    copyDscp: fields.boolean('copyDscp'),
+    copyDf: fields.boolean('copyDf'),
+    decrementTtl: fields.boolean('decrementTtl'),
+    ecn: fields.boolean('ecn'),
+  };
+}
+
+function readInitial(sa: Fields, direction: Direction, esn: boolean, ivLength: number): SecurityAssociation['initial'] {
+  const fields = new Fields(sa.raw('initial') ?? {}, sa.at('initial'), ['sequence', 'iv']);
+  const least = direction === 'outbound' ? 1n : 0n;
+  const sequence = fields.bigint('sequence', least, esn ? U64 : BigInt(U32), least);
+  const iv = fields.bytes('iv');
+  if (iv === null) return { sequence };
+  if (iv.length !== ivLength) {
+    const allowed = ivLength === 0 ? 'this SA carries no IV' : `this SA carries ${ivLength}`;
+    throw fieldError(SaErrorCode.value, fields.at('iv'), `has ${iv.length} bytes; ${allowed}`);
+  }
+  return { sequence, iv: new Uint8Array(iv) };
+}
+
+function readUdpEncap(sa: Fields, protocol: Protocol): SecurityAssociation['udpEncap'] {
+  if (!sa.has('udpEncap')) return undefined;
+  if (protocol === 'ah') {
+    throw fieldError(SaErrorCode.combination, sa.at('udpEncap'), 'AH cannot be carried in UDP (RFC 3948, 1)');
+  }
+  const fields = new Fields(sa.raw('udpEncap'), sa.at('udpEncap'), ['sourcePort', 'destinationPort']);
+  return {
+    sourcePort: fields.integer('sourcePort', 1, U16, UdpEsp.port),
+    destinationPort: fields.integer('destinationPort', 1, U16, UdpEsp.port),
+  };
+}
+
+const SA_FIELDS = [
+  'name',
+  'direction',
+  'protocol',
+  'mode',
+  'spi',
+  'aead',
+  'cipher',
+  'auth',
+  'tunnel',
+  'udpEncap',
+  'options',
+  'replayWindow',
+  'lifetime',
+  'tfcPadding',
+  'initial',
+  'selector',
+] as const;
+
+/**
+ * Checks one SA. `input` is a `SecurityAssociationInput` or anything else a caller may have read from somewhere; a
+ * `SecurityAssociation` is accepted too. `path` is the name that errors give it.
+ */
+export function validateSa(input: unknown, path = 'sa'): SecurityAssociation {
+  const sa = new Fields(input, path, SA_FIELDS);
+  const name = sa.raw('name');
+  if (name !== undefined && (typeof name !== 'string' || name.length > 64)) {
+    throw fieldError(SaErrorCode.value, sa.at('name'), 'must be text of at most 64 characters');
+  }
+  const direction = sa.choice<Direction>('direction', ['outbound', 'inbound']);
+  const protocol = sa.choice<Protocol>('protocol', ['esp', 'ah'], 'esp');
+  const mode = sa.choice<Mode>('mode', ['tunnel', 'transport']);
+  const spi = sa.integer('spi', 1, U32);
+  const { ivLength, ...algorithms } = readAlgorithms(sa, protocol);
+  if (mode === 'transport' && sa.has('tunnel')) {
+    throw fieldError(SaErrorCode.combination, sa.at('tunnel'), 'belongs to tunnel mode');
+  }
+  if (mode === 'tunnel' && direction === 'outbound') sa.required('tunnel');
+  const tunnel = sa.has('tunnel') ? readTunnel(sa.raw('tunnel'), sa.at('tunnel')) : undefined;
+  const udpEncap = readUdpEncap(sa, protocol);
+  const options = readOptions(sa.raw('options'), sa.at('options'));
+  const replayWindow = sa.integer('replayWindow', 0, Window.max, Window.default);
+  if (replayWindow !== 0 && replayWindow < Window.min) {
+    const what = `must be 0 (no replay check) or ${Window.min} to ${Window.max} (RFC 4303, 3.4.3)`;
+    throw fieldError(SaErrorCode.value, sa.at('replayWindow'), what);
+  }
+  const tfcPadding = sa.integer('tfcPadding', 0, U16, 0);
+  if (tfcPadding > 0 && (protocol === 'ah' || mode === 'transport')) {
+    throw fieldError(SaErrorCode.combination, sa.at('tfcPadding'), 'belongs to ESP in tunnel mode (RFC 4303, 2.7)');
+  }
+  return {
+    ...(name === undefined ? {} : { name }),
+    direction,
+    protocol,
+    mode,
+    spi,
+    ...algorithms,
+    ...(tunnel === undefined ? {} : { tunnel }),
+    ...(udpEncap === undefined ? {} : { udpEncap }),
+    options,
+    replayWindow,
+    lifetime: readLifetime(sa.raw('lifetime'), sa.at('lifetime')),
+    tfcPadding,
+    initial: readInitial(sa, direction, options.esn, ivLength),
+    selector: readSelector(sa.raw('selector'), sa.at('selector')),
+  };
+}
+
+/** Which inbound packets find the SA: two with the same text could not be told apart. */
+function inboundIdentity(sa: SecurityAssociation): string {
+  const destination = sa.tunnel?.destination ?? sa.selector.destination?.address;
+  return `${sa.protocol} ${sa.spi} ${destination === undefined ? '' : Buffer.from(destination).toString('hex')}`;
+}
+
+/** Fingerprint of key and salt of an SA whose nonces are counted; `null` when a repeated key repeats no nonce. */
+function nonceIdentity(sa: SecurityAssociation): string | null {
+  const part = sa.aead ?? (sa.cipher?.name === 'aes-ctr' ? sa.cipher : sa.auth?.name === 'aes-gmac' ? sa.auth : null);
+  if (part === null || part.salt === undefined) return null;
+  const kind = part.name === 'aes-gmac' ? 'aes-gcm' : part.name;
+  return createHash('sha256').update(kind).update(part.salt).update(part.key).digest('hex');
+}
+
+/**
+ * Checks the SAs of one file or call, and that they can live together: no two inbound ones that a packet cannot tell
+ * apart, no two outbound ones that would count nonces up under the same key and salt.
+ */
+export function validateSas(inputs: readonly unknown[], path = 'sas'): SecurityAssociation[] {
+  const sas = inputs.map((input, i) => validateSa(input, `${path}[${i}]`));
+  const inbound = new Map<string, number>();
+  const nonces = new Map<string, number>();
+  sas.forEach((sa, i) => {
+    if (sa.direction === 'inbound') {
+      const identity = inboundIdentity(sa);
+      const other = inbound.get(identity);
+      if (other !== undefined) {
+        const what = `${path}[${other}] has the same SPI, protocol and destination`;
+        throw fieldError(SaErrorCode.duplicate, `${path}[${i}].spi`, what);
+      }
+      inbound.set(identity, i);
+      return;
+    }
+    const identity = nonceIdentity(sa);
+    if (identity === null) return;
+    const other = nonces.get(identity);
+    if (other !== undefined) {
+      const what = `${path}[${other}] sends with the same key and salt: nonces would repeat`;
+      throw fieldError(SaErrorCode.keyReused, `${path}[${i}]`, what, 'give each outbound SA a key of its own');
+    }
+    nonces.set(identity, i);
+  });
+  return sas;
+}
