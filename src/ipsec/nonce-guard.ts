@@ -1,0 +1,167 @@
+/**
+ * A nonce is never used twice: AES-GCM and the other counter modes lose their secrecy and their authenticity with one repeated nonce
+ * (RFC 4106, section 1; RFC 8221, section 3).
+ *
+ * An SA object cannot carry a start sequence and does not say how the device makes its IVs. So an outbound SA that ran
+ * inline has used every nonce of its key and salt, and is not created again: after a reset, a crash, or a move to software, the way
+ * out is a new key. In software the nonces are counted, and a key may come back with a start beyond the last one
+ * used. What is remembered is a keyed hash of key and salt, for as long as the process lives and, when a path is given, on disk.
+ *
+ * Left out: inbound SAs (the peer makes their nonces), and transforms with random IVs.
+ */
+import { createHmac, randomBytes } from 'node:crypto';
+import { IpsecError } from '../errors.ts';
+import { NonceFile } from './nonce-file.ts';
+import type { Where } from './placement.ts';
+import type { SecurityAssociation } from './sa.ts';
+
+/** IVs of counter modes are 8 bytes: one more than the last. */
+const IV_END = 1n << 64n;
+const SEQUENCE_END = 1n << 32n;
+
+/** IVs from 0 to `next - 1` have been used, or may have been; `live` while an SA goes on using them. */
+interface Used {
+  next: bigint;
+  live: boolean;
+}
+
+/** What one process remembers. Hashes are keyed with random bytes that exist nowhere else. */
+export class NonceMemory {
+  readonly #pepper = randomBytes(32);
+  readonly #used = new Map<string, Used>();
+
+  fingerprint(material: Uint8Array): string {
+    return fingerprint(this.#pepper, material);
+  }
+
+  get(id: string): Used | undefined {
+    return this.#used.get(id);
+  }
+
+  set(id: string, used: Used | undefined): void {
+    if (used === undefined) this.#used.delete(id);
+    else this.#used.set(id, used);
+  }
+}
+
+/** Shared by all guards of the process. */
+const processMemory = new NonceMemory();
+
+/** An SA's right to its nonces. Exactly one of the methods is called, once; until then the nonces count as in use. */
+export interface NonceClaim {
+  /**
+   * The SA is over. `nextSequence` is the number that its next packet would have had; without it every nonce counts as used.
+   */
+  release(nextSequence?: bigint): void;
+  /** The SA never came to be, and surely no packet was sent with it: things are as before. */
+  cancel(): void;
+}
+
+const nothingToGuard: NonceClaim = { release: () => {}, cancel: () => {} };
+
+/** A keyed hash of key material, 128 bits in hexadecimal. */
+export function fingerprint(pepper: Uint8Array, material: Uint8Array): string {
+  return createHmac('sha256', pepper).update(material).digest('hex').slice(0, 32);
+}
+
+/**
+ * Key and salt of an outbound counter-mode SA as bytes, or null. The algorithm is not part of it, because the same AES key
+ * serves GCM, GMAC and CTR alike. The caller wipes it.
+ */
+function nonceMaterial(sa: SecurityAssociation): Uint8Array | null {
+  if (sa.direction !== 'outbound') return null;
+  const counted =
+    sa.aead ?? (sa.cipher?.name === 'aes-ctr' ? sa.cipher : sa.auth?.name === 'aes-gmac' ? sa.auth : null);
+  if (counted === null) return null;
+  const salt = counted.salt ?? new Uint8Array(0);
+  const material = new Uint8Array(1 + counted.key.length + salt.length);
+  material[0] = counted.key.length;
+  material.set(counted.key, 1);
+  material.set(salt, 1 + counted.key.length);
+  return material;
+}
+
+/** The first explicit IV of a software SA, and how many it could use until its sequence numbers run out. */
+function plannedIvs(sa: SecurityAssociation): { first: bigint; room: bigint } {
+  let first = sa.initial.sequence;
+  if (sa.initial.iv !== undefined) {
+    first = 0n;
+    for (const byte of sa.initial.iv) first = (first << 8n) | BigInt(byte);
+  }
+  return { first, room: (sa.options.esn ? IV_END : SEQUENCE_END) - sa.initial.sequence };
+}
+
+export class NonceGuard {
+  readonly #memory: NonceMemory;
+  readonly #file: NonceFile | null;
+
+  /** With `path`, also what earlier processes used is refused. Throws IpsecError `NONCE_FILE_INVALID` or `NONCE_FILE_FAILED`. */
+  constructor(options: { readonly path?: string; readonly memory?: NonceMemory } = {}) {
+    this.#memory = options.memory ?? processMemory;
+    this.#file = options.path === undefined ? null : NonceFile.open(options.path);
+  }
+
+  /**
+   * Asks for the nonces that `sa` will use in its place, before the SA is made. Throws IpsecError `NONCE_REUSE` when one of them was used or
+   * may be used; then nothing has changed.
+   */
+  claim(sa: SecurityAssociation, where: Where): NonceClaim {
+    const material = nonceMaterial(sa);
+    if (material === null) return nothingToGuard;
+    try {
+      return this.#claim(sa, where, material);
+    } finally {
+      material.fill(0);
+    }
+  }
+
+  #claim(sa: SecurityAssociation, where: Where, material: Uint8Array): NonceClaim {
+    const memory = this.#memory;
+    const file = this.#file;
+    const id = memory.fingerprint(material);
+    const before = memory.get(id);
+    if (before !== undefined) refuseOverlap(sa, where, before.next, before.live);
+    const fileId = file === null ? '' : fingerprint(file.pepper, material);
+    const fileBefore = file?.claim(fileId, (used) => refuseOverlap(sa, where, used.next, used.live)) ?? 0n;
+    memory.set(id, { next: before?.next ?? fileBefore, live: true });
+
+    let open = true;
+    const { first } = plannedIvs(sa);
+    const start = sa.initial.sequence;
+    return {
+      release: (nextSequence) => {
+        if (!open) return;
+        open = false;
+        const counted = where === 'software' && nextSequence !== undefined;
+        const end = counted ? first + (nextSequence - start) : IV_END;
+        const next = end > IV_END ? IV_END : end;
+        memory.set(id, { next, live: false });
+        file?.free(fileId, next);
+      },
+      cancel: () => {
+        if (!open) return;
+        open = false;
+        memory.set(id, before);
+        file?.free(fileId, fileBefore);
+      },
+    };
+  }
+
+  close(): void {
+    this.#file?.close();
+  }
+}
+
+function refuseOverlap(sa: SecurityAssociation, where: Where, next: bigint, live: boolean): void {
+  const hint = 'Give the SA a new key.';
+  if (live) throw new IpsecError('NONCE_REUSE', 'another outbound SA uses the same key and salt', { hint });
+  if (next === 0n) return;
+  if (where === 'inline') {
+    const what = 'an outbound SA with this key and salt has sent packets: the device would repeat its nonces';
+    throw new IpsecError('NONCE_REUSE', what, { hint });
+  }
+  const { first, room } = plannedIvs(sa);
+  if (first >= next && first + room <= IV_END) return;
+  const what = 'an outbound SA with this key and salt has sent packets with these nonces';
+  throw new IpsecError('NONCE_REUSE', what, { hint });
+}
