@@ -53,6 +53,9 @@ export class PacketPool {
   /** Handle of the SA that is to protect, or has protected, the packet; 0 is in the clear. */
   readonly sa: Uint32Array;
   readonly flags: Uint32Array;
+  /** With `needsChecksum`: where the checksummed bytes begin, and where in them the checksum goes; bytes from the packet's start. */
+  readonly checksumStart: Uint16Array;
+  readonly checksumOffset: Uint16Array;
   /** Next packet of the chain, or `NO_PACKET`. */
   readonly next: Uint32Array;
 
@@ -82,6 +85,8 @@ export class PacketPool {
     this.length = new Uint32Array(count);
     this.sa = new Uint32Array(count);
     this.flags = new Uint32Array(count);
+    this.checksumStart = new Uint16Array(count);
+    this.checksumOffset = new Uint16Array(count);
     this.next = new Uint32Array(count).fill(NO_PACKET);
     this.#held = new Uint8Array(count);
     this.#free = new Uint32Array(count);
