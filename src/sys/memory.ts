@@ -51,9 +51,14 @@ export function mapAnonymous(size: number, options: { readonly reserve?: boolean
  * Maps `size` bytes of a file, memfd or device from `offset` on, shared with whoever else maps it. `offset` is a multiple of
  * the page size, `size` of 4. Writing through views of memory that was mapped without `write` ends the process, and so does
  * touching a page that the file no longer has: of a regular file, or memfd, the range must lie inside of it now (else `ENXIO`),
- * and only a seal keeps its owner from shrinking it later.
+ * and only a seal keeps its owner from shrinking it later. `populate` makes the pages present at once.
  */
-export function mapShared(fd: number, offset: number, size: number, options: { write: boolean }): MappedMemory {
+export function mapShared(
+  fd: number,
+  offset: number,
+  size: number,
+  options: { write: boolean; populate?: boolean },
+): MappedMemory {
   if (!Number.isSafeInteger(offset) || offset < 0 || offset % PAGE_SIZE !== 0) {
     throw new RangeError(`offset ${offset} is not a multiple of the page size`);
   }
@@ -63,7 +68,8 @@ export function mapShared(fd: number, offset: number, size: number, options: { w
     throw new SystemError('mmap', os.errno.ENXIO, 'ENXIO', `the file ends at ${file.size}, before ${offset + size}`);
   }
   const prot = options.write ? Prot.read | Prot.write : Prot.read;
-  return wrap(mmap(0, size, prot, MapFlag.shared, fd, offset), size);
+  const flags = options.populate === true ? MapFlag.shared | MapFlag.populate : MapFlag.shared;
+  return wrap(mmap(0, size, prot, flags, fd, offset), size);
 }
 
 /** Detaches the views of `memory` and unmaps it. Idempotent. */

@@ -4,6 +4,7 @@
  * Everything here is synchronous: a register access is a memory access with kernel VFIO and a message with
  * vfio-user. Every method throws `VfioError` with code `DEVICE_GONE` once the function is lost.
  */
+import type { VfioError } from '../errors.ts';
 import type { DmaMemory } from '../sys/memory.ts';
 
 /** Region indices of a VFIO PCI device (linux/vfio.h). BAR n is region n. */
@@ -48,6 +49,11 @@ export interface PciFunction {
   reset(): void;
   /** True once the device process died, the socket broke or the function was unplugged. */
   readonly gone: boolean;
+  /**
+   * Calls `listener` once with the reason when the function is lost while it is open (at once if it already is). Only on
+   * functions that find out by themselves.
+   */
+  onGone?(listener: (reason: VfioError) => void): void;
   /** Resets the function if it is still there, unmaps all DMA, closes descriptors. Idempotent. */
   close(): void;
 }

@@ -1,0 +1,218 @@
+/**
+ * DMA memory: where it comes from and which I/O virtual addresses it gets.
+ *
+ * Memory is cut from a memfd that grows as needed, so that a vfio-user server can map it; each allocation has its own mapping here,
+ * and views of it can be detached alone. How an allocation is made known to the device is a callback: a DMA_MAP message, or an ioctl
+ * of kernel VFIO.
+ */
+import { SystemError, VfioError } from '../errors.ts';
+import * as libc from '../sys/libc.ts';
+import { type DmaMemory, type MappedMemory, mapShared, unmapMemory } from '../sys/memory.ts';
+import type { IovaRange } from './function.ts';
+import { RangeAllocator } from './range-allocator.ts';
+
+/** One allocation never crosses a multiple of this, so that the upper half of its addresses is one number. */
+export const IOVA_BOUNDARY = 2 ** 32;
+const HUGE_PAGE_SIZE = 2 * 1024 * 1024;
+/** MFD_HUGE_2MB: log2 of the page size from bit 26 on (memfd_create(2)). */
+const MFD_HUGE_2MB = 21 * 2 ** 26;
+/** No file of ours grows beyond this. */
+const FILE_END = 2 ** 40;
+
+/** What the device is told about an allocation. */
+export interface DmaMapping {
+  readonly iova: number;
+  readonly size: number;
+  /** Virtual address in this process (kernel VFIO). */
+  readonly address: number;
+  /** File and offset of the memory (vfio-user). */
+  readonly fd: number;
+  readonly offset: number;
+}
+
+/** Makes memory known to the device, or withdraws it. Either may throw; a mapping that was not withdrawn is never reused. */
+export interface DmaMapper {
+  map(mapping: DmaMapping): void;
+  unmap(mapping: DmaMapping): void;
+}
+
+export interface DmaArenaOptions {
+  /** Use 2 MiB pages for allocations of 1 MiB and more, where the system has them; else ordinary pages. Default false. */
+  readonly hugePages?: boolean;
+  /** Smallest page that the device can map: a power of two, at least 4096 (the default). */
+  readonly pageSize?: number;
+}
+
+interface Allocation {
+  readonly mapping: DmaMapping;
+  readonly memory: MappedMemory;
+  readonly file: BackingFile;
+}
+
+export class DmaArena {
+  readonly #mapper: DmaMapper;
+  readonly #iovas: RangeAllocator;
+  readonly #pageSize: number;
+  readonly #hugePages: boolean;
+  readonly #live = new Map<DmaMemory, Allocation>();
+  readonly #files = new Map<number, BackingFile>();
+  #closed = false;
+
+  constructor(mapper: DmaMapper, iovaRanges: readonly IovaRange[], options: DmaArenaOptions = {}) {
+    this.#mapper = mapper;
+    this.#iovas = new RangeAllocator(iovaRanges, IOVA_BOUNDARY);
+    this.#pageSize = Math.max(options.pageSize ?? libc.PAGE_SIZE, libc.PAGE_SIZE);
+    this.#hugePages = options.hugePages ?? false;
+  }
+
+  /** Number of allocations that are mapped now. */
+  get count(): number {
+    return this.#live.size;
+  }
+
+  /**
+   * Zeroed memory that the device can reach, rounded up to pages. Throws VfioError `IOVA_EXHAUSTED`, SystemError `ENOSPC` or
+   * `ENOMEM`, or what the mapper throws; then nothing has changed.
+   */
+  allocate(size: number): DmaMemory {
+    if (this.#closed) throw new VfioError('DMA_CLOSED', 'the function is closed: no more DMA memory');
+    if (!Number.isSafeInteger(size) || size <= 0 || size > IOVA_BOUNDARY)
+      throw new RangeError(`cannot allocate ${size} bytes`);
+    if (this.#hugePages && size >= HUGE_PAGE_SIZE / 2) {
+      try {
+        return this.#allocate(size, Math.max(this.#pageSize, HUGE_PAGE_SIZE), MFD_HUGE_2MB);
+      } catch (error) {
+        // No huge pages (left): that is no reason to fail.
+        if (!(error instanceof SystemError)) throw error;
+      }
+    }
+    return this.#allocate(size, this.#pageSize, 0);
+  }
+
+  #allocate(size: number, pageSize: number, hugeFlag: number): DmaMemory {
+    const bytes = Math.ceil(size / pageSize) * pageSize;
+    const file = this.#file(hugeFlag);
+    const iova = this.#iovas.allocate(bytes, pageSize);
+    if (iova < 0) throw new VfioError('IOVA_EXHAUSTED', `no free range of ${bytes} bytes of I/O virtual addresses`);
+    let offset = -1;
+    let memory: MappedMemory | null = null;
+    try {
+      offset = file.allocate(bytes, pageSize);
+      memory = mapShared(file.fd, offset, bytes, { write: true, populate: true });
+      const mapping = { iova, size: bytes, address: memory.address, fd: file.fd, offset };
+      this.#mapper.map(mapping);
+      const dma = dmaMemory(memory, iova);
+      this.#live.set(dma, { mapping, memory, file });
+      return dma;
+    } catch (error) {
+      if (memory !== null) unmapMemory(memory);
+      if (offset >= 0) file.free(offset, bytes);
+      this.#iovas.free(iova, bytes);
+      throw error;
+    }
+  }
+
+  /**
+   * Withdraws memory from the device, detaches its views and releases it. Throws RangeError for memory that is not ours or was freed. When the
+   * device does not confirm, the views are detached all the same, the error is passed on, and addresses and pages are never used again.
+   */
+  free(memory: DmaMemory): void {
+    const allocation = this.#live.get(memory);
+    if (allocation === undefined) throw new RangeError('this memory is not allocated here');
+    this.#live.delete(memory);
+    try {
+      this.#mapper.unmap(allocation.mapping);
+    } finally {
+      unmapMemory(allocation.memory);
+    }
+    const { iova, size, offset } = allocation.mapping;
+    this.#iovas.free(iova, size);
+    allocation.file.free(offset, size);
+  }
+
+  /** The memory that holds all of `count` bytes from `iova` on, and where in it they start; null when no allocation does. */
+  find(iova: number, count: number): { memory: DmaMemory; offset: number } | null {
+    for (const memory of this.#live.keys()) {
+      const offset = iova - memory.iova;
+      if (offset >= 0 && offset + count <= memory.size) return { memory, offset };
+    }
+    return null;
+  }
+
+  /** Releases everything, telling the device only if `tellDevice`. Errors of the mapper do not keep the rest from being released. Idempotent. */
+  close(tellDevice: boolean): void {
+    this.#closed = true;
+    for (const { mapping, memory } of this.#live.values()) {
+      try {
+        if (tellDevice) this.#mapper.unmap(mapping);
+      } catch {
+        // The device is on its way out: what matters is that our own memory goes.
+      }
+      unmapMemory(memory);
+    }
+    this.#live.clear();
+    for (const file of this.#files.values()) file.close();
+    this.#files.clear();
+  }
+
+  #file(hugeFlag: number): BackingFile {
+    let file = this.#files.get(hugeFlag);
+    if (file === undefined) {
+      file = new BackingFile(hugeFlag);
+      this.#files.set(hugeFlag, file);
+    }
+    return file;
+  }
+}
+
+/** A memfd whose pages are given out, and returned zeroed. Sealed against shrinking, so that the other side can map it without fear. */
+class BackingFile {
+  readonly fd: number;
+  readonly #ranges = new RangeAllocator([{ start: 0, last: FILE_END - 1 }], FILE_END);
+  #size = 0;
+
+  constructor(hugeFlag: number) {
+    const huge = hugeFlag === 0 ? 0 : libc.MemfdFlag.hugeTlb | hugeFlag;
+    this.fd = libc.memfdCreate('virtio-ipsec-dma', libc.MemfdFlag.cloexec | libc.MemfdFlag.allowSealing | huge);
+    libc.fcntl(this.fd, libc.FcntlCommand.addSeals, libc.Seal.shrink);
+  }
+
+  /** Offset of `size` bytes whose pages exist, so that touching them cannot fail. */
+  allocate(size: number, alignment: number): number {
+    const offset = this.#ranges.allocate(size, alignment);
+    if (offset < 0) throw new VfioError('DMA_EXHAUSTED', `no room for ${size} bytes of DMA memory`);
+    try {
+      if (offset + size > this.#size) {
+        libc.ftruncate(this.fd, offset + size);
+        this.#size = offset + size;
+      }
+      libc.fallocate(this.fd, libc.FallocateMode.allocate, offset, size);
+      return offset;
+    } catch (error) {
+      this.#ranges.free(offset, size);
+      throw error;
+    }
+  }
+
+  free(offset: number, size: number): void {
+    libc.fallocate(this.fd, libc.FallocateMode.punchHole | libc.FallocateMode.keepSize, offset, size);
+    this.#ranges.free(offset, size);
+  }
+
+  close(): void {
+    libc.close(this.fd);
+  }
+}
+
+function dmaMemory(memory: MappedMemory, iova: number): DmaMemory {
+  return {
+    address: memory.address,
+    size: memory.size,
+    u8: memory.u8,
+    u16: memory.u16,
+    u32: memory.u32,
+    iova,
+    iovaLow: iova % IOVA_BOUNDARY,
+    iovaHigh: Math.floor(iova / IOVA_BOUNDARY),
+  };
+}
