@@ -113,10 +113,11 @@ export class DmaArena {
   }
 
   /**
-   * Withdraws memory from the device, detaches its views and releases it. Throws RangeError for memory that is not ours or was freed. When the
+   * Withdraws memory from the device, detaches its views and releases it; after `close` that is done already. Throws RangeError for memory that is not ours or was freed. When the
    * device does not confirm, the views are detached all the same, the error is passed on, and addresses and pages are never used again.
    */
   free(memory: DmaMemory): void {
+    if (this.#closed) return;
     const allocation = this.#live.get(memory);
     if (allocation === undefined) throw new RangeError('this memory is not allocated here');
     this.#live.delete(memory);

@@ -94,6 +94,9 @@ export class Interrupts {
     if (this.#vectors.length === 0) return;
     try {
       if (!this.#fn.gone) this.#fn.setInterrupts([]);
+    } catch (error) {
+      // A function that was closed before has no interrupts either.
+      if (!(error instanceof VfioError && error.code === 'DEVICE_GONE')) throw error;
     } finally {
       this.#fail(new VfioError('INTERRUPTS_CLOSED', 'the interrupts of the function were closed'));
       this.#release();

@@ -115,6 +115,20 @@ export function protocolError(message: string, cause?: unknown): VfioError {
   return new VfioError('PROTOCOL', `vfio-user: ${message}`, cause === undefined ? {} : { cause });
 }
 
+const COMMAND_NAMES = new Map<number, string>(
+  Object.entries(Command).map(([name, value]) => [value, name.replace(/[A-Z]/g, '_$&').toUpperCase()]),
+);
+
+/** Name of a command as the protocol spells it: `DMA_MAP`. */
+export function commandName(command: number): string {
+  return COMMAND_NAMES.get(command) ?? `command ${command}`;
+}
+
+/** The command of a message that was encoded here. */
+export function commandOf(message: Uint8Array): number {
+  return readU16(message, Header.command);
+}
+
 // --- messages
 
 /** A request with `payloadLength` zeroed bytes of payload. */
@@ -272,6 +286,14 @@ export function decodeDmaUnmap(payload: Uint8Array): DmaUnmapMessage {
     address: readU64(payload, DmaUnmap.address),
     size: readU64(payload, DmaUnmap.size),
   };
+}
+
+/** Checks that the payload of a reply says that exactly this range was unmapped. */
+export function checkUnmapped(payload: Uint8Array, address: number, size: number): void {
+  exactly('DMA_UNMAP reply', payload, DmaUnmap.length);
+  const unmapped = decodeDmaUnmap(payload);
+  if (unmapped.address !== address || unmapped.size !== size)
+    throw protocolError('another range was unmapped than asked');
 }
 
 // --- DEVICE_GET_INFO

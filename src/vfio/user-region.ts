@@ -1,0 +1,154 @@
+/**
+ * A region of a vfio-user device: messages to the server, and plain memory accesses where the server lets us map it.
+ */
+import { VfioError } from '../errors.ts';
+import { readU16, readU32, writeU16, writeU32 } from '../sys/little-endian.ts';
+import { type MappedMemory, mapShared, unmapMemory } from '../sys/memory.ts';
+import { checkAccess, Registers } from '../sys/registers.ts';
+import type { Region } from './function.ts';
+import * as protocol from './protocol.ts';
+import type { UserSession } from './user-session.ts';
+
+/** More areas than this are left unmapped and reached by messages. */
+const MAX_AREAS = 64;
+const PAGE_SIZE = 4096;
+
+interface MappedArea {
+  readonly start: number;
+  readonly end: number;
+  readonly memory: MappedMemory;
+  readonly registers: Registers;
+}
+
+export class UserRegion implements Region {
+  readonly index: number;
+  readonly size: number;
+  /** Do not wait for the replies to writes that take a message. */
+  postWrites = false;
+  readonly #flags: number;
+  readonly #session: UserSession;
+  readonly #areas: MappedArea[];
+  readonly #value = new Uint8Array(4);
+
+  /** `fd` is the descriptor that came with `info`, or -1; it stays the caller's. */
+  constructor(session: UserSession, info: protocol.RegionInfo, fd: number) {
+    this.index = info.index;
+    this.size = info.size;
+    this.#flags = info.flags;
+    this.#session = session;
+    this.#areas = fd < 0 ? [] : mapAreas(info, fd);
+  }
+
+  /** Whether any of it is reached without messages. */
+  get mapped(): boolean {
+    return this.#areas.length > 0;
+  }
+
+  read8(offset: number): number {
+    const area = this.#enter(offset, 1, protocol.RegionFlag.read);
+    return area === null ? this.#read(offset, 1)[0] : area.registers.read8(offset - area.start);
+  }
+
+  read16(offset: number): number {
+    const area = this.#enter(offset, 2, protocol.RegionFlag.read);
+    return area === null ? readU16(this.#read(offset, 2), 0) : area.registers.read16(offset - area.start);
+  }
+
+  read32(offset: number): number {
+    const area = this.#enter(offset, 4, protocol.RegionFlag.read);
+    return area === null ? readU32(this.#read(offset, 4), 0) : area.registers.read32(offset - area.start);
+  }
+
+  write8(offset: number, value: number): void {
+    const area = this.#enter(offset, 1, protocol.RegionFlag.write);
+    if (area !== null) {
+      area.registers.write8(offset - area.start, value);
+      return;
+    }
+    this.#value[0] = value;
+    this.#write(offset, 1);
+  }
+
+  write16(offset: number, value: number): void {
+    const area = this.#enter(offset, 2, protocol.RegionFlag.write);
+    if (area !== null) {
+      area.registers.write16(offset - area.start, value);
+      return;
+    }
+    writeU16(this.#value, 0, value);
+    this.#write(offset, 2);
+  }
+
+  write32(offset: number, value: number): void {
+    const area = this.#enter(offset, 4, protocol.RegionFlag.write);
+    if (area !== null) {
+      area.registers.write32(offset - area.start, value);
+      return;
+    }
+    writeU32(this.#value, 0, value);
+    this.#write(offset, 4);
+  }
+
+  /** Unmaps what is mapped. */
+  close(): void {
+    for (const area of this.#areas.splice(0)) unmapMemory(area.memory);
+  }
+
+  /** Checks an access; the area that holds all of it, or null when it takes a message. */
+  #enter(offset: number, width: number, right: number): MappedArea | null {
+    this.#session.check();
+    checkAccess(offset, width, this.size);
+    if ((this.#flags & right) === 0) {
+      const what = right === protocol.RegionFlag.read ? 'read' : 'written';
+      throw new VfioError('REGION_ACCESS', `region ${this.index} cannot be ${what}`);
+    }
+    for (const area of this.#areas) if (offset >= area.start && offset + width <= area.end) return area;
+    return null;
+  }
+
+  #read(offset: number, count: number): Uint8Array {
+    const payload = this.#session.request(protocol.encodeRegionRead(this.index, offset, count));
+    return this.#checkReply(payload, offset, count, true).data;
+  }
+
+  /** Writes the first `count` bytes of `#value`. */
+  #write(offset: number, count: number): void {
+    const data = this.#value.subarray(0, count);
+    if (this.postWrites) {
+      this.#session.post(protocol.encodeRegionWrite(this.index, offset, data, protocol.HeaderFlag.noReply));
+      return;
+    }
+    const payload = this.#session.request(protocol.encodeRegionWrite(this.index, offset, data));
+    this.#checkReply(payload, offset, count, false);
+  }
+
+  #checkReply(payload: Uint8Array, offset: number, count: number, carriesData: boolean): protocol.RegionAccessMessage {
+    try {
+      const access = protocol.decodeRegionAccess(payload, carriesData);
+      if (access.region !== this.index || access.offset !== offset || access.count !== count) {
+        throw protocol.protocolError('the reply is about another access than the request');
+      }
+      return access;
+    } catch (error) {
+      throw error instanceof VfioError ? this.#session.fail(error) : error;
+    }
+  }
+}
+
+/** Maps the areas that `info` names. Those that are not whole pages stay with messages. */
+function mapAreas(info: protocol.RegionInfo, fd: number): MappedArea[] {
+  const areas = info.areas ?? [{ offset: 0, size: info.size }];
+  const write = (info.flags & protocol.RegionFlag.write) !== 0;
+  const mapped: MappedArea[] = [];
+  try {
+    for (const { offset, size } of areas.slice(0, MAX_AREAS)) {
+      if (size === 0 || size % PAGE_SIZE !== 0 || (info.offset + offset) % PAGE_SIZE !== 0) continue;
+      const memory = mapShared(fd, info.offset + offset, size, { write });
+      mapped.push({ start: offset, end: offset + size, memory, registers: new Registers(memory) });
+    }
+    return mapped;
+  } catch (cause) {
+    for (const area of mapped) unmapMemory(area.memory);
+    throw protocol.protocolError(`region ${info.index} cannot be mapped as the server says`, cause);
+  }
+}
