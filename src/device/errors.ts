@@ -1,8 +1,8 @@
-/** Errors of the software device: what its user did wrong, or what the system refused. Never raised by what a driver does. */
+/** Errors of the software device, for its user. Never raised by what a driver does. */
 import { VipsecError } from '../errors.ts';
 
 /**
- * `DEVICE_OPTION` (an option has no meaning), `SOCKET_IN_USE` (another process listens there), `SOCKET_NOT_A_SOCKET` (a file
+ * `SOCKET_IN_USE` (another process listens there), `SOCKET_NOT_A_SOCKET` (a file
  * is in the way), `LINK_FAILED` (the link cannot be set up), `ARENA_FULL` (no address space for more guest memory).
  */
 export class DeviceError extends VipsecError {}

@@ -1,0 +1,275 @@
+/**
+ * A virtio function as a PCI device shows it: configuration space, BARs, interrupts, reset. What it is a function of is the
+ * `DeviceModel` behind it.
+ *
+ * Everything a driver can reach comes in through `readConfig`, `writeConfig`, `readBar`, `writeBar` and guest memory; none of them
+ * throws for anything a driver does.
+ */
+
+import { Feature, type FeatureSet } from '../virtio/features.ts';
+import { CommonCfgField, CommonCfgLength, DeviceStatus, IsrBit, NO_VECTOR } from '../virtio/pci-layout.ts';
+import { CommonConfig, type QueueConfig, queueAddresses } from './common-config.ts';
+import { applyLayoutFaults, FaultyQueue } from './fault-hooks.ts';
+import type { FaultSet } from './faults.ts';
+import type { GuestMemory } from './guest-memory.ts';
+import { Msix } from './msix.ts';
+import { NET_CONFIG_SIZE } from './net-config.ts';
+import { Command, ConfigSpace, MsixControl, type PciLayout } from './pci.ts';
+import { MsixBar, VirtioBar } from './personalities/standard.ts';
+import { type DeviceQueue, SplitDeviceQueue } from './queues.ts';
+
+/** What a function does, between DRIVER_OK and reset. */
+export interface DeviceModel {
+  /** Whether these features, a consistent subset of those offered, are enough to work with. */
+  acceptsFeatures(features: FeatureSet): boolean;
+  /** DRIVER_OK. */
+  start(features: FeatureSet): void;
+  /** Reset: forget the driver and everything it made. Also called when nothing was started. */
+  stop(): void;
+  /** Queue `index` can be used from now on; `started` may still be to come. */
+  attachQueue(queue: DeviceQueue): void;
+  /** Queue `index` is reset: it is not touched any more. */
+  detachQueue(index: number): void;
+  /** Device-specific configuration; `width` is 1, 2 or 4. */
+  readConfig(offset: number, width: number): number;
+}
+
+export interface VirtioFunctionOptions {
+  readonly layout: PciLayout;
+  readonly offered: FeatureSet;
+  /** Virtqueues without and with administration. */
+  readonly queues: number;
+  readonly adminQueues: number;
+  maxQueueSize(index: number): number;
+  readonly faults: FaultSet;
+  /** Makes the event loop poll this function. */
+  readonly wake: () => void;
+}
+
+export class VirtioFunction {
+  readonly memory: GuestMemory;
+  readonly config: ConfigSpace;
+  readonly msix: Msix;
+  readonly common: CommonConfig;
+  readonly faults: FaultSet;
+  /** Why the function needs a reset; null while all is well. */
+  failure: string | null = null;
+  readonly #options: VirtioFunctionOptions;
+  readonly #scratch: number;
+  readonly #scratchSize: number;
+  #model: DeviceModel | null = null;
+  #isr = 0;
+
+  constructor(memory: GuestMemory, options: VirtioFunctionOptions) {
+    this.memory = memory;
+    this.faults = options.faults;
+    this.#options = options;
+    this.#scratchSize = MAX_QUEUE_BYTES;
+    this.#scratch = memory.arena.allocate(this.#scratchSize);
+    this.config = new ConfigSpace(options.layout, {
+      functionLevelReset: () => this.reset(),
+      msixControl: () => this.#msixControl(),
+      readBar: (bar, offset, width) => this.readBar(bar, offset, width),
+      writeBar: (bar, offset, width, value) => this.writeBar(bar, offset, width, value),
+    });
+    this.msix = new Msix(options.layout.msix.vectors);
+    this.common = new CommonConfig(
+      {
+        offered: options.offered,
+        queues: options.queues,
+        adminQueues: options.adminQueues,
+        maxQueueSize: (index) => options.maxQueueSize(index),
+        vectors: options.layout.msix.vectors,
+      },
+      {
+        reset: () => this.#stop(),
+        acceptsFeatures: (features) =>
+          !this.faults.has('features-ok-refused') && this.#device.acceptsFeatures(features),
+        driverOk: () => this.#start(),
+        queueEnabled: (queue) => this.#enable(queue),
+        queueReset: (queue) => this.#device.detachQueue(queue.index),
+      },
+    );
+    applyLayoutFaults(this.config, this.faults);
+  }
+
+  /** Connects the model; once, before anything else. */
+  set model(model: DeviceModel) {
+    this.#model = model;
+  }
+
+  get #device(): DeviceModel {
+    if (this.#model === null) throw new Error('a function without a model');
+    return this.#model;
+  }
+
+  /** hot: whether queues may be worked on: the driver is ready, and the function may do DMA. */
+  get isLive(): boolean {
+    return this.common.isLive && (this.config.bytes[COMMAND_BYTE] & Command.busMaster) !== 0;
+  }
+
+  /** Function-level reset, DEVICE_RESET, or the end of a session: everything as it was made. Guest memory stays mapped. */
+  reset(): void {
+    this.common.clear();
+    this.#stop();
+    this.config.reset();
+    this.msix.reset();
+    this.#syncMsixControl();
+  }
+
+  close(): void {
+    this.reset();
+    this.msix.disconnectAll();
+    this.memory.clear();
+    this.memory.arena.release(this.#scratch, this.#scratchSize);
+  }
+
+  readConfig(offset: number, length: number): Uint8Array {
+    return this.config.read(offset, length);
+  }
+
+  writeConfig(offset: number, data: Uint8Array): void {
+    const busMaster = this.config.command & Command.busMaster;
+    this.config.write(offset, data);
+    if ((this.config.command & Command.busMaster) !== busMaster) this.#options.wake();
+  }
+
+  /** Sets the MSI-X enable bit as a client does that sets eventfds for vectors, or takes the last one away. */
+  msixConnected(): void {
+    let any = false;
+    for (let v = 0; v < this.msix.vectors; v++) any ||= this.msix.isConnected(v);
+    this.msix.setControl(any, this.msix.functionMasked);
+    this.#syncMsixControl();
+  }
+
+  /** Reads `width` (1, 2, 4) bytes at an aligned offset inside a BAR. */
+  readBar(bar: number, offset: number, width: number): number {
+    const nothing = width === 1 ? 0xff : width === 2 ? 0xffff : 0xffffffff;
+    if (bar === MsixBar.index) return this.#readMsix(offset, width);
+    if (bar !== VirtioBar.index) return nothing;
+    if (offset < VirtioBar.common + CommonCfgLength.full) return this.#readCommon(offset, width);
+    if (offset === VirtioBar.isr) return this.#readIsr();
+    if (offset >= VirtioBar.device && offset < VirtioBar.device + NET_CONFIG_SIZE) {
+      if (this.faults.has('config-unstable')) this.common.configChanged();
+      this.common.configRead();
+      return this.#device.readConfig(offset - VirtioBar.device, width);
+    }
+    return 0;
+  }
+
+  writeBar(bar: number, offset: number, width: number, value: number): void {
+    if (bar === MsixBar.index) {
+      if (width === 4 && offset + 4 <= this.msix.tableSize) this.msix.writeTable(offset, value);
+      return;
+    }
+    if (bar !== VirtioBar.index) return;
+    if (offset < VirtioBar.common + CommonCfgLength.full) this.common.write(offset - VirtioBar.common, width, value);
+    else if (offset >= VirtioBar.notify && width >= 2) this.#options.wake();
+    else this.common.violations++;
+  }
+
+  /** The driver broke a rule that cannot be refused, or the device cannot go on: DEVICE_NEEDS_RESET (2.1.2). */
+  fail(reason: string): void {
+    this.failure ??= reason;
+    if (this.common.needsReset()) this.#interruptConfig();
+  }
+
+  /** The device-specific configuration is not what it was: tells the driver (4.1.5.4). */
+  configChanged(): void {
+    this.common.configChanged();
+    if (this.common.isLive) this.#interruptConfig();
+  }
+
+  /** hot: a used buffer notification for queue `index` (4.1.5.3). */
+  interruptQueue(index: number): void {
+    if (this.faults.has('no-interrupts')) return;
+    if (!this.msix.enabled) {
+      this.#isr |= IsrBit.QUEUE;
+      this.config.interruptStatus = true;
+      return;
+    }
+    const vector = this.common.queues[index].vector;
+    if (vector !== NO_VECTOR) this.msix.fire(vector);
+  }
+
+  #interruptConfig(): void {
+    this.#isr |= IsrBit.CONFIG;
+    if (!this.msix.enabled) this.config.interruptStatus = true;
+    else if (this.common.configVector !== NO_VECTOR) this.msix.fire(this.common.configVector);
+  }
+
+  #readCommon(offset: number, width: number): number {
+    const at = offset - VirtioBar.common;
+    const value = this.common.read(at, width);
+    if (this.faults.size === 0) return value;
+    const F = CommonCfgField;
+    if (at === F.queueSize && this.faults.has('queue-size-zero')) return 0;
+    if (at === F.queueSize && this.faults.has('queue-size-odd')) return value === 0 ? 0 : 255;
+    if (at === F.queueNotifyOff && this.faults.has('notify-outside-bar')) return 0xffff;
+    if (at === F.deviceStatus && this.faults.has('reset-stuck')) return value | DeviceStatus.ACKNOWLEDGE;
+    return value;
+  }
+
+  #readIsr(): number {
+    const value = this.#isr;
+    this.#isr = 0;
+    this.config.interruptStatus = false;
+    return value;
+  }
+
+  #readMsix(offset: number, width: number): number {
+    if (offset + width <= MsixBar.table + this.msix.tableSize) {
+      const word = this.msix.readTable(offset & ~3);
+      const shifted = word >>> (8 * (offset & 3));
+      return width === 4 ? shifted : shifted & ((1 << (8 * width)) - 1);
+    }
+    const pending = offset - MsixBar.pba;
+    if (pending < 0 || pending + width > this.msix.pendingSize) return 0;
+    let value = 0;
+    for (let i = width - 1; i >= 0; i--) value = value * 256 + this.msix.readPending(pending + i);
+    return value;
+  }
+
+  #msixControl(): void {
+    const control = this.config.msixControl;
+    this.msix.setControl((control & MsixControl.enable) !== 0, (control & MsixControl.functionMask) !== 0);
+  }
+
+  #syncMsixControl(): void {
+    this.config.msixControl =
+      (this.msix.enabled ? MsixControl.enable : 0) | (this.msix.functionMasked ? MsixControl.functionMask : 0);
+  }
+
+  #enable(queue: QueueConfig): void {
+    const features = this.common.features;
+    const split: DeviceQueue = new SplitDeviceQueue(this.memory, {
+      index: queue.index,
+      size: queue.size,
+      addresses: queueAddresses(queue),
+      eventIdx: features.has(Feature.EVENT_IDX),
+      indirect: features.has(Feature.INDIRECT_DESC),
+      scratch: this.#scratch,
+    });
+    this.#device.attachQueue(this.faults.size === 0 ? split : new FaultyQueue(split, this.faults));
+    this.#options.wake();
+  }
+
+  #start(): void {
+    this.#device.start(this.common.features);
+    if (this.faults.has('needs-reset-at-start')) this.fail('fault needs-reset-at-start');
+    this.#options.wake();
+  }
+
+  #stop(): void {
+    this.failure = null;
+    this.#isr = 0;
+    this.config.interruptStatus = false;
+    for (const queue of this.common.queues) this.#device.detachQueue(queue.index);
+    this.#device.stop();
+  }
+}
+
+/** The command byte of the header that holds the bits we use. */
+const COMMAND_BYTE = 0x04;
+/** Room for the largest indirect table. */
+const MAX_QUEUE_BYTES = 1024 * 16;
