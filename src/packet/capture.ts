@@ -34,6 +34,8 @@ export interface CaptureDecoder {
   readonly format: 'pcap' | 'pcapng';
   /** True when time stamps can be finer than a microsecond. */
   readonly nanoseconds: boolean;
+  /** Link type of the file (pcap) or of its first interface (pcapng), as soon as it is known. */
+  readonly linkType: number | null;
   /** After `decode` returned 0: how many bytes from `start` it wants to see. */
   readonly needed: number;
   /** After `decode` returned more than 0: whether `record` was filled (a block may hold no packet). */

@@ -29,7 +29,7 @@ export class PcapDecoder implements CaptureDecoder {
   filled = false;
   readonly #littleEndian: boolean;
   #position = 0;
-  #linkType = -1;
+  linkType: number | null = null;
 
   static recognises(magic: number): boolean {
     return Object.values(Magic).some((known) => known === magic);
@@ -43,7 +43,7 @@ export class PcapDecoder implements CaptureDecoder {
 
   decode(bytes: Uint8Array, start: number, end: number, record: CaptureRecord): number {
     this.filled = false;
-    if (this.#linkType < 0) return this.#decodeHeader(bytes, start, end);
+    if (this.linkType === null) return this.#decodeHeader(bytes, start, end);
     if (end - start < Record.length) {
       this.needed = Record.length;
       return 0;
@@ -68,7 +68,7 @@ export class PcapDecoder implements CaptureDecoder {
     record.originalLength = this.#u32(bytes, start + Record.originalLength);
     record.seconds = this.#u32(bytes, start + Record.seconds) + Math.floor(fraction / perSecond);
     record.nanoseconds = (fraction % perSecond) * (this.nanoseconds ? 1 : 1000);
-    record.linkType = this.#linkType;
+    record.linkType = this.linkType;
     this.filled = true;
     this.#position += total;
     return total;
@@ -79,7 +79,7 @@ export class PcapDecoder implements CaptureDecoder {
     const major = this.#u16(bytes, start + Header.major);
     if (major !== VERSION_MAJOR) throw malformed(Header.major, `pcap version ${major}, not ${VERSION_MAJOR}`);
     // The upper half holds the length of frame check sequences, which IP's own length field makes irrelevant.
-    this.#linkType = this.#u32(bytes, start + Header.linkType) & 0xffff;
+    this.linkType = this.#u32(bytes, start + Header.linkType) & 0xffff;
     this.#position = Header.length;
     return Header.length;
   }

@@ -71,6 +71,7 @@ export class PcapngDecoder implements CaptureDecoder {
   readonly nanoseconds = true;
   needed: number = Block.overhead;
   filled = false;
+  linkType: number | null = null;
   #littleEndian = true;
   #position = 0;
   #interfaces: CaptureInterface[] = [];
@@ -119,6 +120,7 @@ export class PcapngDecoder implements CaptureDecoder {
         this.#require(total, Interface.minLength, 'interface block');
         if (this.#interfaces.length >= MAX_INTERFACES) throw malformed(this.#position, 'too many interfaces');
         this.#interfaces.push(this.#decodeInterface(bytes, start, total));
+        this.linkType ??= this.#interfaces[0].linkType;
         return;
       case BlockType.enhancedPacket:
       case BlockType.packet: {
