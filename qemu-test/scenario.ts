@@ -22,8 +22,11 @@ export interface QemuNic {
   readonly link: 'host' | { readonly device: string } | { readonly hub: number };
   /** More properties of QEMU's device, such as `packed: 'on'`. */
   readonly properties?: Readonly<Record<string, string | number>>;
-  /** Behind a root port of its own (the default), or on the root bus, where a function cannot be reset or unplugged. */
-  readonly placement?: 'root-port' | 'root-bus';
+  /**
+   * Behind a root port of its own (the default); on the root bus, where a function cannot be reset or unplugged; or
+   * `{ besides: ID }`: another function of that device, and so in its IOMMU group.
+   */
+  readonly placement?: 'root-port' | 'root-bus' | { readonly besides: string };
 }
 
 /** Our software device (`vipsec device`) as a vfio-user-pci function. */
@@ -65,4 +68,21 @@ export interface Scenario {
   guest(guest: Guest): Promise<void>;
   /** Runs beside QEMU, at the same time. */
   host?(host: Host): Promise<void>;
+}
+
+/** PCI function number of device `index` within its slot, and the index of the device whose slot it is. */
+export function slotOf(
+  devices: readonly ScenarioDevice[],
+  index: number,
+): { readonly slot: number; readonly fn: number } {
+  const device = devices[index];
+  const { placement } = device.kind === 'virtio-net' ? device : {};
+  if (typeof placement !== 'object') return { slot: index, fn: 0 };
+  const slot = devices.findIndex((other) => other.id === placement.besides);
+  const mates = devices.slice(slot + 1, index + 1).filter((other) => slotMate(other, placement.besides));
+  return { slot, fn: mates.length };
+}
+
+function slotMate(device: ScenarioDevice, id: string): boolean {
+  return device.kind === 'virtio-net' && typeof device.placement === 'object' && device.placement.besides === id;
 }

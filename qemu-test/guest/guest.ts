@@ -3,6 +3,7 @@ import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
 import { readdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import type { GuestMessage, Mailbox } from '../messages.ts';
+import { type ScenarioDevice, slotOf } from '../scenario.ts';
 
 export interface CommandResult {
   readonly status: number;
@@ -12,20 +13,25 @@ export interface CommandResult {
 
 const NOTE_TIMEOUT_MS = 30_000;
 const COMMAND_TIMEOUT_MS = 60_000;
-/** Root port of device k of the scenario: slot 0x10 + k of the root bus. `machine.ts` places them so. */
+/** Device k of the scenario is in slot 0x10 + k of the root bus, or behind a root port there. `machine.ts` places them so. */
 export const FIRST_ROOT_PORT_SLOT = 0x10;
 
 export class Guest {
   readonly #send: (message: GuestMessage) => void;
   readonly #mailbox: Mailbox;
-  readonly #ids: readonly string[];
+  readonly #devices: readonly ScenarioDevice[];
   /** Folder of the built package inside the guest. */
   readonly dist: string;
 
-  constructor(send: (message: GuestMessage) => void, mailbox: Mailbox, ids: readonly string[], dist: string) {
+  constructor(
+    send: (message: GuestMessage) => void,
+    mailbox: Mailbox,
+    devices: readonly ScenarioDevice[],
+    dist: string,
+  ) {
     this.#send = send;
     this.#mailbox = mailbox;
-    this.#ids = ids;
+    this.#devices = devices;
     this.dist = dist;
   }
 
@@ -68,14 +74,32 @@ export class Guest {
     return spawn(process.execPath, [join(this.dist, program), ...args], { stdio: ['pipe', 'pipe', 'inherit'] });
   }
 
-  /** PCI address of the scenario's device `id`: the function behind that device's root port. */
+  /** Runs a program of the built package to its end. `user`: as that uid; `lockedMemory`: with that limit, in KiB. */
+  node(program: string, args: readonly string[], as: { user?: number; lockedMemory?: number } = {}): CommandResult {
+    const limit = as.lockedMemory === undefined ? '' : `ulimit -l ${as.lockedMemory}; `;
+    const result = spawnSync(
+      'sh',
+      ['-c', `${limit}exec "$0" "$@"`, process.execPath, join(this.dist, program), ...args],
+      {
+        encoding: 'utf8',
+        timeout: COMMAND_TIMEOUT_MS,
+        ...(as.user === undefined ? {} : { uid: as.user, gid: as.user }),
+      },
+    );
+    if (result.error !== undefined) throw result.error;
+    return { status: result.status ?? -1, stdout: result.stdout, stderr: result.stderr };
+  }
+
+  /** PCI address of the scenario's device `id`. */
   address(id: string): string {
-    const index = this.#ids.indexOf(id);
+    const index = this.#devices.findIndex((device) => device.id === id);
     if (index < 0) throw new Error(`the scenario has no device ${id}`);
-    const slot = (FIRST_ROOT_PORT_SLOT + index).toString(16);
-    const port = `/sys/bus/pci/devices/0000:00:${slot}.0`;
-    const behind = readdirSync(port).find((name) => /^0000:[0-9a-f]{2}:00\.0$/.test(name));
-    return behind ?? `0000:00:${slot}.0`;
+    const { slot, fn } = slotOf(this.#devices, index);
+    const onRoot = `0000:00:${(FIRST_ROOT_PORT_SLOT + slot).toString(16)}.0`;
+    const behind = readdirSync(`/sys/bus/pci/devices/${onRoot}`).filter((name) =>
+      /^0000:[0-9a-f]{2}:00\.\d$/.test(name),
+    );
+    return behind.find((name) => name.endsWith(`.${fn}`)) ?? onRoot;
   }
 
   /** Name of the kernel's network interface on device `id`, while a kernel driver has it. */
@@ -107,4 +131,22 @@ export function describe(error: unknown): string {
   const code = 'code' in error ? ` [${String(error.code)}]` : '';
   const place = error.stack?.split('\n').find((line) => /^\s+at /.test(line) && !line.includes('node:'));
   return `${error.message}${code}${place === undefined ? '' : ` (${place.trim()})`}`;
+}
+
+/** Runs `body`, which must throw an error with `code`; returns its message and hint. */
+export async function mustFail(code: string, body: () => unknown): Promise<string> {
+  try {
+    await body();
+  } catch (error) {
+    if (!(error instanceof Error) || !('code' in error) || error.code !== code) throw error;
+    const hint = 'hint' in error && typeof error.hint === 'string' ? ` (${error.hint})` : '';
+    return `${error.message}${hint}`;
+  }
+  throw new Error(`it worked, but ${code} was expected`);
+}
+
+/** Throws when two values are not equal, naming both. */
+export function same(what: string, got: unknown, wanted: unknown): void {
+  const [a, b] = [JSON.stringify(got), JSON.stringify(wanted)];
+  if (a !== b) throw new Error(`${what} is ${a}, not ${b}`);
 }

@@ -40,9 +40,8 @@ new ReadStream(line).setEncoding('utf8').on('data', (text) => split(String(text)
 send({ type: 'hello', scenario: name });
 try {
   const scenario = await loadScenario(name);
-  const ids = scenario.devices.map((device) => device.id);
   const dist = join(dirname(fileURLToPath(import.meta.url)), '../..');
-  await scenario.guest(new Guest(send, mailbox, ids, dist));
+  await scenario.guest(new Guest(send, mailbox, scenario.devices, dist));
 } catch (error) {
   finish(error);
 }

@@ -7,12 +7,18 @@ import { createServer, type Server, type Socket } from 'node:net';
 const LENGTH_BYTES = 4;
 const MAX_FRAME = 65_550;
 
+interface Waiter {
+  readonly wanted: (frame: Buffer) => boolean;
+  readonly resolve: (frame: Buffer) => void;
+  readonly reject: (error: Error) => void;
+}
+
 export class FramePort {
   readonly #server: Server;
   #peer: Socket | undefined;
   #rest: Buffer = Buffer.alloc(0);
   #received: Buffer[] = [];
-  #waiting: { wanted: (frame: Buffer) => boolean; resolve: (frame: Buffer) => void }[] = [];
+  #waiting: Waiter[] = [];
   #failure: Error | undefined;
   /** Called with each frame that nobody waits for; without it such frames are kept for `next`. */
   onFrame: ((frame: Buffer) => void) | undefined;
@@ -43,20 +49,24 @@ export class FramePort {
 
   /** The next frame for which `wanted` holds; others stay. */
   next(wanted: (frame: Buffer) => boolean, timeoutMs: number): Promise<Buffer> {
-    if (this.#failure !== undefined) return Promise.reject(this.#failure);
     const at = this.#received.findIndex(wanted);
     if (at >= 0) return Promise.resolve(this.#received.splice(at, 1)[0]);
+    if (this.#failure !== undefined) return Promise.reject(this.#failure);
     return new Promise((resolve, reject) => {
-      const waiter = {
+      const waiter: Waiter = {
         wanted,
         resolve: (frame: Buffer) => {
           clearTimeout(timer);
           resolve(frame);
         },
+        reject: (error) => {
+          clearTimeout(timer);
+          reject(error);
+        },
       };
       const timer = setTimeout(() => {
         this.#waiting = this.#waiting.filter((w) => w !== waiter);
-        reject(this.#failure ?? new Error(`no such frame within ${timeoutMs} ms (${this.count} came in all)`));
+        reject(new Error(`no such frame within ${timeoutMs} ms (${this.count} came in all)`));
       }, timeoutMs);
       this.#waiting.push(waiter);
     });
@@ -65,6 +75,12 @@ export class FramePort {
   /** Forgets the frames that nobody took. */
   discard(): void {
     this.#received = [];
+  }
+
+  /** Whoever waits for a frame, now or later, gets `error`: none will come. */
+  fail(error: Error): void {
+    this.#failure = error;
+    for (const waiter of this.#waiting.splice(0)) waiter.reject(error);
   }
 
   close(): void {
@@ -85,7 +101,7 @@ export class FramePort {
     while (bytes.length >= LENGTH_BYTES) {
       const length = bytes.readUInt32BE(0);
       if (length > MAX_FRAME) {
-        this.#failure = new Error(`the stream is broken: a frame of ${length} bytes`);
+        this.fail(new Error(`the stream is broken: a frame of ${length} bytes`));
         this.#peer?.destroy();
         return;
       }

@@ -2,7 +2,7 @@
 import { join } from 'node:path';
 import type { Components } from '../fetch/components.ts';
 import { FIRST_ROOT_PORT_SLOT } from '../guest/guest.ts';
-import type { Machine, QemuNic, Scenario, ScenarioDevice } from '../scenario.ts';
+import { type Machine, type QemuNic, type Scenario, type ScenarioDevice, slotOf } from '../scenario.ts';
 
 const DEFAULT_MEMORY = 1024;
 const DEFAULT_CPUS = 2;
@@ -50,7 +50,7 @@ export function commandLine(
     ...['-chardev', `socket,id=control,path=${controlSocket(sockets)}`, '-serial', 'chardev:control'],
     ...['-chardev', `socket,id=qmp,path=${qmpSocket(sockets)}`, '-mon', 'chardev=qmp,mode=control'],
   ];
-  for (const [index, device] of devices.entries()) args.push(...pciFunction(device, index, sockets));
+  for (const index of devices.keys()) args.push(...pciFunction(devices, index, sockets));
   return { command: program.command, args, env: program.env ?? {} };
 }
 
@@ -79,11 +79,14 @@ function iommu({ iommu: width = 48 }: Machine): string[] {
   return width === 'none' ? [] : ['-device', `intel-iommu,intremap=on,caching-mode=on,aw-bits=${width}`];
 }
 
-function pciFunction(device: ScenarioDevice, index: number, sockets: string): string[] {
-  const slot = `0x${(FIRST_ROOT_PORT_SLOT + index).toString(16)}`;
+function pciFunction(devices: readonly ScenarioDevice[], index: number, sockets: string): string[] {
+  const device = devices[index];
+  const { slot: owner, fn } = slotOf(devices, index);
+  const slot = `0x${(FIRST_ROOT_PORT_SLOT + owner).toString(16)}`;
   const onRootBus = device.kind === 'virtio-net' && device.placement === 'root-bus';
-  const place = onRootBus ? { addr: slot } : { bus: `port-${device.id}` };
-  const port = onRootBus ? [] : ['-device', `pcie-root-port,id=port-${device.id},chassis=${index + 1},addr=${slot}`];
+  const place = onRootBus ? { addr: slot } : { bus: `port-${devices[owner].id}`, addr: `0x0.${fn}` };
+  const port =
+    onRootBus || fn > 0 ? [] : ['-device', `pcie-root-port,id=port-${device.id},chassis=${index + 1},addr=${slot}`];
   if (device.kind === 'vfio-user') {
     const socket = { type: 'unix', path: deviceSocket(sockets, device.id) };
     return [
@@ -92,6 +95,7 @@ function pciFunction(device: ScenarioDevice, index: number, sockets: string): st
       JSON.stringify({ driver: 'vfio-user-pci', id: device.id, rombar: 0, socket, ...place }),
     ];
   }
+  const shared = devices.some((_, other) => other !== index && slotOf(devices, other).slot === owner);
   const netdev = backend(device, sockets);
   const properties = {
     driver: 'virtio-net-pci',
@@ -103,6 +107,7 @@ function pciFunction(device: ScenarioDevice, index: number, sockets: string): st
     ...(device.iommu ? { iommu_platform: true } : {}),
     ...(device.mtu === undefined ? {} : { host_mtu: device.mtu }),
     ...(device.queuePairs === undefined ? {} : { mq: true, vectors: 2 * device.queuePairs + 2 }),
+    ...(shared && fn === 0 ? { multifunction: true } : {}),
     ...place,
     ...device.properties,
   };

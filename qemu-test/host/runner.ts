@@ -104,6 +104,7 @@ class ScenarioRun {
     const hostDone = hostBody === undefined ? undefined : this.#runHost(hostBody.bind(this.#scenario), host);
     await this.#runQemu(sockets, timeout);
     this.#ended.abort();
+    for (const port of links.values()) port.fail(new Error('the guest has ended'));
     await hostDone;
   }
 

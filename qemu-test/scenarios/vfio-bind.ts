@@ -1,0 +1,105 @@
+/** A function goes from the kernel to vfio-pci, back, and again; what the driver must refuse on the way. */
+import { once } from 'node:events';
+import { bindFunction, unbindFunction } from '../../src/vfio/bind.ts';
+import { readIdentity } from '../../src/vfio/config-space.ts';
+import { openKernelVfio } from '../../src/vfio/kernel.ts';
+import { describeFunction, listFunctions } from '../../src/vfio/sysfs.ts';
+import { mustFail, same } from '../guest/guest.ts';
+import type { Scenario } from '../scenario.ts';
+
+const NIC_MAC = '52:54:00:00:02:01';
+const VIRTIO_NET = { vendorId: 0x1af4, deviceId: 0x1041 } as const;
+
+const Check = {
+  list: 'the list of functions names driver, group and what is missing',
+  notBound: 'opening a function that the kernel drives is refused and names the driver',
+  route: 'binding the function of the default route is refused',
+  bind: 'bind gives the function to vfio-pci and its interface goes away',
+  open: 'the bound function opens: configuration space, BARs, vectors, ranges',
+  twice: 'a second process cannot open it',
+  busy: 'unbind is refused while a process has it',
+  unbind: 'unbind gives it back and the interface returns with its address',
+  again: 'it can be bound and opened again',
+  foreign: 'unbind of a function that is not ours is refused',
+} as const;
+
+export const scenario: Scenario = {
+  title: 'bind, open, unbind, and bind again',
+  machine: { qemu: 'stock' },
+  devices: [
+    { kind: 'virtio-net', id: 'nic', mac: NIC_MAC, iommu: true, link: 'host' },
+    { kind: 'virtio-net', id: 'uplink', mac: '52:54:00:00:02:02', iommu: false, link: 'host' },
+  ],
+  modules: ['virtio_pci', 'virtio_net', 'vfio_pci', 'vfio_iommu_type1'],
+  timeout: 90,
+  checks: Object.values(Check),
+
+  async guest(guest) {
+    const nic = guest.address('nic');
+    const interfaceName = guest.interface('nic');
+
+    await guest.check(Check.list, () => {
+      const found = listFunctions().find((fn) => fn.address === nic);
+      same('virtio', found?.virtio, 'modern');
+      same('driver', found?.driver, 'virtio-pci');
+      same('interfaces', found?.interfaces, [interfaceName]);
+      same('others', found?.others, []);
+      same('missing', found?.missing, ['driver virtio-pci, not vfio-pci']);
+      return `IOMMU group ${found?.group}`;
+    });
+    await guest.check(Check.notBound, async () => {
+      const message = await mustFail('NOT_BOUND', () => openKernelVfio(nic));
+      if (!message.includes('virtio-pci')) throw new Error(message);
+      return message;
+    });
+    await guest.check(Check.route, () => {
+      const uplink = guest.interface('uplink');
+      guest.must(
+        `ip link set ${uplink} up && ip addr add 10.9.0.2/24 dev ${uplink} && ip route add default via 10.9.0.1`,
+      );
+      return mustFail('CARRIES_ROUTE', () => bindFunction(guest.address('uplink')));
+    });
+    await guest.check(Check.bind, () => {
+      same('result', bindFunction(nic), { address: nic, from: 'virtio-pci', to: 'vfio-pci' });
+      same('interfaces', describeFunction(nic).interfaces, []);
+      same('missing', describeFunction(nic).missing, []);
+      if (guest.sh(`ip link show ${interfaceName}`).status === 0) throw new Error(`${interfaceName} is still there`);
+    });
+    await guest.check(Check.open, () => open(nic));
+    const holder = guest.spawnNode('qemu-test/guest/open-function.js', [nic, '4096', 'hold']);
+    if (holder.stdout === null || holder.stdin === null) throw new Error('no pipes');
+    await once(holder.stdout, 'data');
+    await guest.check(Check.twice, () => mustFail('BUSY', () => openKernelVfio(nic)));
+    await guest.check(Check.busy, () => mustFail('BUSY', () => unbindFunction(nic)));
+    holder.stdin.end();
+    await once(holder, 'exit');
+
+    await guest.check(Check.unbind, () => {
+      same('result', unbindFunction(nic), { address: nic, from: 'vfio-pci', to: 'virtio-pci' });
+      same('MAC', guest.read(`/sys/class/net/${guest.interface('nic')}/address`), NIC_MAC);
+    });
+    await guest.check(Check.again, () => {
+      bindFunction(nic);
+      return open(nic);
+    });
+    await guest.check(Check.foreign, () => mustFail('NOT_BOUND', () => unbindFunction(guest.address('uplink'))));
+  },
+};
+
+function open(address: string): string {
+  const fn = openKernelVfio(address);
+  try {
+    const { vendorId, deviceId } = readIdentity(fn.config);
+    same('ids', { vendorId, deviceId }, VIRTIO_NET);
+    const bars = [0, 1, 2, 3, 4, 5].map((index) => fn.bar(index).size);
+    if (bars.every((size) => size === 0)) throw new Error('it has no BAR');
+    if (fn.interruptVectors < 2) throw new Error(`it has ${fn.interruptVectors} vectors`);
+    const ranges = fn.iovaRanges.map(({ start, last }) => `${start.toString(16)}-${last.toString(16)}`);
+    if (fn.iovaRanges.some(({ start, last }) => start <= 0xfee00000 && last >= 0xfee00000)) {
+      throw new Error(`the interrupt window is offered for memory: ${ranges}`);
+    }
+    return `BARs ${bars}, ${fn.interruptVectors} vectors, ranges ${ranges}`;
+  } finally {
+    fn.close();
+  }
+}
