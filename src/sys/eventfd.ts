@@ -1,6 +1,6 @@
 /**
- * An eventfd: a 64-bit counter behind a descriptor, readable while it is not zero (eventfd(2)). Interrupts and doorbells
- * travel as eventfds.
+ * An eventfd: a 64-bit counter behind a descriptor, readable while it is not zero (eventfd(2)). Interrupts and
+ * doorbells travel as eventfds.
  */
 import { readlinkSync } from 'node:fs';
 import { constants as os } from 'node:os';
@@ -8,7 +8,10 @@ import { SystemError } from '../errors.ts';
 import { close, eventfd, FcntlCommand, fcntl, OpenFlag, read, write } from './libc.ts';
 import { type MappedMemory, mapAnonymous } from './memory.ts';
 
-/** Where the counter is read to (u64 @0) and written from (u64 1 @8). One for all, as no call is interrupted by another. */
+/**
+ * Where the counter is read to (u64 @0) and written from (u64 1 @8). One for all, as no call is interrupted by
+ * another.
+ */
 let scratch: MappedMemory | null = null;
 const ONE = 8;
 
@@ -34,8 +37,8 @@ export class EventFd {
   }
 
   /**
-   * Takes over a descriptor that came from another process. Throws SystemError `EINVAL` (the caller keeps the descriptor)
-   * when it is not an eventfd; makes it non-blocking, so that a full counter cannot stall `signal`.
+   * Takes over a descriptor that came from another process. Throws SystemError `EINVAL` (the caller keeps the
+   * descriptor) when it is not an eventfd; makes it non-blocking, so that a full counter cannot stall `signal`.
    */
   static adopt(fd: number): EventFd {
     if (!readlinkSync(`/proc/self/fd/${fd}`).startsWith('anon_inode:[eventfd')) {

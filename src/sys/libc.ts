@@ -3,7 +3,8 @@
  * name of the errno as its code; a call that a signal interrupted (EINTR) is made again.
  *
  * Addresses are numbers. Strings and structures that a call takes are laid out in a scratch page of this module, so
- * no call here may be made while another one is being prepared: all of them are synchronous, and each thread has its own.
+ * no call here may be made while another one is being prepared: all of them are synchronous, and each thread has its
+ * own.
  */
 import { constants, fstatSync } from 'node:fs';
 import { constants as os } from 'node:os';
@@ -333,7 +334,10 @@ export function sendmsg(fd: number, message: number, flags: number): number {
   return Math.max(-1, attempt([os.errno.EAGAIN], 'sendmsg', fd, message, flags));
 }
 
-/** `message` is the address of a msghdr. Returns the bytes received (0 at the end of the stream), or -1 when the call would block. */
+/**
+ * `message` is the address of a msghdr. Returns the bytes received (0 at the end of the stream), or -1 when the call
+ * would block.
+ */
 export function recvmsg(fd: number, message: number, flags: number): number {
   return Math.max(-1, attempt([os.errno.EAGAIN], 'recvmsg', fd, message, flags));
 }

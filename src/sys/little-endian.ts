@@ -1,6 +1,7 @@
 /**
- * Little-endian integers in private byte arrays: messages and copies, never shared memory or registers (these accesses
- * are byte by byte). Access past the end throws RangeError. A u64 is a number: exact up to 2^53, else the nearest double.
+ * Little-endian integers in private byte arrays: messages and copies, never shared memory or registers (these
+ * accesses are byte by byte). Access past the end throws RangeError. A u64 is a number: exact up to 2^53, else the
+ * nearest double.
  */
 
 export function readU16(bytes: Uint8Array, at: number): number {

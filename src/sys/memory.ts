@@ -38,8 +38,8 @@ export interface DmaMemory extends MappedMemory {
 const mapped = new WeakSet<MappedMemory>();
 
 /**
- * Fresh zeroed memory that only this process sees. `size` is rounded up to pages. `reserve: false` asks for address space that
- * need not fit the machine's memory: only what is touched counts.
+ * Fresh zeroed memory that only this process sees. `size` is rounded up to pages. `reserve: false` asks for address
+ * space that need not fit the machine's memory: only what is touched counts.
  */
 export function mapAnonymous(size: number, options: { readonly reserve?: boolean } = {}): MappedMemory {
   const bytes = roundToPages(size);
@@ -48,10 +48,11 @@ export function mapAnonymous(size: number, options: { readonly reserve?: boolean
 }
 
 /**
- * Maps `size` bytes of a file, memfd or device from `offset` on, shared with whoever else maps it. `offset` is a multiple of
- * the page size, `size` of 4. Writing through views of memory that was mapped without `write` ends the process, and so does
- * touching a page that the file no longer has: of a regular file, or memfd, the range must lie inside of it now (else `ENXIO`),
- * and only a seal keeps its owner from shrinking it later. `populate` makes the pages present at once.
+ * Maps `size` bytes of a file, memfd or device from `offset` on, shared with whoever else maps it. `offset` is a
+ * multiple of the page size, `size` of 4. Writing through views of memory that was mapped without `write` ends the
+ * process, and so does touching a page that the file no longer has: of a regular file, or memfd, the range must lie
+ * inside of it now (else `ENXIO`), and only a seal keeps its owner from shrinking it later. `populate` makes the
+ * pages present at once.
  */
 export function mapShared(
   fd: number,
@@ -79,8 +80,8 @@ export function unmapMemory(memory: MappedMemory): void {
     munmap(memory.address, memory.size);
     return;
   }
-  // The runtime would not let go of the views. Keep the addresses and put fresh private pages there: a late access finds
-  // zeros of its own and nothing that belongs to somebody else.
+  // The runtime would not let go of the views. Keep the addresses and put fresh private pages there: a late access
+  // finds zeros of its own and nothing that belongs to somebody else.
   const flags = MapFlag.private | MapFlag.anonymous | MapFlag.fixed | MapFlag.noReserve;
   mmap(memory.address, memory.size, Prot.read | Prot.write, flags, -1, 0);
 }
@@ -109,7 +110,8 @@ function wrap(address: number, size: number): MappedMemory {
 }
 
 /**
- * Detaches an ArrayBuffer over foreign memory, without a copy. `structuredClone` copies such a buffer and leaves it attached.
+ * Detaches an ArrayBuffer over foreign memory, without a copy. `structuredClone` copies such a buffer and leaves it
+ * attached.
  * `transfer` (Node 22) detaches it; so does a byte stream, which takes the buffer of a pending read (Streams Standard,
  * ReadableByteStreamControllerPullInto), on every Node. Returns whether it worked.
  */

@@ -1,13 +1,17 @@
 /**
  * Memory-mapped registers: loads and stores of exactly 8, 16 or 32 bits.
  *
- * Aligned typed-array elements compile to one access of their width in every tier. DataView and Buffer accessors do not,
+ * Aligned typed-array elements compile to one access of their width in every tier. DataView and Buffer accessors do
+ * not,
  * `.set` and `.fill` may use any width, and Atomics on device memory are locked read-modify-writes: none of them is
  * used here. Little-endian machines only, as PCI registers are (Virtio 1.4, 4.1.3.1).
  */
 import type { MappedMemory } from './memory.ts';
 
-/** Registers `0` to `size - 1` are the bytes from `start` on of mapped memory. Accesses out of range or not aligned throw RangeError. */
+/**
+ * Registers `0` to `size - 1` are the bytes from `start` on of mapped memory. Accesses out of range or not aligned
+ * throw RangeError.
+ */
 export class Registers {
   readonly size: number;
   readonly #start: number;

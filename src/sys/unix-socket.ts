@@ -56,7 +56,10 @@ export class UnixSocket {
     this.fd = fd;
   }
 
-  /** Connects to a listening socket. Throws SystemError: `ENOENT`, `ECONNREFUSED`, `EACCES`, `ETIMEDOUT` when its backlog stays full. */
+  /**
+   * Connects to a listening socket. Throws SystemError: `ENOENT`, `ECONNREFUSED`, `EACCES`, `ETIMEDOUT` when its
+   * backlog stays full.
+   */
   static connect(path: string, deadline: number): UnixSocket {
     const fd = libc.unixSocket();
     try {
@@ -86,7 +89,10 @@ export class UnixSocket {
     }
   }
 
-  /** Receives exactly `length` bytes to `target[start]`, and appends descriptors that come with them, `limit` in all at most. */
+  /**
+   * Receives exactly `length` bytes to `target[start]`, and appends descriptors that come with them, `limit` in all
+   * at most.
+   */
   receive(
     target: Uint8Array,
     start: number,
@@ -128,8 +134,8 @@ export class UnixSocket {
 
   /**
    * Receives up to `length` bytes to `target[start]`; returns how many, 0 at the end of the stream, -1 when there are
-   * none now. Descriptors that came are appended to `descriptors`. When that makes more than `limit`, or some were lost on
-   * the way, those that came now are closed and SystemError `EMSGSIZE` is thrown.
+   * none now. Descriptors that came are appended to `descriptors`. When that makes more than `limit`, or some were
+   * lost on the way, those that came now are closed and SystemError `EMSGSIZE` is thrown.
    */
   tryReceive(target: Uint8Array, start: number, length: number, descriptors: number[] = [], limit = 0): number {
     this.#check('recvmsg');

@@ -2,8 +2,8 @@
  * PCI configuration space: identity, command, BARs, capabilities.
  *
  * Source: PCI Local Bus 3.0 chapter 6, PCI Express Base 5.0 section 7.5 and 7.6, linux/pci_regs.h; the virtio vendor
- * capability is Virtio 1.4, 4.1.4. The device is not trusted: a list of capabilities that loops or leaves the configuration
- * space throws VfioError `CAPABILITY_LOOP` or `CAPABILITY_BOUNDS`.
+ * capability is Virtio 1.4, 4.1.4. The device is not trusted: a list of capabilities that loops or leaves the
+ * configuration space throws VfioError `CAPABILITY_LOOP` or `CAPABILITY_BOUNDS`.
  *
  * Left out: bridges, MSI (only MSI-X is used), power management, SR-IOV beyond finding its capability.
  */
@@ -129,8 +129,8 @@ export interface Capability {
 }
 
 /**
- * The capabilities in list order (PCI 3.0 section 6.7). The two lowest bits of a pointer are reserved and masked, as the
- * standard asks.
+ * The capabilities in list order (PCI 3.0 section 6.7). The two lowest bits of a pointer are reserved and masked, as
+ * the standard asks.
  */
 export function walkCapabilities(config: Region): Capability[] {
   const found: Capability[] = [];
@@ -179,7 +179,10 @@ export function walkExtendedCapabilities(config: Region): ExtendedCapability[] {
 /** struct virtio_pci_cap, Virtio 1.4, 4.1.4. */
 export const VirtioCap = { length: 2, type: 3, bar: 4, id: 5, offset: 8, size: 12, extra: 16 } as const;
 
-/** A vendor capability of a virtio function, not yet judged: whether `bar`, `offset` and `length` make sense is for the caller. */
+/**
+ * A vendor capability of a virtio function, not yet judged: whether `bar`, `offset` and `length` make sense is for
+ * the caller.
+ */
 export interface VirtioCapability {
   /** Where the capability starts in configuration space. */
   readonly at: number;
@@ -190,11 +193,17 @@ export interface VirtioCapability {
   /** Bytes from the start of the BAR. */
   readonly offset: number;
   readonly length: number;
-  /** What follows the fixed 16 bytes: the notify multiplier, the upper halves of a 64-bit offset and length, vendor data. */
+  /**
+   * What follows the fixed 16 bytes: the notify multiplier, the upper halves of a 64-bit offset and length, vendor
+   * data.
+   */
   readonly extra: Uint8Array;
 }
 
-/** The vendor capabilities among `capabilities`, in list order. Those too short to be a virtio_pci_cap are passed over. */
+/**
+ * The vendor capabilities among `capabilities`, in list order. Those too short to be a virtio_pci_cap are passed
+ * over.
+ */
 export function readVirtioCapabilities(config: Region, capabilities: readonly Capability[]): VirtioCapability[] {
   const found: VirtioCapability[] = [];
   for (const { id, offset: at } of capabilities) {
@@ -282,7 +291,9 @@ export function readPciExpress(config: Region, capabilities: readonly Capability
   return { at, functionLevelReset: (bits & PciExpress.functionLevelReset) !== 0 };
 }
 
-/** Asks for a function-level reset (PCI Express 5.0 section 6.6.2); the function is then to be left alone for 100 ms. */
+/**
+ * Asks for a function-level reset (PCI Express 5.0 section 6.6.2); the function is then to be left alone for 100 ms.
+ */
 export function initiateFunctionLevelReset(config: Region, express: PciExpressCapability): void {
   const at = express.at + PciExpress.deviceControl;
   config.write16(at, config.read16(at) | PciExpress.initiateReset);

@@ -1,9 +1,9 @@
 /**
  * DMA memory: where it comes from and which I/O virtual addresses it gets.
  *
- * Memory is cut from a memfd that grows as needed, so that a vfio-user server can map it; each allocation has its own mapping here,
- * and views of it can be detached alone. How an allocation is made known to the device is a callback: a DMA_MAP message, or an ioctl
- * of kernel VFIO.
+ * Memory is cut from a memfd that grows as needed, so that a vfio-user server can map it; each allocation has its own
+ * mapping here, and views of it can be detached alone. How an allocation is made known to the device is a callback: a
+ * DMA_MAP message, or an ioctl of kernel VFIO.
  */
 import { SystemError, VfioError } from '../errors.ts';
 import * as libc from '../sys/libc.ts';
@@ -30,14 +30,19 @@ export interface DmaMapping {
   readonly offset: number;
 }
 
-/** Makes memory known to the device, or withdraws it. Either may throw; a mapping that was not withdrawn is never reused. */
+/**
+ * Makes memory known to the device, or withdraws it. Either may throw; a mapping that was not withdrawn is never
+ * reused.
+ */
 export interface DmaMapper {
   map(mapping: DmaMapping): void;
   unmap(mapping: DmaMapping): void;
 }
 
 export interface DmaArenaOptions {
-  /** Use 2 MiB pages for allocations of 1 MiB and more, where the system has them; else ordinary pages. Default false. */
+  /**
+   * Use 2 MiB pages for allocations of 1 MiB and more, where the system has them; else ordinary pages. Default false.
+   */
   readonly hugePages?: boolean;
   /** Smallest page that the device can map: a power of two, at least 4096 (the default). */
   readonly pageSize?: number;
@@ -71,7 +76,8 @@ export class DmaArena {
   }
 
   /**
-   * Zeroed memory that the device can reach, rounded up to pages. Throws VfioError `IOVA_EXHAUSTED`, SystemError `ENOSPC` or
+   * Zeroed memory that the device can reach, rounded up to pages. Throws VfioError `IOVA_EXHAUSTED`, SystemError
+   * `ENOSPC` or
    * `ENOMEM`, or what the mapper throws; then nothing has changed.
    */
   allocate(size: number): DmaMemory {
@@ -113,8 +119,9 @@ export class DmaArena {
   }
 
   /**
-   * Withdraws memory from the device, detaches its views and releases it; after `close` that is done already. Throws RangeError for memory that is not ours or was freed. When the
-   * device does not confirm, the views are detached all the same, the error is passed on, and addresses and pages are never used again.
+   * Withdraws memory from the device, detaches its views and releases it; after `close` that is done already. Throws
+   * RangeError for memory that is not ours or was freed. When the device does not confirm, the views are detached all
+   * the same, the error is passed on, and addresses and pages are never used again.
    */
   free(memory: DmaMemory): void {
     if (this.#closed) return;
@@ -131,7 +138,10 @@ export class DmaArena {
     allocation.file.free(offset, size);
   }
 
-  /** The memory that holds all of `count` bytes from `iova` on, and where in it they start; null when no allocation does. */
+  /**
+   * The memory that holds all of `count` bytes from `iova` on, and where in it they start; null when no allocation
+   * does.
+   */
   find(iova: number, count: number): { memory: DmaMemory; offset: number } | null {
     for (const memory of this.#live.keys()) {
       const offset = iova - memory.iova;
@@ -140,7 +150,10 @@ export class DmaArena {
     return null;
   }
 
-  /** Releases everything, telling the device only if `tellDevice`. Errors of the mapper do not keep the rest from being released. Idempotent. */
+  /**
+   * Releases everything, telling the device only if `tellDevice`. Errors of the mapper do not keep the rest from
+   * being released. Idempotent.
+   */
   close(tellDevice: boolean): void {
     this.#closed = true;
     for (const { mapping, memory } of this.#live.values()) {
@@ -166,7 +179,10 @@ export class DmaArena {
   }
 }
 
-/** A memfd whose pages are given out, and returned zeroed. Sealed against shrinking, so that the other side can map it without fear. */
+/**
+ * A memfd whose pages are given out, and returned zeroed. Sealed against shrinking, so that the other side can map it
+ * without fear.
+ */
 class BackingFile {
   readonly fd: number;
   readonly #ranges = new RangeAllocator([{ start: 0, last: FILE_END - 1 }], FILE_END);

@@ -10,7 +10,10 @@ import type { DmaMemory } from '../sys/memory.ts';
 /** Region indices of a VFIO PCI device (linux/vfio.h). BAR n is region n. */
 export const PciRegion = { bar0: 0, bar1: 1, bar2: 2, bar3: 3, bar4: 4, bar5: 5, rom: 6, config: 7 } as const;
 
-/** A BAR, or the configuration space. Accesses have exactly the width named and must be naturally aligned and inside the region. */
+/**
+ * A BAR, or the configuration space. Accesses have exactly the width named and must be naturally aligned and inside
+ * the region.
+ */
 export interface Region {
   readonly index: number;
   /** Bytes; 0 when the region is absent. */
@@ -39,7 +42,10 @@ export interface PciFunction {
   readonly iovaRanges: readonly IovaRange[];
   /** Allocates zeroed memory and maps it for DMA, both ways. `size` is rounded up to pages. */
   allocateDma(size: number): DmaMemory;
-  /** Unmaps and frees memory of `allocateDma`. Its views are detached: later accesses read undefined, never foreign memory. */
+  /**
+   * Unmaps and frees memory of `allocateDma`. Its views are detached: later accesses read undefined, never foreign
+   * memory.
+   */
   freeDma(memory: DmaMemory): void;
   /** Number of MSI-X vectors; 0 without MSI-X. */
   readonly interruptVectors: number;
@@ -50,8 +56,8 @@ export interface PciFunction {
   /** True once the device process died, the socket broke or the function was unplugged. */
   readonly gone: boolean;
   /**
-   * Calls `listener` once with the reason when the function is lost while it is open (at once if it already is). Only on
-   * functions that find out by themselves.
+   * Calls `listener` once with the reason when the function is lost while it is open (at once if it already is). Only
+   * on functions that find out by themselves.
    */
   onGone?(listener: (reason: VfioError) => void): void;
   /** Resets the function if it is still there, unmaps all DMA, closes descriptors. Idempotent. */

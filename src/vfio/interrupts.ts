@@ -1,9 +1,9 @@
 /**
  * MSI-X interrupts as eventfds on the event loop.
  *
- * One eventfd per vector; the device (or the kernel for it) adds one for each interrupt. A vector that fires while nobody
- * waits stays pending until the next `wait`. Interrupts that come close together count as one, as with MSI-X itself. Whether the
- * device interrupts at all is steered at the rings and in the MSI-X table, not here.
+ * One eventfd per vector; the device (or the kernel for it) adds one for each interrupt. A vector that fires while
+ * nobody waits stays pending until the next `wait`. Interrupts that come close together count as one, as with MSI-X
+ * itself. Whether the device interrupts at all is steered at the rings and in the MSI-X table, not here.
  */
 import { VfioError } from '../errors.ts';
 import { EventFd } from '../sys/eventfd.ts';
@@ -57,8 +57,8 @@ export class Interrupts {
   }
 
   /**
-   * Resolves to true when `vector` fires, or has fired since it was last waited for; to false after `timeoutMs`. Rejects with VfioError when the
-   * function is lost or the interrupts are closed. Holds the event loop open.
+   * Resolves to true when `vector` fires, or has fired since it was last waited for; to false after `timeoutMs`.
+   * Rejects with VfioError when the function is lost or the interrupts are closed. Holds the event loop open.
    */
   wait(vector: number, timeoutMs = Infinity): Promise<boolean> {
     if (this.#failure !== null) return Promise.reject(this.#failure);
@@ -81,7 +81,10 @@ export class Interrupts {
     });
   }
 
-  /** Calls `listener` from the event loop each time `vector` fires; returns how to stop. Does not hold the event loop open. */
+  /**
+   * Calls `listener` from the event loop each time `vector` fires; returns how to stop. Does not hold the event loop
+   * open.
+   */
   listen(vector: number, listener: () => void): () => void {
     if (this.#failure !== null) throw this.#failure;
     const entry = this.#at(vector);
@@ -89,7 +92,9 @@ export class Interrupts {
     return () => entry.listeners.delete(listener);
   }
 
-  /** Disables the interrupts of the function if it is still there, rejects who waits, closes the eventfds. Idempotent. */
+  /**
+   * Disables the interrupts of the function if it is still there, rejects who waits, closes the eventfds. Idempotent.
+   */
   close(): void {
     if (this.#vectors.length === 0) return;
     try {

@@ -31,7 +31,8 @@ export function dropDescriptors(message: ReceivedMessage): void {
 }
 
 /**
- * Every method may throw VfioError: `PEER_CLOSED` when the other side is gone, `PROTOCOL` when it sent what is no message,
+ * Every method may throw VfioError: `PEER_CLOSED` when the other side is gone, `PROTOCOL` when it sent what is no
+ * message,
  * `TIMEOUT` when a deadline (of `performance.now()`) passed. After any of these the stream is out of step: close it.
  */
 export class MessageSocket {

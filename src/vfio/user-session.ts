@@ -1,9 +1,11 @@
 /**
- * A vfio-user session, client side: requests and their replies over one socket, and the requests of the server in between.
+ * A vfio-user session, client side: requests and their replies over one socket, and the requests of the server in
+ * between.
  *
- * A request blocks until its reply is there or its deadline has passed. Meanwhile, and whenever the event loop finds the socket
- * readable, DMA_READ and DMA_WRITE of the server are served. Whatever breaks the protocol, the socket or a deadline ends the session: the stream
- * cannot be trusted to be in step any more. The first error says why, later calls throw `DEVICE_GONE` with it as their cause.
+ * A request blocks until its reply is there or its deadline has passed. Meanwhile, and whenever the event loop finds
+ * the socket readable, DMA_READ and DMA_WRITE of the server are served. Whatever breaks the protocol, the socket or a
+ * deadline ends the session: the stream cannot be trusted to be in step any more. The first error says why, later
+ * calls throw `DEVICE_GONE` with it as their cause.
  */
 import { constants as os } from 'node:os';
 import { VfioError } from '../errors.ts';
@@ -52,7 +54,8 @@ export class UserSession {
   }
 
   /**
-   * Sends a request and returns the payload of its reply, with `expected` descriptors at most (they are appended to `received`). Throws
+   * Sends a request and returns the payload of its reply, with `expected` descriptors at most (they are appended to
+   * `received`). Throws
    * `DEVICE_REFUSED` when the reply says that the request failed; the session goes on then.
    */
   request(message: Uint8Array, descriptors: readonly number[] = [], received: number[] = [], expected = 0): Uint8Array {

@@ -1,7 +1,8 @@
 /**
  * A PCI function behind a vfio-user socket: the client side of the protocol in `protocol.ts`.
  *
- * Every call has a deadline. When the server breaks the protocol, dies or stalls, the call throws VfioError (`PROTOCOL`, `DEVICE_GONE`,
+ * Every call has a deadline. When the server breaks the protocol, dies or stalls, the call throws VfioError
+ * (`PROTOCOL`, `DEVICE_GONE`,
  * `TIMEOUT`), the function is `gone`, and all later calls throw `DEVICE_GONE`.
  */
 import { SystemError, VfioError } from '../errors.ts';
@@ -24,8 +25,8 @@ export interface VfioUserOptions {
   /** Use 2 MiB pages for large DMA memory if there are any. Default false. */
   readonly hugePages?: boolean;
   /**
-   * Send writes to BARs without waiting for a reply, as PCI posts them, unless a part of a BAR is mapped: later reads still
-   * see their effect, but a refused write goes unnoticed. Default false.
+   * Send writes to BARs without waiting for a reply, as PCI posts them, unless a part of a BAR is mapped: later reads
+   * still see their effect, but a refused write goes unnoticed. Default false.
    */
   readonly postWrites?: boolean;
 }
@@ -45,7 +46,8 @@ const REGION_COUNT = PciRegion.config + 1;
 const REGION_INFO_ARGSZ = 1024;
 
 /**
- * Connects to the vfio-user server at `path` and describes its function to itself. Throws VfioError: `CONNECT_FAILED`; `NOT_VFIO_USER`,
+ * Connects to the vfio-user server at `path` and describes its function to itself. Throws VfioError:
+ * `CONNECT_FAILED`; `NOT_VFIO_USER`,
  * `VERSION_REFUSED` when no session comes about; `NOT_PCI`; or what a call may throw.
  */
 export function openVfioUser(path: string, options: VfioUserOptions = {}): PciFunction {
@@ -170,8 +172,8 @@ function openRegion(session: UserSession, index: number): UserRegion {
 }
 
 /**
- * Writes to configuration space are never posted. Neither are those to BARs once any of them is mapped: an access to the
- * mapped part does not wait for what was posted before it.
+ * Writes to configuration space are never posted. Neither are those to BARs once any of them is mapped: an access to
+ * the mapped part does not wait for what was posted before it.
  */
 function postBarWrites(regions: readonly UserRegion[]): void {
   if (regions.some((region) => region.mapped)) return;

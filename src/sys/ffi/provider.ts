@@ -5,13 +5,16 @@ import { VipsecError } from '../../errors.ts';
 export type CType = 'void' | 'i32' | 'u32' | 'i64' | 'u64';
 
 /**
- * A native function. A 64-bit result beyond 2^53 is rounded to the nearest double. A `void` result is 0 or undefined and
- * means nothing.
+ * A native function. A 64-bit result beyond 2^53 is rounded to the nearest double. A `void` result is 0 or undefined
+ * and means nothing.
  */
 export type NativeFunction = (...args: number[]) => number;
 
 export interface Library {
-  /** Binds symbol `name`. Throws `FFI_SYMBOL_NOT_FOUND`. Bind once and keep the function: binding is slow, calling is not. */
+  /**
+   * Binds symbol `name`. Throws `FFI_SYMBOL_NOT_FOUND`. Bind once and keep the function: binding is slow, calling is
+   * not.
+   */
   func(name: string, result: CType, args: readonly CType[]): NativeFunction;
 }
 
@@ -29,7 +32,10 @@ export interface Ffi {
   readonly name: FfiName;
   /** Whether `funcAt` works. */
   readonly callsPointers: boolean;
-  /** Opens a shared library by soname or path; `null` is the node process itself with its libc, libcrypto and libuv. Throws `FFI_LIBRARY_NOT_FOUND`. */
+  /**
+   * Opens a shared library by soname or path; `null` is the node process itself with its libc, libcrypto and libuv.
+   * Throws `FFI_LIBRARY_NOT_FOUND`.
+   */
   open(library: string | null): Library;
   /** Binds the function at `address`. Throws `FFI_UNSUPPORTED` with ffi-rs. */
   funcAt(address: number, result: CType, args: readonly CType[]): NativeFunction;
@@ -47,5 +53,8 @@ export interface Ffi {
   watch(fd: number, onReadable: () => void): Watch;
 }
 
-/** An error of a provider: `FFI_UNAVAILABLE`, `FFI_LIBRARY_NOT_FOUND`, `FFI_SYMBOL_NOT_FOUND`, `FFI_UNSUPPORTED`, `FFI_MAIN_THREAD_ONLY`. */
+/**
+ * An error of a provider: `FFI_UNAVAILABLE`, `FFI_LIBRARY_NOT_FOUND`, `FFI_SYMBOL_NOT_FOUND`, `FFI_UNSUPPORTED`,
+ * `FFI_MAIN_THREAD_ONLY`.
+ */
 export class FfiError extends VipsecError {}
