@@ -1,8 +1,8 @@
 /**
  * What every benchmark suite shares: the shape of a suite, and the measuring.
  *
- * A suite is a file in `bench/suites` that exports `suite: BenchSuite`; `bench/main.ts` lists them. A suite yields
- * benchmarks; each is measured on its own only when its name was asked for, so setting up is cheap or lazy:
+ * A suite is a file in `bench/suites` that exports `suite: BenchSuite`; its benchmarks' names begin with the file's name
+ * and a dot. A suite yields benchmarks; each is measured on its own only when its name was asked for, so setting up is cheap or lazy:
  *
  * ```ts
  * export const suite: BenchSuite = {

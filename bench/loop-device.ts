@@ -2,9 +2,9 @@
  * The smallest device that a driver can be measured against: it lives in the same thread, takes what is in the transmit
  * ring, and returns each packet as received, in order. Its rings are those of Virtio 1.4, 2.7.
  *
- * It does what costs a device cannot avoid: it reads both rings and both descriptors, writes the header of the
- * received packet, and both used entries. It does not copy the payload and checks nothing, because it is the driver that
- * is measured; what it costs itself is the metric `ring.split.loop_device.mpps`.
+ * It does what costs a device cannot avoid: it reads both rings and both descriptors, writes the fields of the
+ * received header that say something, and both used entries. It does not copy the payload and checks nothing, because it
+ * is the driver that is measured; what it costs itself is the metric `ring.split.loop_device.mpps`.
  */
 import type { DmaMemory, MappedMemory } from '../src/sys/memory.ts';
 
@@ -16,9 +16,8 @@ export interface LoopRing {
   readonly memory: DmaMemory;
 }
 
-/** `flags` and `resource` of each received header: what is written, as 32-bit words. */
+/** What is written into each received header; the resource only with `flags`. */
 export interface LoopHeader {
-  readonly length: number;
   readonly flags: number;
   readonly resourceId: number;
   readonly resourceType: number;
@@ -74,8 +73,7 @@ export class LoopDevice {
     const n = Math.min(fromTx, roomRx);
     const packets = this.#u32;
     const base = this.#iovaLow;
-    const { length, flags, resourceId, resourceType } = this.#header;
-    const full = length === 32;
+    const { flags, resourceId, resourceType } = this.#header;
     for (let i = 0; i < n; i++) {
       const t = (tx.next + i) & tx.mask;
       const r = (rx.next + i) & rx.mask;
@@ -84,12 +82,8 @@ export class LoopDevice {
       const bytes = tx.u32[tx.descriptors + txId * 4 + 2];
       const to = (rx.u32[rx.descriptors + rxId * 4] - base) >>> 2;
       packets[to] = flags;
-      packets[to + 1] = 0;
       packets[to + 2] = 1 << 16;
-      if (full) {
-        packets[to + 3] = 0;
-        packets[to + 4] = 0;
-        packets[to + 5] = 0;
+      if (flags !== 0) {
         packets[to + 6] = resourceId << 16;
         packets[to + 7] = (resourceId >>> 16) | (resourceType << 16);
       }

@@ -15,21 +15,22 @@ import type { Benchmark, BenchSuite, Measurement } from './harness.ts';
 /** A benchmark that takes longer than this is stopped and reported as failed. */
 const DEADLINE_MS = 120_000;
 
-async function loadSuites(): Promise<BenchSuite[]> {
+/** The benchmarks whose names begin with `only`. The name of each begins with that of its file, so others need not load. */
+async function benchmarks(only: string): Promise<Benchmark[]> {
   const folder = new URL('./suites/', import.meta.url);
   const files = (await readdir(folder)).filter((file) => /(?<!\.d)\.[jt]s$/.test(file)).sort();
-  const suites: BenchSuite[] = [];
+  const all: Benchmark[] = [];
   for (const file of files) {
+    const prefix = `${file.slice(0, -3)}.`;
+    if (!prefix.startsWith(only) && !only.startsWith(prefix)) continue;
     const module: { suite?: BenchSuite } = await import(new URL(file, folder).href);
     if (module.suite === undefined) throw new Error(`bench/suites/${file} exports no suite`);
-    suites.push(module.suite);
+    for (const one of module.suite.benchmarks()) {
+      if (!one.name.startsWith(prefix))
+        throw new Error(`bench/suites/${file}: ${one.name} does not begin with ${prefix}`);
+      all.push(one);
+    }
   }
-  return suites;
-}
-
-async function benchmarks(only: string): Promise<Benchmark[]> {
-  const all: Benchmark[] = [];
-  for (const suite of await loadSuites()) for (const one of suite.benchmarks()) all.push(one);
   return all.filter((one) => one.name.startsWith(only));
 }
 

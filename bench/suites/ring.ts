@@ -39,8 +39,8 @@ function memory(size: number, iova: number): DmaMemory {
   };
 }
 
-function splitQueue(index: number): SplitVirtqueue {
-  const options: SplitVirtqueueOptions = { index, size: RING, iovaLow: IOVA };
+function splitQueue(index: number, headroom: number): SplitVirtqueue {
+  const options: SplitVirtqueueOptions = { index, size: RING, iovaLow: IOVA, headroom };
   return new SplitVirtqueue(memory(splitVirtqueueBytes(options), 0), options);
 }
 
@@ -57,13 +57,12 @@ function loop(secured: boolean, features: FeatureSet): Loop {
   sas.resourceId[SA_HANDLE] = SA_OBJECT;
   sas.handle[SA_OBJECT] = SA_HANDLE;
   const notifier = { notify() {} };
-  const txRing = splitQueue(1);
-  const rxRing = splitQueue(0);
+  const txRing = splitQueue(1, layout.length);
+  const rxRing = splitQueue(0, layout.length);
   const tx = new TxQueue({ queue: txRing, notifier, pool, layout, sas });
   const rx = new RxQueue({ queue: rxRing, notifier, pool, layout, sas });
   rx.refill();
   const device = new LoopDevice(txRing, rxRing, pool.memory, IOVA, {
-    length: layout.length,
     flags: secured ? layout.security : 0,
     resourceId: secured ? SA_OBJECT : 0,
     resourceType: secured ? ResourceType.NET_IPSEC_INB_SA : 0,
@@ -107,7 +106,7 @@ function loopWorkload(secured: boolean, features: FeatureSet): Workload {
 /** The loop device alone, on rings that are always full of the same buffers. */
 function deviceWorkload(): Workload {
   const packets = memory(PACKETS * 2048, IOVA);
-  const rings = [splitQueue(1), splitQueue(0)];
+  const rings = [splitQueue(1, 0), splitQueue(0, 0)];
   const lengths = new Uint32Array(RING).fill(PACKET_BYTES);
   const offsets = Uint32Array.from({ length: RING }, (_, i) => i * 2048);
   const tokens = Uint32Array.from({ length: RING }, (_, i) => i);
@@ -115,7 +114,7 @@ function deviceWorkload(): Workload {
     ring.postBurst(tokens, 0, RING, offsets, lengths, false);
     ring.publish();
   }
-  const header = { length: 32, flags: 0, resourceId: 0, resourceType: 0 };
+  const header = { flags: 0, resourceId: 0, resourceType: 0 };
   const device = new LoopDevice(rings[0], rings[1], packets, IOVA, header);
   const avail = rings.map((ring) => (ring.driverArea >>> 1) + 1);
   device.run();

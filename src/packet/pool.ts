@@ -109,16 +109,17 @@ export class PacketPool {
     // hot:
     const free = this.#free;
     const held = this.#held;
+    const { offset, length, sa, flags, next, stride, headroom } = this;
     let top = this.#available;
-    const take = n < top ? n : top;
+    const take = Math.min(n, top);
     for (let i = 0; i < take; i++) {
       const p = free[--top];
       held[p] = 1;
-      this.offset[p] = p * this.stride + this.headroom;
-      this.length[p] = 0;
-      this.sa[p] = 0;
-      this.flags[p] = 0;
-      this.next[p] = NO_PACKET;
+      offset[p] = p * stride + headroom;
+      length[p] = 0;
+      sa[p] = 0;
+      flags[p] = 0;
+      next[p] = NO_PACKET;
       out[i] = p;
     }
     this.#available = top;

@@ -234,49 +234,63 @@ export function encodeNetHeader(layout: NetHeaderLayout, header: NetHeader, byte
   if (layout.resourceType >= 0) put16(bytes, at + layout.resourceType, header.resourceType);
 }
 
+/** Packet memory as a transmit queue writes headers: `f64` zeroes two words at once. */
+export interface HeaderMemory {
+  readonly u8: Uint8Array;
+  readonly u32: Uint32Array;
+  readonly f64: Float64Array;
+}
+
+export function headerMemory(memory: MappedMemory): HeaderMemory {
+  const { u8, u32 } = memory;
+  return { u8, u32, f64: new Float64Array(u8.buffer, u8.byteOffset, u8.byteLength >>> 3) };
+}
+
 /**
- * hot: the driver's transmit header, of `length` bytes, at byte `at` of packet memory: everything zero but the flags,
- * the checksum fields and, where `resourceAt` (the layout's `resourceId`) is not negative, the resource. `flags` are the
- * wire's. One store a word when `at` and the layout are aligned; packets that were shifted by an odd number of
- * bytes take the byte-wise way.
+ * hot: the driver's transmit header at byte `at` of packet memory: everything zero but the flags, the checksum fields
+ * and, when the layout has one, the resource. `flags` are the wire's. The full header in its usual place takes
+ * whole words; a packet that was shifted, and the shorter layouts, take the byte-wise way.
  */
 export function writeTransmitHeader(
-  memory: MappedMemory,
+  memory: HeaderMemory,
   at: number,
-  length: number,
-  resourceAt: number,
+  layout: NetHeaderLayout,
   flags: number,
   csumStart: number,
   csumOffset: number,
   resourceId: number,
   resourceType: number,
 ): void {
-  if (((at | length) & 3) === 0) {
-    const u32 = memory.u32;
-    const w = at >>> 2;
-    u32[w] = flags;
-    u32[w + 1] = csumStart << 16;
-    u32[w + 2] = csumOffset;
-    if (length === FULL_LENGTH) {
-      u32[w + 3] = 0;
-      u32[w + 4] = 0;
-      u32[w + 5] = 0;
+  const { u8, u32, f64 } = memory;
+  const { length } = layout;
+  if (((at & 7) | (length ^ FULL_LENGTH)) === 0) {
+    f64[at >>> 3] = 0;
+    f64[(at >>> 3) + 1] = 0;
+    f64[(at >>> 3) + 2] = 0;
+    f64[(at >>> 3) + 3] = 0;
+    if (flags !== 0) {
+      u32[at >>> 2] = flags;
+      u32[(at >>> 2) + 1] = csumStart << 16;
+      u32[(at >>> 2) + 2] = csumOffset;
       // outer_nh_offset 0, then the resource, whose id crosses a word boundary.
-      u32[w + 6] = resourceId << 16;
-      u32[w + 7] = (resourceId >>> 16) | (resourceType << 16);
-      return;
+      u32[(at >>> 2) + 6] = resourceId << 16;
+      u32[(at >>> 2) + 7] = (resourceId >>> 16) | (resourceType << 16);
     }
-    for (let i = BASIC_LENGTH >>> 2; i < length >>> 2; i++) u32[w + i] = 0;
     return;
   }
-  const u8 = memory.u8;
+  if (((at & 3) | (length ^ BASIC_LENGTH)) === 0) {
+    u32[at >>> 2] = flags;
+    u32[(at >>> 2) + 1] = csumStart << 16;
+    u32[(at >>> 2) + 2] = csumOffset;
+    return;
+  }
   for (let i = 0; i < length; i++) u8[at + i] = 0;
   u8[at] = flags;
   put16(u8, at + NetHeaderField.csumStart, csumStart);
   put16(u8, at + NetHeaderField.csumOffset, csumOffset);
-  if (resourceAt >= 0) {
-    put32(u8, at + resourceAt, resourceId);
-    put16(u8, at + resourceAt + 4, resourceType);
+  if (layout.resourceId >= 0) {
+    put32(u8, at + layout.resourceId, resourceId);
+    put16(u8, at + layout.resourceType, resourceType);
   }
 }
 

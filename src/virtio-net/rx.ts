@@ -15,7 +15,7 @@ import { GsoType, NetHeaderField, NetHeaderFlag, type NetHeaderLayout, readResou
 import type { SaTable } from './sa-table.ts';
 
 export interface RxQueueOptions {
-  /** Its `iovaLow`/`iovaHigh` are those of the pool. */
+  /** Its `iovaLow`/`iovaHigh` are those of the pool, its `headroom` is `layout.length`. */
   readonly queue: Virtqueue;
   readonly notifier: QueueNotifier;
   readonly pool: PacketPool;
@@ -54,9 +54,8 @@ export class RxQueue {
   /** Flags that mean anything here, in the wire's numbers. */
   readonly #knownFlags: number;
   readonly #refillAt: number;
-  /** By packet, always the same: the buffer begins a header before the packet's place and runs to the end of the slot. */
-  readonly #bufferOffset: Uint32Array;
-  readonly #bufferLength: Uint32Array;
+  /** By packet, always the same: bytes from the packet's place to the end of the slot. */
+  readonly #room: Uint32Array;
   readonly #taken: Uint32Array;
   readonly #written: Uint32Array;
   readonly #dropped: Uint32Array;
@@ -71,9 +70,7 @@ export class RxQueue {
     const checksum = options.guestChecksum === true ? NetHeaderFlag.NEEDS_CSUM | NetHeaderFlag.DATA_VALID : 0;
     this.#knownFlags = checksum | layout.security | layout.securityErr | layout.softExpiryWarn;
     this.#refillAt = Math.max(1, Math.min(REFILL_BURST, queue.size >>> 2));
-    const start = pool.headroom - layout.length;
-    this.#bufferOffset = Uint32Array.from({ length: pool.count }, (_, p) => pool.slot(p) + start);
-    this.#bufferLength = new Uint32Array(pool.count).fill(pool.stride - start);
+    this.#room = new Uint32Array(pool.count).fill(pool.stride - pool.headroom);
     this.#taken = new Uint32Array(queue.size);
     this.#written = new Uint32Array(queue.size);
     this.#dropped = new Uint32Array(queue.size);
@@ -97,7 +94,7 @@ export class RxQueue {
     let received = 0;
     if (n !== 0) {
       const { pool } = this;
-      const { offset, length, u8, u16 } = pool;
+      const { offset, length, u16 } = pool;
       const headerLength = this.#layout.length;
       const known = this.#knownFlags;
       let dropped = 0;
@@ -107,10 +104,10 @@ export class RxQueue {
         const size = written[i] - headerLength;
         // Offset, SA, flags and chain of a packet are still as `pool.allocate` set them.
         const at = offset[p] - headerLength;
-        const flags = u8[at] & known;
-        // Headroom and header lengths are even, so 16-bit fields are aligned.
-        const single = u16[(at + NetHeaderField.numBuffers) >>> 1] === 1;
-        if (size <= 0 || !single || u8[at + NetHeaderField.gsoType] !== GsoType.NONE) {
+        // Headroom and header lengths are even, so 16-bit fields are aligned; `gso_type` is the upper half of the first.
+        const first = u16[at >>> 1];
+        const flags = first & known;
+        if (size <= 0 || first >>> 8 !== GsoType.NONE || u16[(at + NetHeaderField.numBuffers) >>> 1] !== 1) {
           this.#dropped[dropped++] = p;
           continue;
         }
@@ -185,7 +182,7 @@ export class RxQueue {
     const n = this.pool.allocate(packets, want);
     if (n < want) this.counters[RxCounter.poolExhausted]++;
     if (n === 0) return 0;
-    queue.postBurst(packets, 0, n, this.#bufferOffset, this.#bufferLength, true);
+    queue.postBurst(packets, 0, n, this.pool.offset, this.#room, true);
     if (queue.publish() && notify) this.#notifier.notify();
     return n;
   }

@@ -11,11 +11,11 @@ import { NO_PACKET, PacketFlag, type PacketPool } from '../packet/pool.ts';
 import { ResourceType } from '../virtio/admin-wire.ts';
 import type { QueueNotifier } from '../virtio/transport.ts';
 import type { Virtqueue } from '../virtqueue/virtqueue.ts';
-import { NetHeaderFlag, type NetHeaderLayout, writeTransmitHeader } from './header.ts';
+import { type HeaderMemory, headerMemory, NetHeaderFlag, type NetHeaderLayout, writeTransmitHeader } from './header.ts';
 import { NOT_INLINE, type SaTable } from './sa-table.ts';
 
 export interface TxQueueOptions {
-  /** Its `iovaLow`/`iovaHigh` are those of the pool. */
+  /** Its `iovaLow`/`iovaHigh` are those of the pool, its `headroom` is `layout.length`. */
   readonly queue: Virtqueue;
   readonly notifier: QueueNotifier;
   readonly pool: PacketPool;
@@ -49,11 +49,7 @@ export class TxQueue {
   readonly #sas: SaTable;
   readonly #checksum: boolean;
   readonly #maxLength: number;
-  /** By packet: where its buffer begins, header included, and its length. */
-  readonly #bufferOffset: Uint32Array;
-  readonly #bufferLength: Uint32Array;
-  readonly #accepted: Uint32Array;
-  readonly #dropped: Uint32Array;
+  readonly #memory: HeaderMemory;
   readonly #returned: Uint32Array;
   readonly #written: Uint32Array;
 
@@ -66,10 +62,7 @@ export class TxQueue {
     this.#sas = options.sas;
     this.#checksum = options.checksum ?? false;
     this.#maxLength = Math.min(options.maxLength ?? pool.stride, pool.stride);
-    this.#bufferOffset = new Uint32Array(pool.count);
-    this.#bufferLength = new Uint32Array(pool.count);
-    this.#accepted = new Uint32Array(queue.size);
-    this.#dropped = new Uint32Array(queue.size);
+    this.#memory = headerMemory(pool.memory);
     this.#returned = new Uint32Array(queue.size);
     this.#written = new Uint32Array(queue.size);
   }
@@ -94,75 +87,81 @@ export class TxQueue {
     const queue = this.#queue;
     if (queue.free < n) this.reclaim();
     const count = Math.min(n, queue.free);
-    if (count === 0 || queue.broken !== null) {
-      if (n > 0) this.counters[TxCounter.ringFull]++;
-      return 0;
+    if (count < n) {
+      this.counters[TxCounter.ringFull]++;
+      if (count <= 0 || queue.broken !== null) return 0;
     }
     const { pool } = this;
-    const { offset, length, sa, flags, next, stride, memory } = pool;
-    const bufferOffset = this.#bufferOffset;
-    const bufferLength = this.#bufferLength;
-    const accepted = this.#accepted;
-    const { resourceId } = this.#sas;
-    const headerLength = this.#layout.length;
-    const resourceAt = this.#layout.resourceId;
-    const security = this.#layout.security;
+    const { offset, length, sa, flags, next, stride } = pool;
+    const memory = this.#memory;
+    const layout = this.#layout;
+    const headerLength = layout.length;
     const maxLength = this.#maxLength;
-    let posted = 0;
-    let dropped = 0;
+    const { resourceId } = this.#sas;
+    const { security } = layout;
+    let from = 0;
     let bytes = 0;
+    let dropped = 0;
     for (let i = 0; i < count; i++) {
       const p = packets[i];
-      const at = offset[p] - headerLength;
       const size = length[p];
+      const handle = sa[p];
+      const end = offset[p] + size;
+      const at = offset[p] - headerLength;
       const slot = p * stride;
       // False also for a number that is no packet: its offset is undefined.
-      const fits = at >= slot && at + headerLength + size <= slot + stride && size > 0 && size <= maxLength;
+      const fits = at >= slot && end <= slot + stride && size <= maxLength && size !== 0;
+      let drop = 0;
       if (!fits || next[p] !== NO_PACKET) {
-        this.#dropped[dropped++] = p;
-        this.counters[TxCounter.droppedInvalid]++;
+        drop = TxCounter.droppedInvalid;
+      } else if ((flags[p] & PacketFlag.needsChecksum) !== 0) {
+        drop = this.#writeChecksumHeader(p, at);
+      } else if (handle === 0) {
+        writeTransmitHeader(memory, at, layout, 0, 0, 0, 0, 0);
+      } else {
+        const resource = handle < resourceId.length ? resourceId[handle] : NOT_INLINE;
+        if (resource === NOT_INLINE || security === 0) drop = TxCounter.droppedSa;
+        else writeTransmitHeader(memory, at, layout, security, 0, 0, resource, ResourceType.NET_IPSEC_OUTB_SA);
+      }
+      if (drop === 0) {
+        bytes += size;
         continue;
       }
-      let wire = 0;
-      let resource = 0;
-      let type = 0;
-      const handle = sa[p];
-      if (handle !== 0) {
-        resource = handle < resourceId.length ? resourceId[handle] : NOT_INLINE;
-        if (resource === NOT_INLINE || security === 0) {
-          this.#dropped[dropped++] = p;
-          this.counters[TxCounter.droppedSa]++;
-          continue;
-        }
-        wire = security;
-        type = ResourceType.NET_IPSEC_OUTB_SA;
-      }
-      let csumStart = 0;
-      let csumOffset = 0;
-      if ((flags[p] & PacketFlag.needsChecksum) !== 0) {
-        csumStart = pool.checksumStart[p];
-        csumOffset = pool.checksumOffset[p];
-        if (!this.#checksum || csumStart + csumOffset + 2 > size) {
-          this.#dropped[dropped++] = p;
-          this.counters[TxCounter.droppedInvalid]++;
-          continue;
-        }
-        wire |= NetHeaderFlag.NEEDS_CSUM;
-      }
-      writeTransmitHeader(memory, at, headerLength, resourceAt, wire, csumStart, csumOffset, resource, type);
-      bufferOffset[p] = at;
-      bufferLength[p] = headerLength + size;
-      accepted[posted++] = p;
-      bytes += size;
+      // What was accepted before it goes to the ring; the dropped packet goes back to the pool.
+      queue.postBurst(packets, from, i, offset, length, false);
+      from = i + 1;
+      dropped++;
+      this.counters[drop]++;
+      this.#returned[0] = p;
+      pool.free(this.#returned, 1);
     }
-    queue.postBurst(accepted, 0, posted, bufferOffset, bufferLength, false);
+    queue.postBurst(packets, from, count, offset, length, false);
     if (queue.publish()) this.#notifier.notify();
-    if (dropped !== 0) pool.free(this.#dropped, dropped);
     const counters = this.counters;
-    counters[TxCounter.packets] += posted;
+    counters[TxCounter.packets] += count - dropped;
     counters[TxCounter.bytes] += bytes;
-    if (count < n) counters[TxCounter.ringFull]++;
     return count;
+  }
+
+  /** The header of a packet whose checksum the device is to fill: 0, or the counter of why the packet is dropped. */
+  #writeChecksumHeader(p: number, at: number): number {
+    const { pool } = this;
+    const start = pool.checksumStart[p];
+    const where = pool.checksumOffset[p];
+    if (!this.#checksum || start + where + 2 > pool.length[p]) return TxCounter.droppedInvalid;
+    const handle = pool.sa[p];
+    const { resourceId } = this.#sas;
+    let flags: number = NetHeaderFlag.NEEDS_CSUM;
+    let resource = 0;
+    let type = 0;
+    if (handle !== 0) {
+      resource = handle < resourceId.length ? resourceId[handle] : NOT_INLINE;
+      if (resource === NOT_INLINE || this.#layout.security === 0) return TxCounter.droppedSa;
+      flags |= this.#layout.security;
+      type = ResourceType.NET_IPSEC_OUTB_SA;
+    }
+    writeTransmitHeader(this.#memory, at, this.#layout, flags, start, where, resource, type);
+    return 0;
   }
 
   /** Returns the packets that the device is done with to the pool, and says how many. */

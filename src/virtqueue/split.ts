@@ -11,6 +11,11 @@
  * the device cannot change it afterwards; the used ring is read once per entry and checked against them. Of the shared
  * memory only the used ring and the two event fields are ever read.
  *
+ * Most devices return buffers in the order in which they got them. As long as one does, and buffers are single
+ * descriptors of one direction, the queue is *ordered*: the buffer at position n of the available ring uses descriptor n,
+ * so that ring and half of each descriptor never change, and no free list is needed. The first buffer that comes out of
+ * order, and the first chain, end that for good.
+ *
  * Ordering: descriptors and ring entries are plain stores, then the index is one `Atomics.store`, a full fence; only after
  * that is the device's wish for notifications read. The used index is one `Atomics.load` per burst, then plain reads.
  */
@@ -47,6 +52,8 @@ export interface SplitVirtqueueOptions {
   /** IOVA that `offset` of `postBurst` counts from: the packet pool's. */
   readonly iovaLow?: number;
   readonly iovaHigh?: number;
+  /** Bytes in front of `offset` that belong to each buffer of `postBurst`: the packet header's. Default 0. */
+  readonly headroom?: number;
 }
 
 /** Byte offsets of the parts. */
@@ -94,6 +101,7 @@ export class SplitVirtqueue implements Virtqueue {
   readonly #eventIdx: boolean;
   readonly #iovaLow: number;
   readonly #iovaHigh: number;
+  readonly #headroom: number;
   readonly #indirectEntries: number;
   /** Byte offset in `memory` of the indirect tables. */
   readonly #indirect: number;
@@ -109,13 +117,16 @@ export class SplitVirtqueue implements Virtqueue {
   readonly #usedRing: number;
   readonly #availEvent: number;
 
-  // By descriptor, for heads of buffers that are out: bytes that the device may write, plus 1 (0 is not out); the token;
-  // and the number of descriptors of a chain less 1, whose others follow in #next.
+  /** See above. `#direction` is the descriptor flags that all free descriptors of an ordered queue have; -1 before the first. */
+  #ordered = true;
+  #direction = -1;
+  // By descriptor, for heads of buffers that are out: bytes that the device may write, plus 1; the token; and the number
+  // of descriptors of a chain less 1, whose others follow in #next. Unless ordered, capacity 0 says that it is not out.
   readonly #capacity: Uint32Array;
   readonly #token: Uint32Array;
   readonly #chain: Uint16Array;
   readonly #next: Uint16Array;
-  /** Stack of free descriptors. */
+  /** Stack of free descriptors, unless ordered. */
   readonly #freeIds: Uint16Array;
   #free: number;
   /** Buffers that are out and have more than one descriptor. */
@@ -149,6 +160,7 @@ export class SplitVirtqueue implements Virtqueue {
     this.#eventIdx = options.eventIdx ?? false;
     this.#iovaLow = options.iovaLow ?? 0;
     this.#iovaHigh = options.iovaHigh ?? 0;
+    this.#headroom = options.headroom ?? 0;
     this.#indirectEntries = indirectEntries;
     this.#indirect = at.indirect;
     this.#u16 = memory.u16;
@@ -168,9 +180,9 @@ export class SplitVirtqueue implements Virtqueue {
     this.#chain = new Uint16Array(size);
     this.#next = new Uint16Array(size);
     this.#freeIds = new Uint16Array(size);
-    for (let i = 0; i < size; i++) this.#freeIds[i] = size - 1 - i;
     this.#free = size;
     memory.u8.fill(0, 0, at.bytes);
+    for (let i = 0; i < size; i++) this.#u16[this.#availRing + i] = i;
     this.disableInterrupts();
   }
 
@@ -197,37 +209,93 @@ export class SplitVirtqueue implements Virtqueue {
   ): number {
     // hot:
     if (this.#broken !== null) return 0;
-    let free = this.#free;
-    const n = Math.min(to - from, free);
-    const u16 = this.#u16;
+    const n = Math.max(Math.min(to - from, this.#free), 0);
+    const flags = deviceWrites ? DescriptorFlag.WRITE : 0;
+    if (this.#ordered && flags !== this.#direction) this.#setDirection(flags);
+    if (!this.#ordered) return this.#postAnywhere(tokens, from, n, offset, length, flags);
     const u32 = this.#u32;
-    const freeIds = this.#freeIds;
     const token = this.#token;
     const capacity = this.#capacity;
     const mask = this.#mask;
+    const headroom = this.#headroom;
+    const low = this.#iovaLow - headroom;
+    const writable = deviceWrites ? -1 : 0;
+    let avail = this.#nextAvail;
+    for (let i = from; i < from + n; i++) {
+      const t = tokens[i];
+      const id = avail & mask;
+      const bytes = (length[t] + headroom) | 0;
+      u32[id * DESCRIPTOR_WORDS] = (low + offset[t]) | 0;
+      u32[id * DESCRIPTOR_WORDS + 2] = bytes;
+      token[id] = t;
+      capacity[id] = (bytes & writable) + 1;
+      avail++;
+    }
+    this.#nextAvail = avail & 0xffff;
+    this.#free -= n;
+    return n;
+  }
+
+  /** hot: as `postBurst`, with free descriptors from the stack. */
+  #postAnywhere(
+    tokens: Uint32Array,
+    from: number,
+    n: number,
+    offset: Uint32Array,
+    length: Uint32Array,
+    flags: number,
+  ): number {
+    const u16 = this.#u16;
+    const u32 = this.#u32;
+    const freeIds = this.#freeIds;
+    const mask = this.#mask;
     const ring = this.#availRing;
-    const low = this.#iovaLow;
-    const high = this.#iovaHigh;
-    const flags = deviceWrites ? DescriptorFlag.WRITE : 0;
-    const writable = deviceWrites ? 0xffffffff : 0;
+    const headroom = this.#headroom;
+    const low = this.#iovaLow - headroom;
+    const writable = flags === 0 ? 0 : -1;
+    let free = this.#free;
     let avail = this.#nextAvail;
     for (let i = from; i < from + n; i++) {
       const t = tokens[i];
       const id = freeIds[--free];
-      const bytes = length[t];
+      const bytes = (length[t] + headroom) | 0;
       const w = id * DESCRIPTOR_WORDS;
-      u32[w] = low + offset[t];
-      u32[w + 1] = high;
+      u32[w] = (low + offset[t]) | 0;
+      u32[w + 1] = this.#iovaHigh;
       u32[w + 2] = bytes;
       u32[w + 3] = flags;
-      token[id] = t;
-      capacity[id] = (bytes & writable) + 1;
+      this.#token[id] = t;
+      this.#capacity[id] = (bytes & writable) + 1;
       u16[ring + (avail & mask)] = id;
       avail++;
     }
     this.#nextAvail = avail & 0xffff;
     this.#free = free;
-    return Math.max(n, 0);
+    return n;
+  }
+
+  /** Writes the half of each descriptor that stays the same as long as the queue is ordered. */
+  #setDirection(flags: number): void {
+    if (this.#direction !== -1) {
+      this.#endOrder();
+      return;
+    }
+    this.#direction = flags;
+    for (let id = 0; id < this.size; id++) {
+      this.#u32[id * DESCRIPTOR_WORDS + 1] = this.#iovaHigh;
+      this.#u32[id * DESCRIPTOR_WORDS + 3] = flags;
+    }
+  }
+
+  /** From an ordered queue to one with a free list: what is not between the used and the available index is free. */
+  #endOrder(): void {
+    if (!this.#ordered) return;
+    this.#ordered = false;
+    for (let i = 0; i < this.#free; i++) {
+      const id = (this.#nextAvail + this.#free - 1 - i) & this.#mask;
+      this.#freeIds[i] = id;
+      this.#capacity[id] = 0;
+    }
   }
 
   postChain(token: number, pieces: Uint32Array, readable: number, writable: number): boolean {
@@ -236,6 +304,7 @@ export class SplitVirtqueue implements Virtqueue {
     let capacity = 0;
     for (let i = readable; i < count; i++) capacity += pieces[3 * i + 2];
     if (capacity >= 0xffffffff) throw new RangeError(`a buffer of ${capacity} writable bytes`);
+    this.#endOrder();
 
     const indirect = count > 1 && count <= this.#indirectEntries;
     const descriptors = indirect ? 1 : count;
@@ -303,6 +372,32 @@ export class SplitVirtqueue implements Virtqueue {
       return 0;
     }
     if (n > max) n = max;
+    let i = 0;
+    if (this.#ordered) {
+      const u32 = this.#u32;
+      const capacity = this.#capacity;
+      const token = this.#token;
+      const mask = this.#mask;
+      const ring = this.#usedRing;
+      for (; i < n; i++) {
+        const id = last & mask;
+        const bytes = u32[ring + id * 2 + 1];
+        if (u32[ring + id * 2] !== id || bytes >= capacity[id]) break;
+        tokens[i] = token[id];
+        written[i] = bytes;
+        last++;
+      }
+      this.#lastUsed = last & 0xffff;
+      this.#free += i;
+      this.#outstanding -= i;
+      if (i === n) return n;
+      this.#endOrder();
+    }
+    return this.#takeAny(tokens, written, i, n);
+  }
+
+  /** hot: takes used buffers in any order into `tokens[i]` up to `tokens[n - 1]`; returns where it ended. */
+  #takeAny(tokens: Uint32Array, written: Uint32Array, start: number, n: number): number {
     const u32 = this.#u32;
     const capacity = this.#capacity;
     const token = this.#token;
@@ -311,8 +406,9 @@ export class SplitVirtqueue implements Virtqueue {
     const ring = this.#usedRing;
     const size = this.size;
     const chained = this.#chained !== 0;
+    let last = this.#lastUsed;
     let free = this.#free;
-    let i = 0;
+    let i = start;
     for (; i < n; i++) {
       const at = ring + (last & mask) * 2;
       const id = u32[at];
@@ -336,7 +432,7 @@ export class SplitVirtqueue implements Virtqueue {
     }
     this.#free = free;
     this.#lastUsed = last & 0xffff;
-    this.#outstanding -= i;
+    this.#outstanding -= i - start;
     return i;
   }
 
@@ -374,6 +470,7 @@ export class SplitVirtqueue implements Virtqueue {
 
   reclaimAll(tokens: Uint32Array): number {
     this.fail(new VirtioError('QUEUE_CLOSED', `queue ${this.index} was reset`));
+    this.#endOrder();
     let n = 0;
     for (let id = 0; id < this.size; id++) {
       if (this.#capacity[id] === 0) continue;

@@ -19,7 +19,7 @@ export interface Virtqueue {
 
   /**
    * hot: posts one-descriptor buffers for `tokens[from]` to `tokens[to - 1]`; token t is the `length[t]` bytes at IOVA
-   * (`iovaHigh`, `iovaLow + offset[t]`). Returns how many fitted. They become visible with `publish`.
+   * (`iovaHigh`, `iovaLow + offset[t]`), and the queue's `headroom` bytes right in front of them. Returns how many fitted. They become visible with `publish`.
    */
   postBurst(
     tokens: Uint32Array,
