@@ -1,0 +1,44 @@
+/**
+ * Where frames go after IPsec processing, and come from before it.
+ *
+ * Frames are packet numbers of the process's one pool, so that a link between two functions of the process copies nothing. Whoever is given
+ * packets owns them, and frees them when done.
+ */
+
+/** The receiving side of a function. */
+export interface FrameSink {
+  /** hot: takes over `n` frames. */
+  deliver(packets: Uint32Array, n: number): void;
+  /** hot: how many frames can be delivered now without dropping any, because the driver has buffers or soon will. */
+  room(): number;
+}
+
+/** What a link has counted. */
+export interface LinkCounters {
+  sent: number;
+  received: number;
+  /** Nobody there to take them, or a frame that makes no sense. */
+  dropped: number;
+}
+
+/** One function's end of a link. */
+export interface Link {
+  readonly counters: LinkCounters;
+  /** Whether there is somebody at the other end: `VIRTIO_NET_S_LINK_UP`. */
+  readonly up: boolean;
+  /** hot: takes over `n` frames. */
+  send(packets: Uint32Array, n: number): void;
+  /** hot: how many frames it takes now. The sender holds back the others. */
+  room(): number;
+  /** hot: moves what has arrived or waits to be sent; returns how many frames it moved. */
+  poll(): number;
+  /** Connects the function; once. `changed` tells it that `up` has changed, `wake` makes the event loop poll. */
+  attach(sink: FrameSink, changed: () => void, wake: () => void): void;
+  close(): void;
+}
+
+/** Frames per call. */
+export const LINK_BURST = 64;
+
+/** `room` of a link that never holds anything back. */
+export const ANY_ROOM = 0x7fffffff;

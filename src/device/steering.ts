@@ -1,0 +1,75 @@
+/**
+ * Automatic receive steering (Virtio 1.4, 5.1.6.5.6): frames of a flow come in on the receive queue whose transmit queue the flow last went
+ * out on; frames of other flows on a queue that their hash picks.
+ *
+ * A flow is a pair of addresses and a pair of ports, whichever direction. The table has no collision handling: two flows that share an
+ * entry share a queue, which the standard allows.
+ */
+import { Ethernet, EtherType, IpProtocol, Ipv4, Ipv4Fragment, Ipv6 } from '../packet/fields.ts';
+
+const ENTRIES = 4096;
+const NONE = 0xff;
+const PRIME = 0x01000193;
+
+export class Steering {
+  /** Queue pair by flow hash. */
+  readonly #pairs = new Uint8Array(ENTRIES).fill(NONE);
+  #inUse = 1;
+
+  /** Queue pairs in use: 1 after a reset (5.1.6.5.6.2). */
+  get pairs(): number {
+    return this.#inUse;
+  }
+
+  set pairs(count: number) {
+    this.#inUse = count;
+    this.#pairs.fill(NONE);
+  }
+
+  /** hot: a frame of this flow went out on transmit queue `pair`. */
+  sent(u8: Uint8Array, at: number, length: number, pair: number): void {
+    if (this.#inUse > 1) this.#pairs[flowHash(u8, at, length) & (ENTRIES - 1)] = pair;
+  }
+
+  /** hot: the receive queue for a frame. */
+  pick(u8: Uint8Array, at: number, length: number): number {
+    if (this.#inUse === 1) return 0;
+    const hash = flowHash(u8, at, length);
+    const pair = this.#pairs[hash & (ENTRIES - 1)];
+    return pair < this.#inUse ? pair : hash % this.#inUse;
+  }
+}
+
+/** hot: the same for both directions of a flow. */
+function flowHash(u8: Uint8Array, at: number, length: number): number {
+  const end = at + length;
+  const ip = at + Ethernet.length;
+  if (ip > end) return 0;
+  const type = (u8[at + Ethernet.type] << 8) | u8[at + Ethernet.type + 1];
+  let sum = 0;
+  let transport = 0;
+  let protocol = 0;
+  if (type === EtherType.ipv4 && ip + Ipv4.minLength <= end) {
+    sum = mix(u8, ip + Ipv4.source, 4) + mix(u8, ip + Ipv4.destination, 4);
+    protocol = u8[ip + Ipv4.protocol];
+    const fragment = ((u8[ip + Ipv4.flagsFragment] << 8) | u8[ip + Ipv4.flagsFragment + 1]) & 0x3fff;
+    transport = (fragment & (Ipv4Fragment.offsetMask | Ipv4Fragment.moreFragments)) === 0 ? ip + (u8[ip] & 0xf) * 4 : 0;
+  } else if (type === EtherType.ipv6 && ip + Ipv6.length <= end) {
+    sum = mix(u8, ip + Ipv6.source, 16) + mix(u8, ip + Ipv6.destination, 16);
+    protocol = u8[ip + Ipv6.nextHeader];
+    transport = ip + Ipv6.length;
+  } else {
+    sum = mix(u8, at + Ethernet.destination, 6) + mix(u8, at + Ethernet.source, 6);
+  }
+  const hasPorts = protocol === IpProtocol.tcp || protocol === IpProtocol.udp;
+  if (hasPorts && transport > 0 && transport + 4 <= end) sum += mix(u8, transport, 2) + mix(u8, transport + 2, 2);
+  const hash = Math.imul((sum ^ protocol) | 0, PRIME);
+  return (hash ^ (hash >>> 15)) >>> 0;
+}
+
+/** hot: */
+function mix(u8: Uint8Array, at: number, length: number): number {
+  let hash = 0x811c9dc5;
+  for (let i = at; i < at + length; i++) hash = Math.imul(hash ^ u8[i], PRIME);
+  return hash >>> 0;
+}
