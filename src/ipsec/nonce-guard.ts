@@ -47,8 +47,10 @@ export class NonceMemory {
 /** Shared by all guards of the process. */
 const processMemory = new NonceMemory();
 
-/** An SA's right to its nonces. Exactly one of the methods is called, once; until then the nonces count as in use. */
+/** An SA's right to its nonces. Either `release` or `cancel` is called, once; until then the nonces count as in use. */
 export interface NonceClaim {
+  /** Whether `sa` has the key and salt of this claim, or no nonces to guard, as the claim's own SA. */
+  covers(sa: SecurityAssociation): boolean;
   /**
    * The SA is over. `nextSequence` is the number that its next packet would have had; without it every nonce counts as used.
    */
@@ -57,7 +59,11 @@ export interface NonceClaim {
   cancel(): void;
 }
 
-const nothingToGuard: NonceClaim = { release: () => {}, cancel: () => {} };
+const nothingToGuard: NonceClaim = {
+  covers: (sa) => !hasCountedNonces(sa),
+  release: () => {},
+  cancel: () => {},
+};
 
 /** A keyed hash of key material, 128 bits in hexadecimal. */
 export function fingerprint(pepper: Uint8Array, material: Uint8Array): string {
@@ -79,6 +85,12 @@ function nonceMaterial(sa: SecurityAssociation): Uint8Array | null {
   material.set(counted.key, 1);
   material.set(salt, 1 + counted.key.length);
   return material;
+}
+
+function hasCountedNonces(sa: SecurityAssociation): boolean {
+  const material = nonceMaterial(sa);
+  material?.fill(0);
+  return material !== null;
 }
 
 /** The first explicit IV of a software SA, and how many it could use until its sequence numbers run out. */
@@ -129,6 +141,12 @@ export class NonceGuard {
     const { first } = plannedIvs(sa);
     const start = sa.initial.sequence;
     return {
+      covers: (other) => {
+        const otherMaterial = nonceMaterial(other);
+        const same = otherMaterial !== null && memory.fingerprint(otherMaterial) === id;
+        otherMaterial?.fill(0);
+        return same;
+      },
       release: (nextSequence) => {
         if (!open) return;
         open = false;

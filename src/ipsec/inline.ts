@@ -1,0 +1,261 @@
+/**
+ * Inline IPsec: SA objects on the device, and what the data path must know of them (Virtio 1.4, 5.1.6.5.x "IPsec Operation").
+ *
+ * Order of use: the two capabilities are got and set, then objects are made. An inbound SA is an object, an entry in the table that
+ * the receive queues look into, and flow filter rules; it goes in the opposite order. `obj_id` is the object's id, so that both readings of
+ * the header's `resource_id` agree. Every buffer that held keys is wiped; keys are kept nowhere.
+ *
+ * The packets of an SA that is being destroyed may still be in a ring. Outbound: no new one enters, the queues are given time to
+ * finish, and ids are used again as late as possible. Inbound: a used-again id means its new SA only once every receive queue has been
+ * seen empty; until then such packets count as not secured.
+ */
+import { AdminCommandError, IpsecError } from '../errors.ts';
+import type { AdminQueue } from '../virtio/admin.ts';
+import { AdminStatus } from '../virtio/admin-wire.ts';
+import { ObjectIds } from '../virtio/object-ids.ts';
+import { NOT_INLINE } from '../virtio-net/sa-table.ts';
+import { driverModes, type InlineCapability, whyNotInline } from './capability.ts';
+import type { InboundRules, SaRules } from './inbound-rules.ts';
+import type { RedactedSaObject } from './ipsec.ts';
+import type { SecurityAssociation } from './sa.ts';
+import { saToObject } from './sa-object.ts';
+import type { IpsecWire } from './wire/codec.ts';
+import { IpsecCapability, SaObjectType } from './wire/numbers.ts';
+
+/** The commands that inline IPsec needs: those of `AdminQueue`. */
+export type InlineAdmin = Pick<
+  AdminQueue,
+  'deviceCapability' | 'setDriverCapability' | 'createObject' | 'modifyObject' | 'queryObject' | 'destroyObject'
+>;
+
+/** `SaTable` as the control path sees it: the arrays are put in when the limits are known. */
+export interface MutableSaTable {
+  resourceId: Uint32Array;
+  handle: Uint32Array;
+}
+
+export interface InlineIpsecOptions {
+  readonly wire: IpsecWire;
+  /** Null when the device has no flow filter that leads packets to IPsec: then it takes no inbound SAs. */
+  readonly rules: InboundRules | null;
+  readonly table: MutableSaTable;
+  /** Handles are 1 to this. */
+  readonly handles: number;
+  /** How many SAs of each direction the driver asks for at most. */
+  readonly maxSas: number;
+  /** Resolves when the transmit queues have finished what they hold now, or have had time enough. */
+  readonly quiesceTransmit: () => Promise<void>;
+  /** Number of receive queues, whose `drained` calls are waited for. */
+  readonly receiveQueues: number;
+}
+
+interface InlineSa {
+  readonly id: number;
+  readonly type: number;
+  /** Inbound: key of the SPI reservation. */
+  readonly identity: string | null;
+  readonly rules: SaRules;
+}
+
+/** An inbound SA whose id had another SA before. */
+interface Awaited {
+  readonly id: number;
+  readonly handle: number;
+  readonly queues: Set<number>;
+}
+
+export class InlineIpsec {
+  readonly capability: InlineCapability;
+  readonly #admin: InlineAdmin;
+  readonly #options: InlineIpsecOptions;
+  readonly #outboundIds: ObjectIds;
+  readonly #inboundIds: ObjectIds;
+  /** By handle. */
+  readonly #sas = new Map<number, InlineSa>();
+  /** Protocol and SPI of the inbound SAs on the device: the device looks nothing else up. */
+  readonly #inbound = new Set<string>();
+  #awaited: Awaited[] = [];
+
+  private constructor(admin: InlineAdmin, capability: InlineCapability, options: InlineIpsecOptions) {
+    this.#admin = admin;
+    this.capability = capability;
+    this.#options = options;
+    this.#outboundIds = new ObjectIds(capability.limits.outbound);
+    this.#inboundIds = new ObjectIds(capability.limits.inbound);
+    options.table.resourceId = new Uint32Array(options.handles + 1).fill(NOT_INLINE);
+    options.table.handle = new Uint32Array(capability.limits.inbound);
+  }
+
+  /**
+   * Gets the IPsec capabilities, sets what the driver uses of them, and returns inline IPsec; null when the device, whose capability
+   * ids are `ids`, has none or offers nothing in them. Throws AdminCommandError, VirtioError `MALFORMED_CAPABILITY`.
+   */
+  static async open(
+    admin: InlineAdmin,
+    ids: readonly number[],
+    options: InlineIpsecOptions,
+  ): Promise<InlineIpsec | null> {
+    const { wire, maxSas } = options;
+    if (!ids.includes(IpsecCapability.resource) || !ids.includes(IpsecCapability.sa)) return null;
+    const offered = wire.decodeSaLimits(await admin.deviceCapability(IpsecCapability.resource));
+    const modes = driverModes(wire.decodeModes(await admin.deviceCapability(IpsecCapability.sa)), wire);
+    if (offered.inbound + offered.outbound === 0 || modes.length === 0) return null;
+    const limits = { inbound: Math.min(offered.inbound, maxSas), outbound: Math.min(offered.outbound, maxSas) };
+    await admin.setDriverCapability(IpsecCapability.resource, wire.encodeSaLimits(limits));
+    await admin.setDriverCapability(IpsecCapability.sa, wire.encodeModes(modes));
+    return new InlineIpsec(admin, { wire, limits, modes }, options);
+  }
+
+  /** Why the device cannot take `sa`, or null. */
+  obstacle(sa: SecurityAssociation): string | null {
+    const why = whyNotInline(sa, this.capability);
+    if (why !== null) return why;
+    const ids = sa.direction === 'outbound' ? this.#outboundIds : this.#inboundIds;
+    if (ids.used >= ids.limit) return `all ${ids.limit} ${sa.direction} SAs of the device are in use`;
+    if (sa.direction === 'outbound') return null;
+    const { rules } = this.#options;
+    return rules === null ? 'no flow filter of the device leads packets to IPsec' : rules.obstacle(sa);
+  }
+
+  /** Whether an inbound SA with the protocol and SPI of `sa` is on the device. */
+  hasInbound(sa: Pick<SecurityAssociation, 'protocol' | 'spi'>): boolean {
+    return this.#inbound.has(identityOf(sa));
+  }
+
+  /**
+   * Makes the object, and for an inbound SA its rules. Throws IpsecError `SA_LIMIT`, `SA_EXISTS`; AdminCommandError; VirtioError. Then the
+   * data path knows nothing of it.
+   */
+  async create(handle: number, sa: SecurityAssociation): Promise<void> {
+    const outbound = sa.direction === 'outbound';
+    const identity = outbound ? null : identityOf(sa);
+    if (identity !== null) {
+      if (this.#inbound.has(identity))
+        throw new IpsecError('SA_EXISTS', 'an inbound SA with this SPI is on the device');
+      this.#inbound.add(identity);
+    }
+    const ids = outbound ? this.#outboundIds : this.#inboundIds;
+    const taken = ids.take();
+    if (taken === null) {
+      if (identity !== null) this.#inbound.delete(identity);
+      throw new IpsecError('SA_LIMIT', `all ${ids.limit} ${sa.direction} SAs of the device are in use`);
+    }
+    const { id } = taken;
+    const type = SaObjectType[sa.direction];
+    try {
+      await this.#withObject(sa, id, (bytes) => this.#admin.createObject(type, id, bytes));
+    } catch (error) {
+      // After a timeout nobody knows whether the object exists: its id is not used again.
+      if (error instanceof AdminCommandError && error.status !== AdminStatus.EEXIST) ids.give(id);
+      if (identity !== null) this.#inbound.delete(identity);
+      throw error;
+    }
+    if (outbound) {
+      this.#sas.set(handle, { id, type, identity, rules: [] });
+      this.#options.table.resourceId[handle] = id;
+      return;
+    }
+    if (taken.reused && this.#options.receiveQueues > 0) this.#await(id, handle);
+    else this.#options.table.handle[id] = handle;
+    try {
+      const rules = (await this.#options.rules?.add(sa)) ?? [];
+      this.#sas.set(handle, { id, type, identity, rules });
+    } catch (error) {
+      this.#sas.set(handle, { id, type, identity, rules: [] });
+      await this.destroy(handle).catch(() => {});
+      throw error;
+    }
+  }
+
+  /**
+   * Replaces the parameters of an SA; its SPI, direction and mode are the same. On failure the device keeps the old ones. Throws
+   * IpsecError `NO_SUCH_SA`, AdminCommandError, VirtioError.
+   */
+  async modify(handle: number, sa: SecurityAssociation): Promise<void> {
+    const { id, type } = this.#get(handle);
+    await this.#withObject(sa, id, (bytes) => this.#admin.modifyObject(type, id, bytes));
+  }
+
+  /** What the device keeps, without keys. Throws IpsecError `NO_SUCH_SA`, AdminCommandError, VirtioError. */
+  async query(handle: number): Promise<RedactedSaObject> {
+    const { id, type } = this.#get(handle);
+    const { wire } = this.capability;
+    const bytes = await this.#admin.queryObject(type, id, wire.saObjectSize);
+    try {
+      const { cipherKey, authKey, ...rest } = wire.decodeSa(bytes);
+      const redacted = { ...rest, cipherKeyLength: cipherKey.length, authKeyLength: authKey.length };
+      cipherKey.fill(0);
+      authKey.fill(0);
+      return redacted;
+    } finally {
+      bytes.fill(0);
+    }
+  }
+
+  /** Takes the SA off the data path at once and destroys its object. Does nothing for a handle without SA. */
+  async destroy(handle: number): Promise<void> {
+    const sa = this.#sas.get(handle);
+    if (sa === undefined) return;
+    this.#sas.delete(handle);
+    const { table, rules, quiesceTransmit } = this.#options;
+    const outbound = sa.type === SaObjectType.outbound;
+    if (outbound) {
+      table.resourceId[handle] = NOT_INLINE;
+      await quiesceTransmit();
+    } else {
+      await rules?.remove(sa.rules);
+      this.#awaited = this.#awaited.filter((one) => one.handle !== handle);
+      if (table.handle[sa.id] === handle) table.handle[sa.id] = 0;
+    }
+    try {
+      await this.#admin.destroyObject(sa.type, sa.id);
+    } catch (error) {
+      if (!(error instanceof AdminCommandError && error.status === AdminStatus.ENXIO)) throw error;
+    }
+    (outbound ? this.#outboundIds : this.#inboundIds).give(sa.id);
+    if (sa.identity !== null) this.#inbound.delete(sa.identity);
+  }
+
+  /** Whether `drained` is waited for. */
+  get awaitsDrain(): boolean {
+    return this.#awaited.length > 0;
+  }
+
+  /** Receive queue `queue` was seen empty: what arrives from now on was processed with the SAs of now. */
+  drained(queue: number): void {
+    for (const one of this.#awaited) {
+      one.queues.delete(queue);
+      if (one.queues.size === 0) this.#options.table.handle[one.id] = one.handle;
+    }
+    this.#awaited = this.#awaited.filter((one) => one.queues.size > 0);
+  }
+
+  #await(id: number, handle: number): void {
+    const queues = new Set(Array.from({ length: this.#options.receiveQueues }, (_, i) => i));
+    this.#awaited.push({ id, handle, queues });
+  }
+
+  #get(handle: number): InlineSa {
+    const sa = this.#sas.get(handle);
+    if (sa === undefined) throw new IpsecError('NO_SUCH_SA', `no SA of the device has handle ${handle}`);
+    return sa;
+  }
+
+  /** Encodes the object, sends it, and wipes it as soon as the command has been copied to where the device reads it. */
+  async #withObject(sa: SecurityAssociation, id: number, send: (bytes: Uint8Array) => Promise<void>): Promise<void> {
+    const { wire } = this.capability;
+    const bytes = new Uint8Array(wire.saObjectSize);
+    let sent: Promise<void>;
+    try {
+      wire.encodeSa(saToObject(sa, id, wire.hasInitialSequence), bytes);
+      sent = send(bytes);
+    } finally {
+      bytes.fill(0);
+    }
+    await sent;
+  }
+}
+
+function identityOf(sa: Pick<SecurityAssociation, 'protocol' | 'spi'>): string {
+  return `${sa.protocol} ${sa.spi}`;
+}

@@ -1,0 +1,89 @@
+/**
+ * IPsec as an application sees it: one interface, whether the NIC or the library does the work.
+ *
+ * `addSa` returns a handle; a packet carries its number (`pool.sa[p] = handle.handle`) to be protected by it, and a received packet
+ * that was protected has the number of the SA that protected it. 0 is in the clear.
+ */
+import type { EngineName } from '../fallback/engines/engine.ts';
+import type { InlineCapability } from './capability.ts';
+import type { Placement, Where } from './placement.ts';
+import type { Direction, Mode, Protocol } from './sa.ts';
+import type { SecurityAssociationInput } from './validate.ts';
+import type { SaObject } from './wire/codec.ts';
+
+/** What happens to an SA. Each is told once per SA. */
+export interface SaEvents {
+  /** A soft limit was reached: time to negotiate a new SA. */
+  'soft-expiry': [limit: 'packets' | 'bytes' | 'device'];
+  /** A hard limit was reached: the SA carries nothing more. */
+  'hard-expiry': [limit: 'packets' | 'bytes'];
+  /** Fewer than 2^29 sequence numbers are left. */
+  'sequence-low': [];
+  /** None is left: the SA carries nothing more (RFC 4303, 3.3.3). */
+  'sequence-overflow': [];
+}
+
+/** Traffic of one SA. */
+export interface SaTraffic {
+  readonly packets: bigint;
+  /** Bytes of IP packet without protection. For an inline SA counted by the driver, from what was sent and delivered. */
+  readonly bytes: bigint;
+  /** Packets dropped on this SA in the driver, by reason; names as `vipsec esp --json` has them. */
+  readonly dropped: Readonly<Record<string, number>>;
+  readonly softExpired: boolean;
+  /** Software only: number of the next packet (outbound), or the highest accepted (inbound). */
+  readonly sequence?: bigint;
+  /** Software only: what does the arithmetic. */
+  readonly engine?: EngineName;
+}
+
+/** An SA object as the device keeps it, without its keys. */
+export interface RedactedSaObject extends Omit<SaObject, 'cipherKey' | 'authKey'> {
+  readonly cipherKeyLength: number;
+  readonly authKeyLength: number;
+}
+
+/** An SA that exists. */
+export interface SaHandle {
+  /** The number that packets carry: 1 or more. */
+  readonly handle: number;
+  readonly name: string | undefined;
+  readonly direction: Direction;
+  readonly protocol: Protocol;
+  readonly mode: Mode;
+  readonly spi: number;
+  readonly placement: Placement;
+  traffic(): SaTraffic;
+  /** Inline only: asks the device what it keeps (RESOURCE_OBJ_QUERY). Null for a software SA. */
+  query(): Promise<RedactedSaObject | null>;
+  /**
+   * Replaces the parameters of the SA where it is. Direction, protocol, mode and SPI stay. Fails as a whole or not at all. Throws IpsecError
+   * `SA_MODIFY`, `NONCE_REUSE`, `NOT_OFFLOADABLE`, those of validation; AdminCommandError.
+   */
+  modify(sa: SecurityAssociationInput): Promise<void>;
+  /** Ends the SA. Packets that still name it are dropped. Idempotent. */
+  remove(): Promise<void>;
+  on<E extends keyof SaEvents>(event: E, listener: (...args: SaEvents[E]) => void): this;
+  off<E extends keyof SaEvents>(event: E, listener: (...args: SaEvents[E]) => void): this;
+}
+
+export interface AddSaOptions {
+  /** Refuse the SA rather than place it elsewhere. */
+  readonly require?: Where;
+}
+
+export interface Ipsec {
+  /** What the device does inline; null when it does nothing, and then `inlineObstacle` says why. */
+  readonly inline: InlineCapability | null;
+  readonly inlineObstacle: string | null;
+  /**
+   * Makes an SA, inline when the device can express all of it, else in software. Keys are copied where they are used and kept nowhere
+   * else. Throws IpsecError: those of validation; `NOT_OFFLOADABLE`, `SOFTWARE_NOT_AVAILABLE`, `NO_PLACE_FOR_SA`; `SA_EXISTS`; `SA_LIMIT`;
+   * `NONCE_REUSE`; or AdminCommandError when inline is required and the device refuses.
+   */
+  addSa(sa: SecurityAssociationInput, options?: AddSaOptions): Promise<SaHandle>;
+  /** The SA with number `handle`. */
+  get(handle: number): SaHandle | undefined;
+  /** All SAs, oldest first. */
+  list(): SaHandle[];
+}

@@ -1,0 +1,423 @@
+/**
+ * The SAs of a NIC: validates them, places them, guards their nonces, numbers them, and tells what happens to them.
+ *
+ * Inline and software SAs live side by side behind `Ipsec`. When the device refuses an SA that it should take, the SA
+ * goes to software, with that as the reason, unless inline is required. Nothing here is on the data path but the arrays of `SaState`.
+ *
+ * Left out: moving a live SA from one place to the other.
+ */
+import { AdminCommandError, IpsecError, VipsecError } from '../errors.ts';
+import { encapsulationOf, largestInner } from '../fallback/pmtu.ts';
+import { isRestrictive } from '../fallback/selector.ts';
+import type { SaEvent, SoftwareIpsec } from '../fallback/software.ts';
+import { Ipv4, Ipv6 } from '../packet/fields.ts';
+import { ObjectIds } from '../virtio/object-ids.ts';
+import { type InlineCapability, whyNotInline } from './capability.ts';
+import type { InlineIpsec } from './inline.ts';
+import type { AddSaOptions, Ipsec, RedactedSaObject, SaEvents, SaHandle, SaTraffic } from './ipsec.ts';
+import type { NonceClaim, NonceGuard } from './nonce-guard.ts';
+import { type Placement, place, type Where } from './placement.ts';
+import type { Direction, Mode, Protocol, SecurityAssociation } from './sa.ts';
+import { SaPlace, SaState } from './sa-state.ts';
+import { type SecurityAssociationInput, validateSa } from './validate.ts';
+
+export interface IpsecManagerOptions {
+  readonly inline: InlineIpsec | null;
+  /** Why there is no inline IPsec, when there is none. */
+  readonly inlineObstacle: string | null;
+  /** Makes the software side, when the first SA needs it; null when it is not wanted. */
+  readonly software: ((onEvent: (handle: number, event: SaEvent) => void) => SoftwareIpsec) | null;
+  readonly guard: NonceGuard;
+  /** Bytes of the longest IP packet on the link. */
+  readonly mtu: number;
+  /** Handles are 1 to this. */
+  readonly handles: number;
+  /** What `addSa` does without `require`. */
+  readonly require?: Where;
+}
+
+/** Refusals of the device or its flow filter after which software is as good a place as before. */
+function isRefusal(error: unknown): error is VipsecError {
+  return error instanceof AdminCommandError || (error instanceof VipsecError && error.code.startsWith('FLOW_'));
+}
+
+export class IpsecManager implements Ipsec {
+  readonly inline: InlineCapability | null;
+  readonly inlineObstacle: string | null;
+  readonly state: SaState;
+  readonly device: InlineIpsec | null;
+  /** Made with the first software SA. */
+  software: SoftwareIpsec | null = null;
+  readonly #options: IpsecManagerOptions;
+  readonly #ids: ObjectIds;
+  readonly #sas = new Map<number, ManagedSa>();
+  /** Protocol and SPI of software inbound SAs, and how many have them. */
+  readonly #softwareInbound = new Map<string, number>();
+  #closed: VipsecError | null = null;
+
+  constructor(options: IpsecManagerOptions) {
+    this.#options = options;
+    this.device = options.inline;
+    this.inline = options.inline?.capability ?? null;
+    this.inlineObstacle = options.inline === null ? (options.inlineObstacle ?? 'the device has no inline IPsec') : null;
+    this.#ids = new ObjectIds(options.handles);
+    this.state = new SaState(options.handles, (handle, event, ...args) => this.#tell(handle, event, args));
+  }
+
+  get(handle: number): SaHandle | undefined {
+    return this.#sas.get(handle);
+  }
+
+  list(): SaHandle[] {
+    return [...this.#sas.values()];
+  }
+
+  async addSa(input: SecurityAssociationInput, options: AddSaOptions = {}): Promise<SaHandle> {
+    if (this.#closed !== null) throw this.#closed;
+    const sa = validateSa(input);
+    try {
+      return await this.#add(sa, options.require ?? this.#options.require);
+    } finally {
+      wipeKeys(sa);
+    }
+  }
+
+  async #add(sa: SecurityAssociation, require: Where | undefined): Promise<SaHandle> {
+    this.#refuseDuplicate(sa);
+    const inlineObstacle = this.inlineObstacle ?? this.device?.obstacle(sa) ?? this.#twinInSoftware(sa);
+    const softwareObstacle = this.#options.software === null ? 'software IPsec is not wanted' : null;
+    const placement = place({ sa, inlineObstacle, softwareObstacle, ...(require === undefined ? {} : { require }) });
+    const taken = this.#ids.take();
+    if (taken === null) throw new IpsecError('SA_LIMIT', `there are ${this.#ids.limit} SAs already`);
+    const handle = taken.id + 1;
+    try {
+      const fallback = softwareObstacle === null && require === undefined;
+      return await this.#create(handle, sa, placement, fallback);
+    } catch (error) {
+      this.#ids.give(taken.id);
+      throw error;
+    }
+  }
+
+  async #create(handle: number, sa: SecurityAssociation, placement: Placement, fallback: boolean): Promise<SaHandle> {
+    if (placement.where === 'software') return this.#createSoftware(handle, sa, placement);
+    const device = this.#device();
+    const claim = this.#options.guard.claim(sa, 'inline');
+    try {
+      await device.create(handle, sa);
+    } catch (error) {
+      if (!isRefusal(error)) {
+        claim.release();
+        throw error;
+      }
+      claim.cancel();
+      if (!fallback || this.#closed !== null) throw error;
+      const because = `the device refused it with ${error.code}`;
+      return this.#createSoftware(handle, sa, { where: 'software', because });
+    }
+    if (this.#closed !== null) {
+      claim.release();
+      throw this.#closed;
+    }
+    const outbound = sa.direction === 'outbound';
+    const where = outbound ? SaPlace.inlineOutbound : SaPlace.inlineInbound;
+    this.state.add(handle, sa, where, longestFrame(sa, this.#options.mtu), selectorOf(sa));
+    return this.#enter(handle, sa, placement, claim);
+  }
+
+  #createSoftware(handle: number, sa: SecurityAssociation, placement: Placement): SaHandle {
+    const software = this.#software();
+    const claim = this.#options.guard.claim(sa, 'software');
+    try {
+      software.add(handle, sa);
+      if (sa.direction === 'outbound') software.setMtu(handle, this.#options.mtu);
+    } catch (error) {
+      claim.cancel();
+      throw error;
+    }
+    const where = sa.direction === 'outbound' ? SaPlace.softwareOutbound : SaPlace.softwareInbound;
+    this.state.add(handle, sa, where, 0, null);
+    this.#countTwins(sa, 1);
+    return this.#enter(handle, sa, placement, claim);
+  }
+
+  #enter(handle: number, sa: SecurityAssociation, placement: Placement, claim: NonceClaim): SaHandle {
+    const managed = new ManagedSa(this, handle, sa, placement, claim);
+    this.#sas.set(handle, managed);
+    return managed;
+  }
+
+  /** The device finds an inbound SA by SPI alone, so a second one with the same SPI would get the first one's packets. */
+  #refuseDuplicate(sa: SecurityAssociation): void {
+    if (sa.direction === 'inbound' && this.device?.hasInbound(sa) === true) {
+      const spi = `0x${sa.spi.toString(16)}`;
+      throw new IpsecError('SA_EXISTS', `an inbound SA with SPI ${spi} is on the device`, { path: 'sa.spi' });
+    }
+  }
+
+  #twinInSoftware(sa: SecurityAssociation): string | null {
+    const twin = sa.direction === 'inbound' && this.#softwareInbound.has(identityOf(sa));
+    return twin ? 'a software SA has the same SPI' : null;
+  }
+
+  /** Software inbound SAs may share an SPI when their destinations differ. */
+  #countTwins(sa: Pick<SaHandle, 'direction' | 'protocol' | 'spi'>, by: 1 | -1): void {
+    if (sa.direction === 'outbound') return;
+    const identity = identityOf(sa);
+    const count = (this.#softwareInbound.get(identity) ?? 0) + by;
+    if (count === 0) this.#softwareInbound.delete(identity);
+    else this.#softwareInbound.set(identity, count);
+  }
+
+  traffic(managed: ManagedSa): SaTraffic {
+    const { handle, placement } = managed;
+    if (placement.where === 'software' && this.software !== null && this.#sas.has(handle)) {
+      const { packets, bytes, dropped, sequence, engine, softExpired } = this.software.counters(handle);
+      return { packets, bytes, dropped, softExpired, sequence, engine };
+    }
+    const { state } = this;
+    return {
+      packets: BigInt(state.packets[handle]),
+      bytes: BigInt(state.bytes[handle]),
+      dropped: state.dropped(handle),
+      softExpired: state.softExpired(handle),
+    };
+  }
+
+  async query(managed: ManagedSa): Promise<RedactedSaObject | null> {
+    return managed.placement.where === 'inline' ? this.#device().query(managed.handle) : null;
+  }
+
+  async modify(managed: ManagedSa, input: SecurityAssociationInput): Promise<void> {
+    if (this.#closed !== null) throw this.#closed;
+    const sa = validateSa(input);
+    try {
+      managed.refuseOther(sa);
+      if (managed.placement.where === 'software') this.#modifySoftware(managed, sa);
+      else await this.#modifyInline(managed, sa);
+    } finally {
+      wipeKeys(sa);
+    }
+  }
+
+  /** With the key and salt that it has, a software SA goes on counting; with new ones it begins anew. */
+  #modifySoftware(managed: ManagedSa, sa: SecurityAssociation): void {
+    const { handle } = managed;
+    const software = this.#software();
+    if (sa.direction === 'inbound' || managed.claim.covers(sa)) {
+      software.modify(handle, sa);
+      return;
+    }
+    const next = software.counters(handle).sequence;
+    const claim = this.#options.guard.claim(sa, 'software');
+    try {
+      software.modify(handle, sa);
+    } catch (error) {
+      claim.cancel();
+      throw error;
+    }
+    managed.claim.release(next);
+    managed.claim = claim;
+  }
+
+  /**
+   * The standard does not say whether a modify restarts the sequence numbers of an outbound SA. So it must bring a key and salt that were
+   * never used, or nonces might repeat.
+   */
+  async #modifyInline(managed: ManagedSa, sa: SecurityAssociation): Promise<void> {
+    const { handle } = managed;
+    const device = this.#device();
+    const why = whyNotInline(sa, device.capability);
+    if (why !== null) throw new IpsecError('NOT_OFFLOADABLE', `the SA cannot stay inline: ${why}`);
+    const claim = this.#options.guard.claim(sa, 'inline');
+    try {
+      await device.modify(handle, sa);
+    } catch (error) {
+      if (isRefusal(error)) claim.cancel();
+      else claim.release();
+      throw error;
+    }
+    managed.claim.release();
+    managed.claim = claim;
+    if (this.state.place[handle] === SaPlace.none) return;
+    const where = sa.direction === 'outbound' ? SaPlace.inlineOutbound : SaPlace.inlineInbound;
+    this.state.replace(handle, sa, where, longestFrame(sa, this.#options.mtu), selectorOf(sa));
+  }
+
+  async remove(managed: ManagedSa): Promise<void> {
+    const { handle } = managed;
+    if (this.#sas.get(handle) !== managed) return;
+    managed.keepTraffic(this.traffic(managed));
+    this.#sas.delete(handle);
+    this.state.remove(handle);
+    if (managed.placement.where === 'software') {
+      this.#removeSoftware(managed);
+    } else {
+      managed.claim.release();
+      await this.device?.destroy(handle);
+    }
+    this.#ids.give(handle - 1);
+  }
+
+  #removeSoftware(managed: ManagedSa): void {
+    if (this.software === null) return;
+    const { sequence } = this.software.counters(managed.handle);
+    this.software.remove(managed.handle);
+    this.#countTwins(managed, -1);
+    managed.claim.release(sequence);
+  }
+
+  /** Ends all SAs, wipes the keys of the software side, and refuses new ones with `reason`. The device has been reset, or is gone. */
+  close(reason: VipsecError): void {
+    if (this.#closed !== null) return;
+    this.#closed = reason;
+    for (const managed of this.#sas.values()) {
+      managed.keepTraffic(this.traffic(managed));
+      this.state.remove(managed.handle);
+      if (managed.placement.where === 'software') this.#removeSoftware(managed);
+      else managed.claim.release();
+    }
+    this.#sas.clear();
+    this.software?.close();
+    this.software = null;
+    this.#options.guard.close();
+  }
+
+  /** Events reach listeners after the burst in which they arose, so that a listener may do anything. */
+  #tell<E extends keyof SaEvents>(handle: number, event: E, args: SaEvents[E]): void {
+    const managed = this.#sas.get(handle);
+    if (managed !== undefined) queueMicrotask(() => managed.tell(event, args));
+  }
+
+  #softwareEvent(handle: number, event: SaEvent): void {
+    if (event === 'soft-packets') this.#tell(handle, 'soft-expiry', ['packets']);
+    else if (event === 'soft-bytes') this.#tell(handle, 'soft-expiry', ['bytes']);
+    else if (event === 'hard-packets') this.#tell(handle, 'hard-expiry', ['packets']);
+    else if (event === 'hard-bytes') this.#tell(handle, 'hard-expiry', ['bytes']);
+    else this.#tell(handle, event, []);
+  }
+
+  #software(): SoftwareIpsec {
+    if (this.#options.software === null) throw new IpsecError('SOFTWARE_NOT_AVAILABLE', 'software IPsec is not wanted');
+    this.software ??= this.#options.software((handle, event) => this.#softwareEvent(handle, event));
+    return this.software;
+  }
+
+  #device(): InlineIpsec {
+    if (this.device === null) throw new IpsecError('NOT_OFFLOADABLE', this.inlineObstacle ?? 'no inline IPsec');
+    return this.device;
+  }
+}
+
+type Listeners = { [E in keyof SaEvents]: Set<(...args: SaEvents[E]) => void> };
+
+/** An SA as the application holds it. It knows no key. */
+class ManagedSa implements SaHandle {
+  readonly handle: number;
+  readonly name: string | undefined;
+  readonly direction: Direction;
+  readonly protocol: Protocol;
+  readonly mode: Mode;
+  readonly spi: number;
+  readonly placement: Placement;
+  claim: NonceClaim;
+  /** What the rules of an inbound SA look at. */
+  readonly #way: string;
+  readonly #manager: IpsecManager;
+  readonly #listeners: Listeners = {
+    'soft-expiry': new Set(),
+    'hard-expiry': new Set(),
+    'sequence-low': new Set(),
+    'sequence-overflow': new Set(),
+  };
+  #finalTraffic: SaTraffic | null = null;
+
+  constructor(manager: IpsecManager, handle: number, sa: SecurityAssociation, placement: Placement, claim: NonceClaim) {
+    this.#manager = manager;
+    this.handle = handle;
+    this.name = sa.name;
+    this.direction = sa.direction;
+    this.protocol = sa.protocol;
+    this.mode = sa.mode;
+    this.spi = sa.spi;
+    this.placement = placement;
+    this.claim = claim;
+    this.#way = wayOf(sa);
+  }
+
+  traffic(): SaTraffic {
+    return this.#finalTraffic ?? this.#manager.traffic(this);
+  }
+
+  query(): Promise<RedactedSaObject | null> {
+    return this.#manager.query(this);
+  }
+
+  modify(sa: SecurityAssociationInput): Promise<void> {
+    return this.#manager.modify(this, sa);
+  }
+
+  remove(): Promise<void> {
+    return this.#manager.remove(this);
+  }
+
+  on<E extends keyof SaEvents>(event: E, listener: (...args: SaEvents[E]) => void): this {
+    this.#listeners[event].add(listener);
+    return this;
+  }
+
+  off<E extends keyof SaEvents>(event: E, listener: (...args: SaEvents[E]) => void): this {
+    this.#listeners[event].delete(listener);
+    return this;
+  }
+
+  tell<E extends keyof SaEvents>(event: E, args: SaEvents[E]): void {
+    for (const listener of this.#listeners[event]) listener(...args);
+  }
+
+  keepTraffic(traffic: SaTraffic): void {
+    this.#finalTraffic = traffic;
+  }
+
+  /** Throws unless `sa` is this SA with other parameters. */
+  refuseOther(sa: SecurityAssociation): void {
+    if (this.#finalTraffic !== null) throw new IpsecError('NO_SUCH_SA', 'the SA was removed');
+    for (const field of ['direction', 'protocol', 'mode', 'spi'] as const) {
+      if (sa[field] === this[field]) continue;
+      throw new IpsecError('SA_MODIFY', `a modify cannot change the ${field} of an SA`, { path: `sa.${field}` });
+    }
+    if (sa.direction === 'inbound' && wayOf(sa) !== this.#way) {
+      throw new IpsecError('SA_MODIFY', 'a modify cannot change how packets find an inbound SA', { path: 'sa.tunnel' });
+    }
+  }
+}
+
+function identityOf(sa: Pick<SecurityAssociation, 'protocol' | 'spi'>): string {
+  return `${sa.protocol} ${sa.spi}`;
+}
+
+/** How packets find an inbound SA: destination and UDP encapsulation. */
+function wayOf(sa: SecurityAssociation): string {
+  const destination = sa.tunnel?.destination ?? sa.selector.destination?.address ?? [];
+  return `${[...destination]} ${sa.udpEncap?.sourcePort} ${sa.udpEncap?.destinationPort}`;
+}
+
+/** The selector that decapsulated packets of an inline inbound SA must fit: the device does not check it. */
+function selectorOf(sa: SecurityAssociation): SecurityAssociation['selector'] | null {
+  return sa.direction === 'inbound' && isRestrictive(sa.selector) ? sa.selector : null;
+}
+
+/** The longest IP packet that still fits the link when `sa` protects it, whichever IP version it has. */
+function longestFrame(sa: SecurityAssociation, mtu: number): number {
+  if (sa.direction === 'inbound') return 0;
+  const how = encapsulationOf(sa);
+  return Math.min(largestInner(how, mtu, Ipv4.minLength), largestInner(how, mtu, Ipv6.length));
+}
+
+/** Zeroes what validation has copied. */
+function wipeKeys(sa: SecurityAssociation): void {
+  for (const part of [sa.aead, sa.cipher, sa.auth]) {
+    part?.key.fill(0);
+    part?.salt?.fill(0);
+  }
+}

@@ -1,0 +1,237 @@
+/**
+ * What the data path knows of SAs: typed arrays by handle, so that a burst costs no object.
+ *
+ * The driver counts what an inline SA sends, because nobody else does: the device tells of soft expiry on receive only, and the standard
+ * does not say what it does when sequence numbers run out. So an inline outbound SA stops here, at its hard limit
+ * or after its last sequence number, whatever the device would do.
+ */
+import { SEQUENCE_LOW } from '../fallback/sequence.ts';
+import { VERDICTS, Verdict, verdictNames } from '../fallback/verdict.ts';
+import type { SaEvents } from './ipsec.ts';
+import type { SecurityAssociation, Selector } from './sa.ts';
+
+/** Where the packets of a handle go. */
+export const SaPlace = {
+  none: 0,
+  inlineOutbound: 1,
+  softwareOutbound: 2,
+  inlineInbound: 3,
+  softwareInbound: 4,
+} as const;
+
+export type SaPlace = (typeof SaPlace)[keyof typeof SaPlace];
+
+type Tell = <E extends keyof SaEvents>(handle: number, event: E, ...args: SaEvents[E]) => void;
+
+/** The limits of one inline SA; `Infinity` is none. */
+interface Limits {
+  readonly softPackets: number;
+  readonly softBytes: number;
+  readonly hardPackets: number;
+  readonly hardBytes: number;
+  /** Packets until `sequence-low` and until the last number. */
+  readonly lowAt: number;
+  readonly lastAt: number;
+  readonly told: Set<string>;
+}
+
+const SEQUENCE_SPACE_32 = 1n << 32n;
+const SEQUENCE_SPACE_64 = 1n << 64n;
+
+export class SaState {
+  /** Handles are 1 to `capacity`. */
+  readonly capacity: number;
+  /** By handle: `SaPlace`. */
+  readonly place: Uint8Array;
+  /** Inline SAs, by handle: what has passed. */
+  readonly packets: Float64Array;
+  readonly bytes: Float64Array;
+  /** Inline outbound SAs, by handle: from here on `check` is to be asked. */
+  readonly packetsAlert: Float64Array;
+  readonly bytesAlert: Float64Array;
+  /** Inline outbound SAs, by handle: the longest IP packet that fits the link when it is protected. */
+  readonly longest: Uint32Array;
+  /** Inline inbound SAs, by handle: 1 when the inner packet is to be held against a selector. */
+  readonly selective: Uint8Array;
+  /** How many SAs there are of each kind. */
+  outbound = 0;
+  inlineInbound = 0;
+  softwareInbound = 0;
+  readonly #selectors = new Map<number, Selector>();
+  readonly #limits = new Map<number, Limits>();
+  readonly #dropped = new Map<number, Float64Array>();
+  readonly #softExpired = new Set<number>();
+  readonly #tell: Tell;
+
+  constructor(capacity: number, tell: Tell) {
+    this.capacity = capacity;
+    this.#tell = tell;
+    this.place = new Uint8Array(capacity + 1);
+    this.packets = new Float64Array(capacity + 1);
+    this.bytes = new Float64Array(capacity + 1);
+    this.packetsAlert = new Float64Array(capacity + 1);
+    this.bytesAlert = new Float64Array(capacity + 1);
+    this.longest = new Uint32Array(capacity + 1);
+    this.selective = new Uint8Array(capacity + 1);
+  }
+
+  /** Enters an SA: from now on packets may name it. `longest` counts for inline outbound SAs. */
+  add(handle: number, sa: SecurityAssociation, place: SaPlace, longest: number, selector: Selector | null): void {
+    this.packets[handle] = 0;
+    this.bytes[handle] = 0;
+    this.replace(handle, sa, place, longest, selector);
+    this.place[handle] = place;
+    this.#count(place, 1);
+  }
+
+  /** New parameters for an SA that is there; what it has carried stays counted. */
+  replace(handle: number, sa: SecurityAssociation, place: SaPlace, longest: number, selector: Selector | null): void {
+    this.longest[handle] = longest;
+    this.#softExpired.delete(handle);
+    if (selector === null) this.#selectors.delete(handle);
+    else this.#selectors.set(handle, selector);
+    this.selective[handle] = selector === null ? 0 : 1;
+    if (place === SaPlace.inlineOutbound) this.#setLimits(handle, sa);
+  }
+
+  /** From now on packets that name the SA are dropped. Its counters stay until the handle is used again. */
+  remove(handle: number): void {
+    this.#count(this.place[handle], -1);
+    this.place[handle] = SaPlace.none;
+    this.selective[handle] = 0;
+    this.#selectors.delete(handle);
+    this.#limits.delete(handle);
+    this.#dropped.delete(handle);
+    this.#softExpired.delete(handle);
+  }
+
+  selector(handle: number): Selector | undefined {
+    return this.#selectors.get(handle);
+  }
+
+  /**
+   * The packet that was just counted reached an alert: tells what there is to tell and returns `Verdict.ok`, or why the packet must not
+   * go; then it is not counted.
+   */
+  check(handle: number, bytes: number): Verdict {
+    const limits = this.#limits.get(handle);
+    if (limits === undefined) return Verdict.noSa;
+    const packets = this.packets[handle];
+    const total = this.bytes[handle];
+    const verdict = this.#verdict(handle, limits, packets, total);
+    if (verdict !== Verdict.ok) {
+      this.packets[handle] = packets - 1;
+      this.bytes[handle] = total - bytes;
+      return verdict;
+    }
+    if (packets >= limits.softPackets) this.#soft(handle, limits, 'packets');
+    if (total >= limits.softBytes) this.#soft(handle, limits, 'bytes');
+    if (packets >= limits.lowAt && first(limits, 'sequence-low')) this.#tell(handle, 'sequence-low');
+    this.#arm(handle, limits);
+    return Verdict.ok;
+  }
+
+  #verdict(handle: number, limits: Limits, packets: number, total: number): Verdict {
+    if (packets > limits.lastAt) {
+      if (first(limits, 'sequence-overflow')) this.#tell(handle, 'sequence-overflow');
+      return Verdict.sequenceOverflow;
+    }
+    if (packets > limits.hardPackets) {
+      if (first(limits, 'hard')) this.#tell(handle, 'hard-expiry', 'packets');
+      return Verdict.expired;
+    }
+    if (total > limits.hardBytes) {
+      if (first(limits, 'hard')) this.#tell(handle, 'hard-expiry', 'bytes');
+      return Verdict.expired;
+    }
+    return Verdict.ok;
+  }
+
+  #soft(handle: number, limits: Limits, limit: 'packets' | 'bytes'): void {
+    this.#softExpired.add(handle);
+    if (first(limits, 'soft')) this.#tell(handle, 'soft-expiry', limit);
+  }
+
+  /** The device says that an inbound SA has passed its soft limit. */
+  deviceSoftExpiry(handle: number): void {
+    if (this.#softExpired.has(handle) || this.place[handle] !== SaPlace.inlineInbound) return;
+    this.#softExpired.add(handle);
+    this.#tell(handle, 'soft-expiry', 'device');
+  }
+
+  softExpired(handle: number): boolean {
+    return this.#softExpired.has(handle);
+  }
+
+  /** Counts a packet that was dropped on the SA. */
+  drop(handle: number, verdict: number): void {
+    let counters = this.#dropped.get(handle);
+    if (counters === undefined) {
+      if (this.place[handle] === SaPlace.none) return;
+      counters = new Float64Array(VERDICTS);
+      this.#dropped.set(handle, counters);
+    }
+    counters[verdict]++;
+  }
+
+  /** What was dropped, by name. */
+  dropped(handle: number): Record<string, number> {
+    const counters = this.#dropped.get(handle);
+    return counters === undefined ? {} : namedCounters(counters);
+  }
+
+  #count(place: number, by: number): void {
+    if (place === SaPlace.inlineOutbound || place === SaPlace.softwareOutbound) this.outbound += by;
+    else if (place === SaPlace.inlineInbound) this.inlineInbound += by;
+    else if (place === SaPlace.softwareInbound) this.softwareInbound += by;
+  }
+
+  #setLimits(handle: number, sa: SecurityAssociation): void {
+    const carried = this.packets[handle];
+    const space = sa.options.esn ? SEQUENCE_SPACE_64 : SEQUENCE_SPACE_32;
+    const left = carried + Number(space - sa.initial.sequence);
+    const limits = {
+      softPackets: atLeast(sa.lifetime.softPackets),
+      softBytes: atLeast(sa.lifetime.softBytes),
+      hardPackets: atLeast(sa.lifetime.hardPackets),
+      hardBytes: atLeast(sa.lifetime.hardBytes),
+      lowAt: left - Number(SEQUENCE_LOW),
+      lastAt: left,
+      told: new Set<string>(),
+    };
+    this.#limits.set(handle, limits);
+    this.#arm(handle, limits);
+  }
+
+  /** The next packet or byte count at which something happens. */
+  #arm(handle: number, limits: Limits): void {
+    const packets = this.packets[handle];
+    const bytes = this.bytes[handle];
+    const next = (now: number, ...at: number[]) =>
+      Math.min(...at.filter((count) => count > now), Number.POSITIVE_INFINITY);
+    const { softPackets, lowAt, hardPackets, lastAt } = limits;
+    this.packetsAlert[handle] = next(packets, softPackets, lowAt, hardPackets + 1, lastAt + 1);
+    this.bytesAlert[handle] = next(bytes, limits.softBytes, limits.hardBytes + 1);
+  }
+}
+
+/** Counters by `Verdict` as an object with names; only those that are not 0. */
+export function namedCounters(counters: Float64Array): Record<string, number> {
+  const named: Record<string, number> = {};
+  counters.forEach((count, verdict) => {
+    if (count !== 0) named[verdictNames[verdict]] = count;
+  });
+  return named;
+}
+
+/** A limit as a number; 0 is none. */
+function atLeast(limit: bigint): number {
+  return limit === 0n ? Number.POSITIVE_INFINITY : Number(limit);
+}
+
+/** True the first time. */
+function first(limits: Limits, what: string): boolean {
+  if (limits.told.has(what)) return false;
+  limits.told.add(what);
+  return true;
+}

@@ -1,0 +1,303 @@
+/**
+ * The queues of an open NIC: the rings of `virtio-net/` with IPsec in front of them.
+ *
+ * Transmit: a packet whose SA runs in software is protected in place before it enters the ring, one whose SA runs inline is counted
+ * and then tagged by the ring. A packet whose SA does not exist, or cannot carry it, is dropped and counted; it never
+ * leaves in the clear. Receive: what the device has processed is counted and held against the SA's selector; what is still ESP or
+ * AH is offered to the software side. When there is no SA for it, a burst goes straight to the ring.
+ */
+
+import type { VirtioError } from './errors.ts';
+import { selectorMatches } from './fallback/selector.ts';
+import { VERDICTS, Verdict } from './fallback/verdict.ts';
+import type { IpsecManager } from './ipsec/manager.ts';
+import { SaPlace } from './ipsec/sa-state.ts';
+import { addBytes, finish } from './packet/checksum.ts';
+import { Ethernet } from './packet/fields.ts';
+import { PacketFlag, type PacketPool } from './packet/pool.ts';
+import type { RxQueue } from './virtio-net/rx.ts';
+import type { TxQueue } from './virtio-net/tx.ts';
+
+/** Packets that are looked at together; no more than one burst of a crypto engine. */
+const CHUNK = 256;
+
+/** The bytes of link header in front of the IP packet. */
+const LINK_HEADER = Ethernet.length;
+
+export class NicTxQueue {
+  /** Packets dropped in front of the ring, by `Verdict`. */
+  readonly dropped = new Float64Array(VERDICTS);
+  readonly #ring: TxQueue;
+  readonly #pool: PacketPool;
+  readonly #ipsec: IpsecManager;
+  readonly #send = new Uint32Array(CHUNK);
+  readonly #software = new Uint32Array(CHUNK);
+  readonly #drop = new Uint32Array(CHUNK);
+  readonly #verdicts = new Uint8Array(CHUNK);
+
+  constructor(ring: TxQueue, pool: PacketPool, ipsec: IpsecManager) {
+    this.#ring = ring;
+    this.#pool = pool;
+    this.#ipsec = ipsec;
+  }
+
+  /** By `TxCounter`: packets and bytes that entered the ring, and what the ring dropped. */
+  get counters(): Float64Array {
+    return this.#ring.counters;
+  }
+
+  get broken(): VirtioError | null {
+    return this.#ring.broken;
+  }
+
+  /**
+   * Sends the first of `packets[0..n)` and returns how many were taken; the others stay the caller's. Taken packets belong to the
+   * NIC, also those that it dropped, and come back to the pool when they are sent. A packet must not be given twice.
+   */
+  burst(packets: Uint32Array, n: number): number {
+    // hot:
+    if (this.#ipsec.state.outbound === 0) return this.#ring.burst(packets, n);
+    const ring = this.#ring;
+    if (ring.room < n) ring.reclaim();
+    const count = Math.min(n, ring.room, packets.length);
+    if (count === 0 || ring.broken !== null) return ring.burst(packets, n);
+    for (let from = 0; from < count; from += CHUNK) this.#chunk(packets, from, Math.min(from + CHUNK, count));
+    return count;
+  }
+
+  /** hot: sends or drops `packets[from..to)`; the ring has room for them. */
+  #chunk(packets: Uint32Array, from: number, to: number): void {
+    const { sa, length } = this.#pool;
+    const { state } = this.#ipsec;
+    const { place, packetsAlert, bytesAlert, longest } = state;
+    const counted = state.packets;
+    const countedBytes = state.bytes;
+    const send = this.#send;
+    const software = this.#software;
+    let sending = 0;
+    let inSoftware = 0;
+    let dropped = 0;
+    for (let i = from; i < to; i++) {
+      const p = packets[i];
+      const handle = sa[p];
+      if (handle === 0) {
+        send[sending++] = p;
+        continue;
+      }
+      const where = handle < place.length ? place[handle] : SaPlace.none;
+      if (where === SaPlace.softwareOutbound) {
+        software[inSoftware++] = p;
+        send[sending++] = p;
+        continue;
+      }
+      let verdict: number = Verdict.noSa;
+      if (where === SaPlace.inlineOutbound) {
+        const bytes = length[p] - LINK_HEADER;
+        verdict = bytes > 0 && bytes <= longest[handle] ? Verdict.ok : Verdict.tooBig;
+        if (verdict === Verdict.ok) {
+          counted[handle]++;
+          countedBytes[handle] += bytes;
+          if (counted[handle] >= packetsAlert[handle] || countedBytes[handle] >= bytesAlert[handle]) {
+            verdict = state.check(handle, bytes);
+          }
+        }
+      }
+      if (verdict === Verdict.ok) send[sending++] = p;
+      else this.#drop[dropped++] = this.#refuse(p, handle, verdict);
+    }
+    if (inSoftware !== 0) {
+      const kept = this.#protect(inSoftware, sending, dropped);
+      dropped += sending - kept;
+      sending = kept;
+    }
+    if (dropped !== 0) this.#pool.free(this.#drop, dropped);
+    if (sending !== 0) this.#transmit(sending);
+  }
+
+  /** hot: protects what is in `#software`; takes what failed out of `#send` and puts it behind `dropped` others. Returns how many stay. */
+  #protect(count: number, sending: number, dropped: number): number {
+    const pool = this.#pool;
+    const send = this.#send;
+    const software = this.#software;
+    const verdicts = this.#verdicts;
+    const engine = this.#ipsec.software;
+    for (let i = 0; i < count; i++) {
+      if ((pool.flags[software[i]] & PacketFlag.needsChecksum) !== 0) fillChecksum(pool, software[i]);
+    }
+    if (engine === null) verdicts.fill(Verdict.noSa, 0, count);
+    else engine.protect(software, count, LINK_HEADER, verdicts);
+    let kept = 0;
+    let next = 0;
+    let drop = dropped;
+    for (let i = 0; i < sending; i++) {
+      const p = send[i];
+      if (next < count && software[next] === p) {
+        const verdict = verdicts[next++];
+        if (verdict !== Verdict.ok) {
+          this.#drop[drop++] = p;
+          this.dropped[verdict]++;
+          continue;
+        }
+        // It is ESP or AH now, and nothing more is to be done to it.
+        pool.sa[p] = 0;
+      }
+      send[kept++] = p;
+    }
+    return kept;
+  }
+
+  #transmit(sending: number): void {
+    const send = this.#send;
+    const taken = this.#ring.burst(send, sending);
+    if (taken === sending) return;
+    // The ring has broken meanwhile. These packets are not what the caller gave, so they do not go back.
+    send.copyWithin(0, taken, sending);
+    this.#pool.free(send, sending - taken);
+    this.dropped[Verdict.engine] += sending - taken;
+  }
+
+  #refuse(p: number, handle: number, verdict: number): number {
+    this.dropped[verdict]++;
+    this.#ipsec.state.drop(handle, verdict);
+    return p;
+  }
+
+  /** Returns the packets that the device is done with to the pool, and says how many. */
+  reclaim(): number {
+    return this.#ring.reclaim();
+  }
+
+  /** Packets that `burst` would take now without waiting for the device. */
+  get room(): number {
+    return this.#ring.room;
+  }
+
+  /** Asks for an interrupt when the device is done with a packet; true when one is done already. */
+  enableInterrupts(): boolean {
+    return this.#ring.enableInterrupts();
+  }
+
+  disableInterrupts(): void {
+    this.#ring.disableInterrupts();
+  }
+}
+
+export class NicRxQueue {
+  /** Index among the receive queues. */
+  readonly index: number;
+  /** Packets dropped behind the ring, by `Verdict`. */
+  readonly dropped = new Float64Array(VERDICTS);
+  readonly #ring: RxQueue;
+  readonly #pool: PacketPool;
+  readonly #ipsec: IpsecManager;
+  readonly #candidates = new Uint32Array(CHUNK);
+  readonly #drop = new Uint32Array(CHUNK);
+  readonly #verdicts = new Uint8Array(CHUNK);
+
+  constructor(index: number, ring: RxQueue, pool: PacketPool, ipsec: IpsecManager) {
+    this.index = index;
+    this.#ring = ring;
+    this.#pool = pool;
+    this.#ipsec = ipsec;
+  }
+
+  /** By `RxCounter`: what the ring delivered and dropped. */
+  get counters(): Float64Array {
+    return this.#ring.counters;
+  }
+
+  get broken(): VirtioError | null {
+    return this.#ring.broken;
+  }
+
+  /**
+   * Takes up to `max` packets that have arrived into `out` and returns how many. They are the caller's: to be freed or sent.
+   * `pool.sa[p]` of 0 means that packet p arrived in the clear, or as IPsec that nobody here has an SA for. 0 may also
+   * mean that all that arrived was dropped.
+   */
+  burst(out: Uint32Array, max: number): number {
+    // hot:
+    const ipsec = this.#ipsec;
+    const n = this.#ring.burst(out, max);
+    const { state } = ipsec;
+    if (ipsec.device?.awaitsDrain === true && n < max) ipsec.device.drained(this.index);
+    if (n === 0 || (state.inlineInbound | state.softwareInbound) === 0) return n;
+    let kept = 0;
+    for (let from = 0; from < n; from += CHUNK) kept = this.#chunk(out, from, Math.min(from + CHUNK, n), kept);
+    return kept;
+  }
+
+  /** hot: examines `out[from..to)` and moves what is delivered to `out[kept…)`. Returns the new `kept`. */
+  #chunk(out: Uint32Array, from: number, to: number, kept: number): number {
+    const pool = this.#pool;
+    const { sa, flags, length, offset, u8 } = pool;
+    const { state, software } = this.#ipsec;
+    const candidates = this.#candidates;
+    const verdicts = this.#verdicts;
+    let offered = 0;
+    if (software !== null && state.softwareInbound !== 0) {
+      for (let i = from; i < to; i++) {
+        if ((flags[out[i]] & PacketFlag.secured) === 0) candidates[offered++] = out[i];
+      }
+      if (offered !== 0) software.unprotect(candidates, offered, LINK_HEADER, verdicts);
+    }
+    let next = 0;
+    let dropped = 0;
+    let end = kept;
+    for (let i = from; i < to; i++) {
+      const p = out[i];
+      let verdict: number = Verdict.ok;
+      if (next < offered && candidates[next] === p) {
+        verdict = verdicts[next++];
+        if (verdict === Verdict.ok) flags[p] &= ~PacketFlag.securityError;
+        else if (verdict === Verdict.notIpsec) verdict = Verdict.ok;
+        else this.dropped[verdict]++;
+      } else if ((flags[p] & PacketFlag.secured) !== 0) {
+        const handle = sa[p];
+        const at = offset[p] + LINK_HEADER;
+        if (state.selective[handle] !== 0 && !this.#fits(handle, u8, at, offset[p] + length[p])) {
+          verdict = Verdict.selector;
+          this.dropped[verdict]++;
+          state.drop(handle, verdict);
+        } else {
+          state.packets[handle]++;
+          state.bytes[handle] += length[p] - LINK_HEADER;
+          if ((flags[p] & PacketFlag.softExpiry) !== 0) state.deviceSoftExpiry(handle);
+        }
+      }
+      if (verdict === Verdict.ok) out[end++] = p;
+      else this.#drop[dropped++] = p;
+    }
+    if (dropped !== 0) pool.free(this.#drop, dropped);
+    return end;
+  }
+
+  #fits(handle: number, u8: Uint8Array, at: number, end: number): boolean {
+    const selector = this.#ipsec.state.selector(handle);
+    return selector !== undefined && at < end && selectorMatches(selector, u8, at, end);
+  }
+
+  /** Asks for an interrupt at the next packet; true when one is there already. */
+  enableInterrupts(): boolean {
+    return this.#ring.enableInterrupts();
+  }
+
+  disableInterrupts(): void {
+    this.#ring.disableInterrupts();
+  }
+}
+
+/** Fills the checksum that the device would have filled, because the packet is about to be encrypted. */
+function fillChecksum(pool: PacketPool, p: number): void {
+  pool.flags[p] &= ~PacketFlag.needsChecksum;
+  const start = pool.checksumStart[p];
+  const field = start + pool.checksumOffset[p];
+  const size = pool.length[p];
+  if (field + 2 > size) return;
+  const at = pool.offset[p];
+  // The field holds the sum of the pseudo header (Virtio 1.4, 5.1.9.2), which thereby is counted in.
+  // 0xffff stands for 0, which in UDP would mean that there is no checksum.
+  const sum = finish(addBytes(pool.u8, at + start, size - start, 0)) || 0xffff;
+  pool.u8[at + field] = sum >>> 8;
+  pool.u8[at + field + 1] = sum & 0xff;
+}
