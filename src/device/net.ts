@@ -1,0 +1,260 @@
+/**
+ * The network device behind a virtio function (Virtio 1.4, 5.1): its virtqueues, configuration, and what it does in a turn of the event
+ * loop.
+ */
+
+import { verdictNames } from '../fallback/verdict.ts';
+import type { IpsecWire } from '../ipsec/wire/codec.ts';
+import type { PacketPool } from '../packet/pool.ts';
+import { Feature, type FeatureSet, unmetRequirements } from '../virtio/features.ts';
+import type { WireRevision } from '../virtio/revision.ts';
+import { netHeaderLayout } from '../virtio-net/header.ts';
+import { AdminProcessor } from './admin.ts';
+import type { Arena } from './arena.ts';
+import { CapabilityTable } from './capabilities.ts';
+import { ControlProcessor } from './control.ts';
+import { makeNetCounters, NetCounter, readNetCounters } from './counters.ts';
+import { FlowFilter } from './flow-filter.ts';
+import type { DeviceModel, VirtioFunction } from './function.ts';
+import { DeviceIpsec } from './ipsec.ts';
+import type { Link } from './links/link.ts';
+import { NetConfig } from './net-config.ts';
+import type { DeviceQueue } from './queues.ts';
+import { Receiver } from './receive.ts';
+import { Steering } from './steering.ts';
+import { Transmitter } from './transmit.ts';
+
+export interface NetDeviceOptions {
+  readonly arena: Arena;
+  readonly pool: PacketPool;
+  readonly queuePairs: number;
+  /** 6 bytes. */
+  readonly mac: Uint8Array;
+  readonly mtu: number;
+  readonly offered: FeatureSet;
+  readonly revision: WireRevision;
+  /** Null for a function without IPsec. */
+  readonly wire: IpsecWire | null;
+  readonly link: Link;
+  readonly wake: () => void;
+}
+
+/** Mbit/s, as the configuration says. */
+const SPEED = 40000;
+/** Ethernet with two VLAN tags. */
+const FRAME_OVERHEAD = 22;
+/** Virtqueues of a pair (5.1.2): receive, then transmit. */
+const PAIR = 2;
+
+export class NetDevice implements DeviceModel {
+  readonly counters = makeNetCounters();
+  readonly #function: VirtioFunction;
+  readonly #options: NetDeviceOptions;
+  readonly #config: NetConfig;
+  readonly #ipsec: DeviceIpsec | null;
+  readonly #flowFilter: FlowFilter | null;
+  readonly #admin: AdminProcessor | null;
+  readonly #control: ControlProcessor;
+  readonly #steering = new Steering();
+  readonly #receiver: Receiver;
+  readonly #transmitter: Transmitter;
+  /** By virtqueue index, administration last. */
+  readonly #queues: (DeviceQueue | null)[];
+  readonly #adminIndex: number;
+  #controlIndex = -1;
+  #features: FeatureSet | null = null;
+
+  constructor(fn: VirtioFunction, options: NetDeviceOptions) {
+    const { arena, pool, queuePairs, wire, link } = options;
+    const { faults } = fn;
+    this.#function = fn;
+    this.#options = options;
+    this.#config = new NetConfig({ ...options, speed: SPEED }, options.offered);
+    this.#adminIndex = fn.common.adminQueueIndex;
+    this.#queues = new Array<DeviceQueue | null>(fn.common.queues.length).fill(null);
+    this.#ipsec = wire === null ? null : new DeviceIpsec(pool, wire);
+    this.#flowFilter = wire === null ? null : new FlowFilter();
+    this.#control = new ControlProcessor(arena, (pairs) => this.#setPairs(pairs));
+    const shared = { pool, ipsec: this.#ipsec, counters: this.counters, steering: this.#steering, faults };
+    this.#receiver = new Receiver(
+      {
+        ...shared,
+        flowFilter: this.#flowFilter,
+        mtu: options.mtu,
+        isLive: () => fn.isLive,
+        wake: options.wake,
+      },
+      queuePairs,
+    );
+    this.#transmitter = new Transmitter({ ...shared, link, maxFrame: options.mtu + FRAME_OVERHEAD });
+    this.#admin =
+      wire === null || this.#ipsec === null || this.#flowFilter === null
+        ? null
+        : new AdminProcessor({
+            arena,
+            revision: options.revision,
+            capabilities: new CapabilityTable(wire, faults),
+            flowFilter: this.#flowFilter,
+            ipsec: this.#ipsec,
+            faults,
+            isReceiveQueue: (index) => index % PAIR === 0 && index < PAIR * queuePairs,
+          });
+    link.attach(this.#receiver, () => this.#linkChanged(), options.wake);
+    this.#config.linkUp = link.up;
+  }
+
+  /** Set while frames wait for room in the link: the event loop must look again soon. */
+  get blocked(): boolean {
+    return this.#transmitter.blocked;
+  }
+
+  /** Counters for the user. */
+  statistics(): Record<string, unknown> {
+    const verdicts = (counts: Float64Array) =>
+      Object.fromEntries(verdictNames.map((name, i) => [name, counts[i]]).filter(([, count]) => count !== 0));
+    return {
+      ...readNetCounters(this.counters),
+      violations: this.#function.common.violations,
+      failure: this.#function.failure,
+      ...(this.#ipsec === null
+        ? {}
+        : { protect: verdicts(this.#ipsec.protectedBy), unprotect: verdicts(this.#ipsec.unprotectedBy) }),
+    };
+  }
+
+  acceptsFeatures(features: FeatureSet): boolean {
+    return features.has(Feature.VERSION_1) && unmetRequirements(features).isEmpty;
+  }
+
+  start(features: FeatureSet): void {
+    this.#features = features;
+    const layout = netHeaderLayout(features, this.#options.revision);
+    this.#receiver.start(layout, features);
+    this.#transmitter.start(layout, features);
+    const hasControl = features.has(Feature.CTRL_VQ);
+    // "N=1 if neither VIRTIO_NET_F_MQ nor VIRTIO_NET_F_RSS are negotiated" (5.1.2).
+    this.#controlIndex = hasControl ? PAIR * (features.has(Feature.MQ) ? this.#options.queuePairs : 1) : -1;
+    for (let pair = 0; pair < this.#options.queuePairs; pair++) {
+      const index = PAIR * pair;
+      this.#receiver.attach(pair, index === this.#controlIndex ? null : this.#queues[index]);
+    }
+    if (this.#function.faults.has('dies-after-start')) setTimeout(() => process.kill(process.pid, 'SIGKILL'), 50);
+  }
+
+  stop(): void {
+    this.#features = null;
+    this.#controlIndex = -1;
+    this.#receiver.stop();
+    this.#transmitter.stop();
+    this.#steering.pairs = 1;
+    this.#admin?.clear();
+  }
+
+  close(): void {
+    this.stop();
+    this.#admin?.close();
+    this.#control.close();
+    this.#ipsec?.close();
+    this.#options.link.close();
+  }
+
+  attachQueue(queue: DeviceQueue): void {
+    this.#queues[queue.index]?.close();
+    this.#queues[queue.index] = queue;
+    if (this.#features !== null && this.#isReceive(queue.index)) this.#receiver.attach(queue.index / PAIR, queue);
+  }
+
+  detachQueue(index: number): void {
+    this.#queues[index]?.close();
+    this.#queues[index] = null;
+    if (this.#isReceive(index)) this.#receiver.attach(index / PAIR, null);
+  }
+
+  readConfig(offset: number, width: number): number {
+    return this.#config.read(offset, width);
+  }
+
+  /** hot: does what there is to do; returns how many buffers and frames that was. */
+  poll(): number {
+    if (this.#features === null || !this.#function.isLive) return 0;
+    this.#transmitter.blocked = false;
+    let work = this.#pollCommands();
+    for (let pair = 0; pair < this.#steering.pairs; pair++) {
+      const tx = this.#queues[PAIR * pair + 1];
+      if (tx !== null && tx.index !== this.#controlIndex) work += this.#finish(tx, this.#transmitter.poll(tx, pair));
+    }
+    for (let pair = 0; pair < this.#options.queuePairs; pair++) {
+      const rx = this.#queues[PAIR * pair];
+      if (rx !== null && rx.index !== this.#controlIndex) work += this.#finish(rx, this.#receiver.poll(pair));
+    }
+    const { faults } = this.#function;
+    if (faults.size > 0) this.#misbehave();
+    return work;
+  }
+
+  /** hot: administration and control commands. */
+  #pollCommands(): number {
+    let work = 0;
+    if (this.#admin !== null) {
+      for (let index = this.#adminIndex; index < this.#queues.length; index++) {
+        const queue = this.#queues[index];
+        if (queue !== null) work += this.#finish(queue, this.#admin.poll(queue));
+      }
+    }
+    const control = this.#controlIndex < 0 ? null : this.#queues[this.#controlIndex];
+    if (control !== null) work += this.#finish(control, this.#control.poll(control));
+    return work;
+  }
+
+  /** hot: shows what was done to a queue, notifies, and fails the function when the queue is broken. */
+  #finish(queue: DeviceQueue, work: number): number {
+    if (queue.publish()) this.#function.interruptQueue(queue.index);
+    if (queue.broken !== null) this.#function.fail(queue.broken);
+    return work;
+  }
+
+  /** Asks the driver not to notify: we look anyway. */
+  suppress(): void {
+    for (const queue of this.#queues) queue?.suppress();
+  }
+
+  /** Asks the driver to notify of what we would not see while asleep; true when there is something already. */
+  arm(): boolean {
+    if (this.#features === null || !this.#function.isLive) return false;
+    let ready = false;
+    for (const [index, queue] of this.#queues.entries()) {
+      if (queue === null) continue;
+      if (this.#isReceive(index)) {
+        // New receive buffers matter only when frames wait for them.
+        if (this.#receiver.waiting(index / PAIR) > 0 && queue.arm()) ready = true;
+      } else if (queue.arm() && !this.blocked) {
+        ready = true;
+      }
+    }
+    return ready;
+  }
+
+  #isReceive(index: number): boolean {
+    return index < PAIR * this.#options.queuePairs && index % PAIR === 0 && index !== this.#controlIndex;
+  }
+
+  #setPairs(pairs: number): boolean {
+    const allowed = this.#features?.has(Feature.MQ) === true ? this.#options.queuePairs : 1;
+    if (pairs < 1 || pairs > allowed) return false;
+    this.#steering.pairs = pairs;
+    return true;
+  }
+
+  #linkChanged(): void {
+    this.#config.linkUp = this.#options.link.up;
+    this.#function.configChanged();
+  }
+
+  #misbehave(): void {
+    const { faults } = this.#function;
+    if (faults.has('interrupt-storm'))
+      for (const queue of this.#queues) if (queue !== null) this.#function.interruptQueue(queue.index);
+    if (faults.has('dies-on-traffic') && this.counters[NetCounter.txPackets] >= 100)
+      process.kill(process.pid, 'SIGKILL');
+  }
+}
