@@ -23,8 +23,15 @@
  * is not inside of the auth range, a length that is 0 or no multiple of the block where the cipher wants one, an empty auth
  * range) is not done: its `status` is `JobStatus.failed` and its bytes are as they were.
  */
+import { VipsecError } from '../../errors.ts';
 import { type MappedMemory, unmapMemory } from '../../sys/memory.ts';
 import { mapUnbroken } from './native-memory.ts';
+
+/**
+ * An engine, or one transform in it, cannot be used: `ENGINE_LIBRARY_MISSING`, `ENGINE_VERSION_UNKNOWN`, `ENGINE_UNSUPPORTED`,
+ * `ENGINE_NEEDS_POINTERS`, `ENGINE_KNOWN_ANSWER`, `TRANSFORM_UNSUPPORTED`.
+ */
+export class EngineError extends VipsecError {}
 
 export type EngineName = 'ipsec-mb' | 'openssl' | 'noble';
 
