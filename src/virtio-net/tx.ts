@@ -39,6 +39,9 @@ export const TxCounter = {
   ringFull: 4,
 } as const;
 
+/** `burst` reclaims once this many are out: packets that come back soon are still in the cache. */
+const RECLAIM_AT = 64;
+
 export class TxQueue {
   readonly pool: PacketPool;
   /** By `TxCounter`. */
@@ -85,7 +88,8 @@ export class TxQueue {
   burst(packets: Uint32Array, n: number): number {
     // hot:
     const queue = this.#queue;
-    if (queue.free < n) this.reclaim();
+    const { free } = queue;
+    if (free < n || queue.size - free >= RECLAIM_AT) this.reclaim();
     const count = Math.min(n, queue.free);
     if (count < n) {
       this.counters[TxCounter.ringFull]++;
