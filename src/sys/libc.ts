@@ -113,7 +113,8 @@ export function errnoName(errno: number): string {
 /** The error that a failed call of `syscall` throws. */
 export function systemError(syscall: string, errno: number): SystemError {
   const name = errnoName(errno);
-  const text = getSystemErrorMap().get(-errno)?.[1];
+  // Beyond the errnos, this map has error numbers of libuv's own.
+  const text = ERRNO_NAMES.has(errno) ? getSystemErrorMap().get(-errno)?.[1] : undefined;
   return new SystemError(syscall, errno, name, text === undefined ? name : `${text} (${name})`);
 }
 
@@ -245,7 +246,8 @@ export function fstat(fd: number): FileStatus {
     const status = fstatSync(fd, { bigint: true });
     return { device: status.dev, inode: status.ino, size: Number(status.size), mode: Number(status.mode) };
   } catch (error) {
-    const errno = error instanceof Error && 'errno' in error ? Math.abs(Number(error.errno)) : os.errno.EIO;
+    // Node rejects a negative descriptor by itself, without an errno.
+    const errno = error instanceof Error && 'errno' in error ? -Number(error.errno) : os.errno.EBADF;
     throw systemError('fstat', errno);
   }
 }

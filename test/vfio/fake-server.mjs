@@ -4,8 +4,9 @@
  * It shares no code with `src`: system calls through koffi, layouts written down again from QEMU's vfio-user.rst. By default it is
  * a well-behaved device; rules (see `fake.ts`) change its answer to single messages.
  */
-import koffi from 'koffi';
+
 import { parentPort, workerData } from 'node:worker_threads';
+import koffi from 'koffi';
 
 const c = koffi.load(null);
 const sys = {
@@ -70,7 +71,7 @@ function send(fd, bytes, fds = []) {
     control.writeUInt32LE(16 + 4 * fds.length, 0);
     control.writeInt32LE(1, 8);
     control.writeInt32LE(1, 12);
-    fds.forEach((value, i) => control.writeInt32LE(value, 16 + 4 * i));
+    for (const [i, value] of fds.entries()) control.writeInt32LE(value, 16 + 4 * i);
   }
   let rest = Buffer.from(bytes);
   while (rest.length > 0) {
@@ -86,7 +87,14 @@ function readMessage(fd) {
   const header = receive(fd, 16, fds);
   const payload = receive(fd, header.readUInt32LE(4) - 16, fds);
   const flags = header.readUInt32LE(8);
-  return { id: header.readUInt16LE(0), command: header.readUInt16LE(2), flags, error: header.readUInt32LE(12), payload, fds };
+  return {
+    id: header.readUInt16LE(0),
+    command: header.readUInt16LE(2),
+    flags,
+    error: header.readUInt32LE(12),
+    payload,
+    fds,
+  };
 }
 
 function encode({ id, command, flags = 1, error = 0, payload = new Uint8Array(0), size }) {
@@ -101,7 +109,9 @@ function encode({ id, command, flags = 1, error = 0, payload = new Uint8Array(0)
 }
 
 const words = (...values) => Buffer.from(Uint32Array.from(values).buffer);
-const regions = new Map(device.regions.map((region) => [region.index, { ...region, bytes: Buffer.from(region.bytes) }]));
+const regions = new Map(
+  device.regions.map((region) => [region.index, { ...region, bytes: Buffer.from(region.bytes) }]),
+);
 
 function regionInfo(index, argsz) {
   const region = regions.get(index);
@@ -117,7 +127,12 @@ function regionInfo(index, argsz) {
 function answer({ command, payload }) {
   switch (command) {
     case 1:
-      return { payload: Buffer.concat([Buffer.alloc(4), Buffer.from(`${JSON.stringify({ capabilities: device.capabilities })}\0`)]) };
+      return {
+        payload: Buffer.concat([
+          Buffer.alloc(4),
+          Buffer.from(`${JSON.stringify({ capabilities: device.capabilities })}\0`),
+        ]),
+      };
     case 3:
       return { payload: payload.subarray(0, 24) };
     case 4:

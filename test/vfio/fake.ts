@@ -122,7 +122,7 @@ export async function startFake(rules: readonly Rule[] = [], device: FakeDevice 
   let onEnd = () => {};
   await new Promise<void>((resolve, reject) => {
     worker.once('error', reject);
-    worker.on('message', (message: Seen | { kind: 'listening' | 'closed' }) => {
+    worker.on('message', (message: Seen | { kind: 'listening' } | { kind: 'closed' }) => {
       if (message.kind === 'listening') resolve();
       else if (message.kind === 'closed') {
         ends++;
