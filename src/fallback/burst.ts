@@ -1,0 +1,146 @@
+/**
+ * What the stages of a burst share: the packets that are still alive, sorted into runs of one group, and the crypto jobs
+ * of the run that is being worked on.
+ *
+ * A group is what may go down to an engine in one call: one transform, one engine, one width of sequence number. Packets of
+ * different SAs of a group stay together, and inside a group the order of arrival is kept, so it is kept inside an SA.
+ */
+
+import type { Protocol, Selector } from '../ipsec/sa.ts';
+import { NO_PACKET, type PacketPool } from '../packet/pool.ts';
+import type { MappedMemory } from '../sys/memory.ts';
+import { CryptoBurst, type CryptoEngine, MAX_BURST, type Transform, type TransformFamily } from './engines/engine.ts';
+import type { SaEvent, SaLifetime } from './lifetime.ts';
+import { SaTable, SaWord } from './sa-table.ts';
+import { Verdict } from './verdict.ts';
+
+export interface Group {
+  readonly transform: Transform;
+  readonly engine: CryptoEngine;
+  readonly protocol: Protocol;
+  readonly family: TransformFamily;
+  readonly esn: boolean;
+  /** Bytes of AAD of a job: SPI and sequence number (RFC 4106, 5), for AEADs only. */
+  readonly aadLength: number;
+}
+
+export class Burst {
+  readonly jobs = new CryptoBurst();
+  /** By position in the burst: first word of the packet's SA record; 0 when the packet has its verdict. */
+  readonly record = new Uint32Array(MAX_BURST);
+  /** Positions in the burst, run by run. */
+  order = new Uint16Array(MAX_BURST);
+  /** By run: its group and where it begins in `order`; `runStart[runs]` is the end of the last one. */
+  readonly runGroup = new Uint16Array(MAX_BURST);
+  readonly runStart = new Uint16Array(MAX_BURST + 1);
+  /** By job of the current run: position in the burst. */
+  readonly position = new Uint16Array(MAX_BURST);
+
+  /** By position: offset in memory of the IP header and of the ESP or AH header; bytes of UDP header between them. */
+  readonly ip = new Uint32Array(MAX_BURST);
+  readonly header = new Uint32Array(MAX_BURST);
+  readonly udp = new Uint8Array(MAX_BURST);
+  /** By position: offset of the byte that names the protocol behind the IP headers. */
+  readonly nextHeaderAt = new Uint32Array(MAX_BURST);
+  /** By position: end of the IP packet. */
+  readonly end = new Uint32Array(MAX_BURST);
+  /** By position: sequence number. */
+  readonly low = new Uint32Array(MAX_BURST);
+  readonly high = new Uint32Array(MAX_BURST);
+  /** By position: words to be put back after the crypto. */
+  readonly savedA = new Uint32Array(MAX_BURST);
+  readonly savedB = new Uint32Array(MAX_BURST);
+
+  #counts = new Uint16Array(64);
+  #other = new Uint16Array(MAX_BURST);
+
+  /** Room for `groups` groups. */
+  reserve(groups: number): void {
+    if (groups > this.#counts.length) this.#counts = new Uint16Array(groups * 2);
+  }
+
+  /** The first `alive` entries of `order` are all of one group. */
+  single(words: Uint32Array, alive: number): number {
+    // hot:
+    if (alive === 0) return 0;
+    this.runGroup[0] = words[this.record[this.order[0]] + SaWord.group];
+    this.runStart[0] = 0;
+    this.runStart[1] = alive;
+    return 1;
+  }
+
+  /** Sorts the first `alive` entries of `order` into runs, in the order in which the groups appear; returns how many runs. */
+  sort(words: Uint32Array, alive: number): number {
+    // hot:
+    const order = this.order;
+    const other = this.#other;
+    const record = this.record;
+    const counts = this.#counts;
+    const runGroup = this.runGroup;
+    const runStart = this.runStart;
+    let runs = 0;
+    for (let k = 0; k < alive; k++) {
+      const group = words[record[order[k]] + SaWord.group];
+      if (counts[group] === 0) runGroup[runs++] = group;
+      counts[group]++;
+    }
+    let start = 0;
+    for (let run = 0; run < runs; run++) {
+      const group = runGroup[run];
+      const count = counts[group];
+      runStart[run] = start;
+      counts[group] = start;
+      start += count;
+    }
+    runStart[runs] = start;
+    for (let k = 0; k < alive; k++) {
+      const position = order[k];
+      other[counts[words[record[position] + SaWord.group]]++] = position;
+    }
+    for (let run = 0; run < runs; run++) counts[runGroup[run]] = 0;
+    this.order = other;
+    this.#other = order;
+    return runs;
+  }
+}
+
+/** What everything on the data path works on. */
+export class DataPath {
+  readonly pool: PacketPool;
+  readonly memory: MappedMemory;
+  readonly table = new SaTable();
+  readonly burst = new Burst();
+  readonly groups: Group[] = [];
+  /** By slot. */
+  readonly lifetimes: (SaLifetime | undefined)[] = [];
+  /** By slot: what the inner packet must match, for SAs with `SaKind.selector`. */
+  readonly selectors: (Selector | undefined)[] = [];
+  /** By slot: the IV that the next packet carries, for SAs with `SaKind.givenIv`. */
+  readonly givenIv: (Uint8Array | undefined)[] = [];
+  /** Events of the current burst. */
+  events: { handle: number; event: SaEvent }[] = [];
+  /** Identification of the next outer IPv4 header (RFC 791, 3.1): one counter for all SAs, since several may share two addresses. */
+  identification = 0;
+  /** The packets of the burst are dummies (RFC 4303, 2.6). */
+  dummy = false;
+  /** While resynchronising (RFC 4303, A2.3): the high half to try, else -1, and the packet as it was. */
+  forcedHigh = -1;
+  copy = new Uint8Array(0);
+
+  constructor(pool: PacketPool) {
+    this.pool = pool;
+    this.memory = pool.memory;
+  }
+}
+
+/** Whether packet `p` is one slot, at an even offset; moves it by a byte when it is not. `Verdict.ok` or `noRoom`. */
+export function normalize(path: DataPath, p: number): number {
+  const { pool } = path;
+  if (pool.next[p] !== NO_PACKET) return Verdict.noRoom;
+  const at = pool.offset[p];
+  if ((at & 1) === 0) return Verdict.ok;
+  if (at - 1 < pool.slot(p)) return Verdict.noRoom;
+  pool.u8.copyWithin(at - 1, at, at + pool.length[p]);
+  pool.offset[p] = at - 1;
+  return Verdict.ok;
+}

@@ -1,0 +1,180 @@
+/**
+ * Outer headers (RFC 4301, 5.1.2) and explicit congestion notification through a tunnel (RFC 6040).
+ *
+ * | outer field     | out                                                     | in                              |
+ * |-----------------|---------------------------------------------------------|---------------------------------|
+ * | DSCP            | of the tunnel, or the inner one (`copyDscp`)            | dropped                         |
+ * | ECN             | 0, or the inner one (`ecn`: RFC 6040 normal mode)       | merged (`ecn`), else dropped    |
+ * | DF              | of the tunnel, or the inner one (IPv4 in IPv4, `copyDf`)| dropped                         |
+ * | identification  | counted                                                 |                                 |
+ * | TTL, hop limit  | of the tunnel; the inner one 1 less (`decrementTtl`)    | inner 1 less (`decrementTtl`)   |
+ * | flow label      | of the tunnel                                           | dropped                         |
+ *
+ * Headers are written as 16-bit words: packets begin at even offsets, mostly 2 modulo 4 behind an Ethernet header.
+ * A word read or written that way has its two bytes swapped against the number it stands for; a checksum does not care.
+ */
+import type { Tunnel } from '../ipsec/sa.ts';
+import { IpProtocol, Ipv4, Ipv6 } from '../packet/fields.ts';
+import { SaWord } from './sa-table.ts';
+import { Verdict } from './verdict.ts';
+
+/** DF, as its 16-bit word is in memory. */
+const DF = 0x0040;
+
+/**
+ * Writes the constant part of the outer header into an SA's record: the template and its sum.
+ * `record` is the record's first word, `protocol` what follows the header (ESP, AH or UDP).
+ */
+export function writeTemplate(words: Uint32Array, record: number, tunnel: Tunnel, protocol: number): void {
+  const bytes = new Uint8Array(words.buffer, words.byteOffset + 4 * (record + SaWord.outer), Ipv6.length);
+  bytes.fill(0);
+  if (tunnel.source.length === 4) {
+    bytes[Ipv4.versionIhl] = 0x45;
+    bytes[Ipv4.ttl] = tunnel.ttl;
+    bytes[Ipv4.protocol] = protocol;
+    bytes.set(tunnel.source, Ipv4.source);
+    bytes.set(tunnel.destination, Ipv4.destination);
+    let sum = 0;
+    for (let i = 0; i < Ipv4.minLength; i += 2) sum += bytes[i] | (bytes[i + 1] << 8);
+    words[record + SaWord.outerSum] = sum;
+  } else {
+    bytes[0] = 0x60;
+    bytes[1] = tunnel.flowLabel >>> 16;
+    bytes[2] = (tunnel.flowLabel >>> 8) & 0xff;
+    bytes[3] = tunnel.flowLabel & 0xff;
+    bytes[Ipv6.nextHeader] = protocol;
+    bytes[Ipv6.hopLimit] = tunnel.ttl;
+    bytes.set(tunnel.source, Ipv6.source);
+    bytes.set(tunnel.destination, Ipv6.destination);
+  }
+  words[record + SaWord.tos] = tunnel.dscp << 2;
+}
+
+/**
+ * Writes an outer IPv4 header at 16-bit index `o` from the template at 16-bit index `t` of `template`. `total` is the
+ * length of the whole packet, `tos` DSCP and ECN, `sum` the template's sum.
+ */
+export function writeOuter4(
+  u16: Uint16Array,
+  o: number,
+  template: Uint16Array,
+  t: number,
+  total: number,
+  tos: number,
+  identification: number,
+  df: boolean,
+  sum: number,
+): void {
+  // hot:
+  const length = ((total & 0xff) << 8) | (total >>> 8);
+  const flags = df ? DF : 0;
+  let check = sum + (tos << 8) + length + identification + flags;
+  check = (check & 0xffff) + (check >>> 16);
+  check = (check & 0xffff) + (check >>> 16);
+  u16[o] = template[t] | (tos << 8);
+  u16[o + 1] = length;
+  u16[o + 2] = identification;
+  u16[o + 3] = flags;
+  u16[o + 4] = template[t + 4];
+  u16[o + 5] = ~check;
+  u16[o + 6] = template[t + 6];
+  u16[o + 7] = template[t + 7];
+  u16[o + 8] = template[t + 8];
+  u16[o + 9] = template[t + 9];
+}
+
+/** Writes an outer IPv6 header; `payload` is the length of what follows it, `tos` the traffic class. */
+export function writeOuter6(
+  u16: Uint16Array,
+  o: number,
+  template: Uint16Array,
+  t: number,
+  payload: number,
+  tos: number,
+): void {
+  // hot:
+  u16[o] = template[t] | (tos >>> 4) | ((tos & 15) << 12);
+  u16[o + 1] = template[t + 1];
+  u16[o + 2] = ((payload & 0xff) << 8) | (payload >>> 8);
+  for (let k = 3; k < 20; k++) u16[o + k] = template[t + k];
+}
+
+/** DSCP and ECN of the IP header at `ip`. */
+export function trafficClass(u8: Uint8Array, ip: number): number {
+  // hot:
+  const first = u8[ip];
+  return first >>> 4 === 4 ? u8[ip + Ipv4.tos] : ((first & 15) << 4) | (u8[ip + 1] >>> 4);
+}
+
+/** Replaces DSCP and ECN of the IP header at `ip`, with the checksum of IPv4. */
+export function setTrafficClass(u8: Uint8Array, ip: number, value: number): void {
+  // hot:
+  if (u8[ip] >>> 4 === 4) {
+    const old = u8[ip + Ipv4.tos];
+    u8[ip + Ipv4.tos] = value;
+    // RFC 1624, equation 3; the changed byte is the low one of its word.
+    let sum = (~((u8[ip + Ipv4.checksum] << 8) | u8[ip + Ipv4.checksum + 1]) & 0xffff) + (~old & 0xffff) + value;
+    sum = (sum & 0xffff) + (sum >>> 16);
+    sum = ~((sum & 0xffff) + (sum >>> 16)) & 0xffff;
+    u8[ip + Ipv4.checksum] = sum >>> 8;
+    u8[ip + Ipv4.checksum + 1] = sum & 0xff;
+  } else {
+    u8[ip] = (u8[ip] & 0xf0) | (value >>> 4);
+    u8[ip + 1] = (u8[ip + 1] & 0x0f) | ((value & 15) << 4);
+  }
+}
+
+/** Lowers TTL or hop limit of the IP header at `ip` by one. `Verdict.ttl` when it would become 0: the packet must not go on. */
+export function decrementTtl(u8: Uint8Array, ip: number): number {
+  // hot:
+  if (u8[ip] >>> 4 === 6) {
+    const limit = u8[ip + Ipv6.hopLimit];
+    if (limit <= 1) return Verdict.ttl;
+    u8[ip + Ipv6.hopLimit] = limit - 1;
+    return Verdict.ok;
+  }
+  const ttl = u8[ip + Ipv4.ttl];
+  if (ttl <= 1) return Verdict.ttl;
+  u8[ip + Ipv4.ttl] = ttl - 1;
+  // The word that holds the TTL shrinks by 0x0100, so the checksum grows by as much, with end-around carry.
+  let check = ((u8[ip + Ipv4.checksum] << 8) | u8[ip + Ipv4.checksum + 1]) + 0x0100;
+  check += check >= 0xffff ? 1 : 0;
+  u8[ip + Ipv4.checksum] = (check >>> 8) & 0xff;
+  u8[ip + Ipv4.checksum + 1] = check & 0xff;
+  return Verdict.ok;
+}
+
+/** ECN codepoints (RFC 3168, 5). */
+export const Ecn = { notEct: 0, ect1: 1, ect0: 2, ce: 3 } as const;
+
+/** The result that says that the packet must be dropped. */
+export const ECN_DROP = 4;
+
+/** ECN after decapsulation, by inner << 2 | outer (RFC 6040, figure 4). */
+export const ecnAfter = new Uint8Array([
+  // inner Not-ECT: outer Not-ECT, ECT(1), ECT(0), CE
+  Ecn.notEct,
+  Ecn.notEct,
+  Ecn.notEct,
+  ECN_DROP,
+  // inner ECT(1)
+  Ecn.ect1,
+  Ecn.ect1,
+  Ecn.ect1,
+  Ecn.ce,
+  // inner ECT(0)
+  Ecn.ect0,
+  Ecn.ect1,
+  Ecn.ect0,
+  Ecn.ce,
+  // inner CE
+  Ecn.ce,
+  Ecn.ce,
+  Ecn.ce,
+  Ecn.ce,
+]);
+
+/** Protocol number of an inner packet of `version`. */
+export function innerProtocol(version: number): number {
+  return version === 4 ? IpProtocol.ipv4 : IpProtocol.ipv6;
+}
