@@ -109,7 +109,10 @@ async function runAll(
         onCheck: (_, check) => progress.update(name, check),
       });
       results.set(name, result);
-      progress.finish(name, `${result.passed ? 'pass' : 'FAIL'}  ${name} (${result.seconds.toFixed(1)} s)`);
+      progress.finish(
+        name,
+        `${result.passed ? 'pass' : 'FAIL'}  ${name} (${result.seconds.toFixed(1)} s${result.restarted ? ', the machine was started twice' : ''})`,
+      );
     }
   };
   await Promise.all(Array.from({ length: options.jobs }, worker));
@@ -137,7 +140,16 @@ function notRun(name: string, scenario: Scenario | undefined): ScenarioResult {
     detail: '',
     ms: 0,
   }));
-  return { name, title: scenario?.title ?? '', passed: false, seconds: 0, checks, problems: ['not run'], console: [] };
+  return {
+    name,
+    title: scenario?.title ?? '',
+    passed: false,
+    seconds: 0,
+    restarted: false,
+    checks,
+    problems: ['not run'],
+    console: [],
+  };
 }
 
 function choose(only: readonly string[]): string[] {

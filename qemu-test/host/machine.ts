@@ -60,7 +60,7 @@ function kernelArguments(
   guestDist: string,
   interactive: boolean,
 ): string {
-  const options = ['console=ttyS0', 'loglevel=5', 'panic=-1', 'nokaslr', 'random.trust_cpu=on', 'mitigations=off'];
+  const options = ['console=ttyS0', 'loglevel=7', 'panic=-1', 'nokaslr', 'random.trust_cpu=on', 'mitigations=off'];
   if (machine.iommu !== 'none') options.push('intel_iommu=on');
   options.push(`vipsec.scenario=${name}`, `vipsec.dist=${guestDist}`);
   if (modules.length > 0) options.push(`vipsec.modules=${modules.join(',')}`);

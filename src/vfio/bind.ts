@@ -43,7 +43,7 @@ const BINDABLE: readonly number[] = [PciClass.network, PciClass.encryption, PciC
 const CLEAR = '\n';
 
 /**
- * Gives function `address` to vfio-pci; does nothing when it is there already. Throws VfioError: `BAD_ADDRESS`,
+ * Gives function `address` to vfio-pci; does nothing when it is there already. Throws InputError `BAD_ADDRESS`, VfioError:
  * `NO_SUCH_FUNCTION`, `NOT_A_NETWORK_FUNCTION`, `NO_IOMMU`, `GROUP_NOT_VIABLE`, `CARRIES_ROUTE`, `NO_VFIO_DRIVER`,
  * `NOT_PERMITTED`, `BIND_FAILED`. When it fails the function goes back to the driver it had.
  */

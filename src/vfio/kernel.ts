@@ -18,7 +18,14 @@ import type { IovaRange, PciFunction, Region } from './function.ts';
 import { PciRegion } from './function.ts';
 import { DeviceFlag, GroupFlag, IommuType, IrqIndex, VFIO_API_VERSION, VfioCalls } from './kernel-abi.ts';
 import { absentRegion, ConfigRegion, type OpenRegion, openBar, type RegionOwner } from './kernel-region.ts';
-import { describeFunction, KERNEL_FILES, type KernelFiles, normalizeAddress, VFIO_DRIVER } from './sysfs.ts';
+import {
+  describeFunction,
+  KERNEL_FILES,
+  type KernelFiles,
+  normalizeAddress,
+  type PciDescription,
+  VFIO_DRIVER,
+} from './sysfs.ts';
 
 export interface KernelVfioOptions {
   /** I/O virtual addresses to use; they must lie in what the IOMMU allows. Default: all of it above 1 MiB. */
@@ -40,7 +47,7 @@ const DEFAULT_RANGES: readonly IovaRange[] = [
 const { EACCES, EPERM, ENOENT, ENODEV, ENXIO, EIO, EBUSY, ENOMEM, ENOSPC, EINVAL } = os.errno;
 
 /**
- * Opens function `address`. Throws VfioError: `BAD_ADDRESS`, `NO_SUCH_FUNCTION`, `NOT_BOUND` (names the driver), `NO_IOMMU`,
+ * Opens function `address`. Throws InputError `BAD_ADDRESS`, VfioError: `NO_SUCH_FUNCTION`, `NOT_BOUND` (names the driver), `NO_IOMMU`,
  * `NOT_PERMITTED`, `BUSY`, `GROUP_NOT_VIABLE` (names who is in the way), `VFIO_UNUSABLE`, `IOVA_OUTSIDE`. Nothing stays open then.
  */
 export function openKernelVfio(address: string, options: KernelVfioOptions = {}): PciFunction {
@@ -91,8 +98,9 @@ class KernelFunction implements PciFunction, RegionOwner {
     this.#calls = new VfioCalls();
     undo.push(() => this.#calls.close());
     const calls = this.#calls;
-    const group = openGroup(describeFunction(address, options.files).group ?? '', address, undo);
-    if ((calls.groupStatus(group) & GroupFlag.viable) === 0) throw groupNotViable(describeFunction(address), []);
+    const fn = describeFunction(address, options.files);
+    const group = openGroup(fn, undo);
+    if ((calls.groupStatus(group) & GroupFlag.viable) === 0) throw groupNotViable(fn, fn.others);
     const container = openContainer(calls, group, undo);
     this.device = explain(`opening ${address}`, () => calls.deviceFd(group, address));
     undo.push(() => close(this.device));
@@ -269,7 +277,7 @@ class KernelFunction implements PciFunction, RegionOwner {
   }
 }
 
-function openGroup(number: string, address: string, undo: (() => void)[]): number {
+function openGroup({ address, group: number }: PciDescription, undo: (() => void)[]): number {
   const path = `/dev/vfio/${number}`;
   const group = explain(path, () => open(path, OpenFlag.readWrite), {
     [EBUSY]: () => new VfioError('BUSY', `another process drives ${address} (${path} is in use)`),

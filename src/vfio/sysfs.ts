@@ -4,7 +4,7 @@
  */
 import { readdirSync, readFileSync, readlinkSync } from 'node:fs';
 import { basename, join } from 'node:path';
-import { VfioError } from '../errors.ts';
+import { InputError, VfioError } from '../errors.ts';
 
 /** Where sysfs and procfs are mounted; tests put a folder of their own here. */
 export interface KernelFiles {
@@ -63,11 +63,11 @@ export interface PciDescription {
 
 const ADDRESS = /^(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([01][0-9a-f])\.([0-7])$/i;
 
-/** The full form of a PCI address: `1:00.0` is refused, `01:00.0` becomes `0000:01:00.0`. */
+/** The full form of a PCI address: `01:00.0` becomes `0000:01:00.0`. Throws InputError `BAD_ADDRESS`. */
 export function normalizeAddress(text: string): string {
   const match = ADDRESS.exec(text);
   if (match === null) {
-    throw new VfioError('BAD_ADDRESS', `'${text}' is not a PCI address`, { hint: 'write it like 0000:01:00.0' });
+    throw new InputError('BAD_ADDRESS', `'${text}' is not a PCI address`, { hint: 'write it like 0000:01:00.0' });
   }
   const [, domain = '0000', bus, slot, fn] = match;
   return `${domain}:${bus}:${slot}.${fn}`.toLowerCase();

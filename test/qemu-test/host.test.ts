@@ -1,0 +1,241 @@
+import { mkdtempSync, rmSync } from 'node:fs';
+import { connect, type Socket } from 'node:net';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { consoleFaults } from '../../qemu-test/host/faults.ts';
+import { FramePort } from '../../qemu-test/host/frames.ts';
+import { commandLine } from '../../qemu-test/host/machine.ts';
+import { lineSplitter, run } from '../../qemu-test/host/process.ts';
+import { Mailbox, parseGuestMessage, parseHostMessage } from '../../qemu-test/messages.ts';
+import type { QemuNic, Scenario, ScenarioDevice } from '../../qemu-test/scenario.ts';
+
+describe('messages between guest and host', () => {
+  it.each([
+    [{ type: 'hello', scenario: 'a' }],
+    [{ type: 'begin', check: 'c' }],
+    [{ type: 'check', check: 'c', ok: true, detail: 'd', ms: 3 }],
+    [{ type: 'note', topic: 't', body: { any: ['thing'] } }],
+    [{ type: 'end', error: null }],
+    [{ type: 'exit', status: 139 }],
+  ])('%j is understood', (message) => {
+    expect(parseGuestMessage(JSON.stringify(message))).toEqual(message);
+  });
+
+  it.each([
+    '',
+    'Segmentation fault',
+    '[]',
+    'null',
+    '{"type":"check","check":"c"}',
+    '{"type":"other"}',
+    '{"type":"end"}',
+  ])('%j is not a message', (line) => {
+    expect(parseGuestMessage(line)).toBeUndefined();
+    expect(parseHostMessage(line)).toBeUndefined();
+  });
+
+  it('lines that arrive in pieces are put together', () => {
+    const lines: string[] = [];
+    const split = lineSplitter((line) => lines.push(line));
+    for (const piece of ['a', 'b\nc', '', '\n\nd']) split(piece);
+    expect(lines).toEqual(['ab', 'c', '']);
+  });
+});
+
+describe('the mailbox', () => {
+  it('keeps notes for whoever asks later, in order and by topic', async () => {
+    const box = new Mailbox();
+    box.put('a', 1);
+    box.put('b', 2);
+    box.put('a', 3);
+    expect([await box.take('a', 10), await box.take('a', 10), await box.take('b', 10)]).toEqual([1, 3, 2]);
+  });
+
+  it('gives a note to the one who waits for it', async () => {
+    const box = new Mailbox();
+    const later = box.take('a', 1000);
+    box.put('a', 'now');
+    expect(await later).toBe('now');
+  });
+
+  it('stops waiting after the time, and a note that comes then is kept', async () => {
+    const box = new Mailbox();
+    await expect(box.take('a', 5)).rejects.toThrow(/within 5 ms/);
+    box.put('a', 1);
+    expect(await box.take('a', 5)).toBe(1);
+  });
+
+  it('stops waiting when the other side is gone', async () => {
+    const box = new Mailbox();
+    const gone = new AbortController();
+    const waiting = box.take('a', 10_000, gone.signal);
+    gone.abort();
+    await expect(waiting).rejects.toThrow(/gone/);
+    await expect(box.take('a', 10_000, gone.signal)).rejects.toThrow(/gone/);
+  });
+});
+
+describe('the frame port', () => {
+  let folder: string;
+  let port: FramePort;
+  let guest: Socket;
+  beforeEach(async () => {
+    folder = mkdtempSync(join(tmpdir(), 'vipsec-frames-'));
+    port = await FramePort.listen(join(folder, 's'));
+    guest = connect(join(folder, 's'));
+    await new Promise((resolve) => guest.once('connect', resolve));
+  });
+  afterEach(() => {
+    guest.destroy();
+    port.close();
+    rmSync(folder, { recursive: true, force: true });
+  });
+
+  const framed = (text: string) => {
+    const length = Buffer.alloc(4);
+    length.writeUInt32BE(text.length);
+    return Buffer.concat([length, Buffer.from(text)]);
+  };
+  const any = () => true;
+
+  it('gives frames in order, however the stream is cut', async () => {
+    const stream = Buffer.concat([framed('one'), framed(''), framed('three')]);
+    for (const byte of stream) guest.write(Buffer.of(byte));
+    const frames = [await port.next(any, 2000), await port.next(any, 2000), await port.next(any, 2000)];
+    expect(frames.map(String)).toEqual(['one', '', 'three']);
+  });
+
+  it('gives the frame that was asked for and keeps the others', async () => {
+    guest.write(Buffer.concat([framed('noise'), framed('wanted')]));
+    expect(String(await port.next((f) => f.toString() === 'wanted', 2000))).toBe('wanted');
+    expect(String(await port.next(any, 2000))).toBe('noise');
+  });
+
+  it('sends a frame behind its length', async () => {
+    guest.write(framed('hello'));
+    await port.next(any, 2000);
+    const got = new Promise<Buffer>((resolve) => guest.once('data', resolve));
+    port.send(Buffer.from('abc'));
+    expect(await got).toEqual(framed('abc'));
+  });
+
+  it('refuses a stream that is out of step instead of waiting for gigabytes', async () => {
+    guest.write(Buffer.from('ffffffffff'));
+    await expect(port.next(any, 2000)).rejects.toThrow(/broken/);
+  });
+
+  it('says how many frames came when the one asked for did not', async () => {
+    guest.write(framed('noise'));
+    await expect(port.next(() => false, 100)).rejects.toThrow(/1 came in all/);
+  });
+});
+
+describe('the machine', () => {
+  const nic = (id: string, more: Partial<QemuNic> = {}): QemuNic => ({
+    kind: 'virtio-net',
+    id,
+    mac: '52:54:00:00:00:01',
+    iommu: true,
+    link: 'host',
+    ...more,
+  });
+  const parts = {
+    kernel: '/k',
+    release: '6',
+    modules: '/m',
+    busybox: '/b',
+    tools: '/t',
+    qemu: { stock: { command: 'qemu', args: ['-first'] }, vfioUser: { command: 'qemu11', args: [], env: { A: 'b' } } },
+  };
+  const scenario = (devices: readonly ScenarioDevice[], machine: Partial<Scenario['machine']> = {}): Scenario => ({
+    title: '',
+    machine: { qemu: 'stock', ...machine },
+    devices,
+    modules: ['virtio_net'],
+    timeout: 1,
+    checks: [],
+    guest: async () => {},
+  });
+  const line = (s: Scenario) => commandLine('name', s, parts, { image: '/i', sockets: '/s', guestDist: 'dist' }, false);
+  const devicesOf = (s: Scenario) =>
+    line(s)
+      .args.filter((arg) => arg.startsWith('{"driver'))
+      .map((arg) => JSON.parse(arg));
+
+  it('tells the kernel which scenario to run and which modules to load', () => {
+    const { args } = line(scenario([]));
+    const append = args[args.indexOf('-append') + 1];
+    expect(append.split(' ')).toEqual(
+      expect.arrayContaining([
+        'vipsec.scenario=name',
+        'vipsec.modules=virtio_net',
+        'vipsec.dist=dist',
+        'intel_iommu=on',
+      ]),
+    );
+  });
+
+  it('leaves the IOMMU out when told so, and narrows it', () => {
+    expect(line(scenario([], { iommu: 'none' })).args.join(' ')).not.toMatch(/iommu/);
+    expect(line(scenario([], { iommu: 39 })).args.join(' ')).toMatch(/aw-bits=39/);
+  });
+
+  it('puts each function behind a port of its own', () => {
+    const args = line(scenario([nic('a'), nic('b')])).args.join(' ');
+    expect(args).toMatch(/pcie-root-port,id=port-a,chassis=1,addr=0x10 /);
+    expect(args).toMatch(/pcie-root-port,id=port-b,chassis=2,addr=0x11 /);
+    expect(devicesOf(scenario([nic('a'), nic('b')]))).toMatchObject([{ bus: 'port-a' }, { bus: 'port-b' }]);
+  });
+
+  it('puts functions that belong together in one slot', () => {
+    const together = [
+      nic('x'),
+      nic('a'),
+      nic('b', { placement: { besides: 'a' } }),
+      nic('c', { placement: { besides: 'a' } }),
+    ];
+    expect(devicesOf(scenario(together))).toMatchObject([
+      { bus: 'port-x', addr: '0x0.0' },
+      { bus: 'port-a', addr: '0x0.0', multifunction: true },
+      { bus: 'port-a', addr: '0x0.1' },
+      { bus: 'port-a', addr: '0x0.2' },
+    ]);
+    expect(devicesOf(scenario(together))[0]).not.toHaveProperty('multifunction');
+  });
+
+  it('connects the link of a device process with the NIC that names it', () => {
+    const both = [{ kind: 'vfio-user', id: 'dev', link: 'wire' } as const, nic('judge', { link: { device: 'dev' } })];
+    const { args, env, command } = line(scenario(both, { qemu: 'vfioUser' }));
+    expect([command, env]).toEqual(['qemu11', { A: 'b' }]);
+    const netdev = JSON.parse(args[args.indexOf('-netdev') + 1]);
+    expect(netdev).toMatchObject({ type: 'stream', server: false, addr: { path: '/s/link-dev' } });
+    expect(args.join(' ')).toMatch(/memory-backend-memfd/);
+  });
+});
+
+describe('the kernel log as a judge', () => {
+  it.each([
+    '[    5.1] DMAR: [DMA Write NO_PASID] Request device [01:00.0] fault addr 0x1000 [fault reason 0x05]',
+    '[    5.1] BUG: kernel NULL pointer dereference',
+    '[    5.1] WARNING: CPU: 0 PID: 1 at drivers/iommu/iommu.c:1',
+    'init: module gcm does not load',
+  ])('%s fails a scenario', (text) => {
+    expect(consoleFaults([text], [])).toEqual([text]);
+    expect(consoleFaults([text], [/DMAR|BUG|WARNING|init/])).toEqual([]);
+  });
+
+  it('has nothing against an ordinary boot', () => {
+    expect(consoleFaults(['[    1.4] DMAR: VT-d Scalable Mode not enabled, no PASID allocation'], [])).toEqual([]);
+  });
+});
+
+describe('programs of the system', () => {
+  it('that fail are reported with the end of what they said', async () => {
+    await expect(run('sh', ['-c', 'echo reason >&2; exit 3'])).rejects.toThrow(/ended with 3:\nreason/);
+  });
+
+  it('that are missing are named', async () => {
+    await expect(run('no-such-program-here', [])).rejects.toThrow('no-such-program-here is not installed');
+  });
+});
