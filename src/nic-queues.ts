@@ -18,6 +18,13 @@ import { PacketFlag, type PacketPool } from './packet/pool.ts';
 import type { RxQueue } from './virtio-net/rx.ts';
 import type { TxQueue } from './virtio-net/tx.ts';
 
+/** What is used of the rings. */
+export type TxRing = Pick<
+  TxQueue,
+  'burst' | 'reclaim' | 'room' | 'broken' | 'counters' | 'enableInterrupts' | 'disableInterrupts'
+>;
+export type RxRing = Pick<RxQueue, 'burst' | 'broken' | 'counters' | 'enableInterrupts' | 'disableInterrupts'>;
+
 /** Packets that are looked at together; no more than one burst of a crypto engine. */
 const CHUNK = 256;
 
@@ -27,7 +34,7 @@ const LINK_HEADER = Ethernet.length;
 export class NicTxQueue {
   /** Packets dropped in front of the ring, by `Verdict`. */
   readonly dropped = new Float64Array(VERDICTS);
-  readonly #ring: TxQueue;
+  readonly #ring: TxRing;
   readonly #pool: PacketPool;
   readonly #ipsec: IpsecManager;
   readonly #send = new Uint32Array(CHUNK);
@@ -35,7 +42,7 @@ export class NicTxQueue {
   readonly #drop = new Uint32Array(CHUNK);
   readonly #verdicts = new Uint8Array(CHUNK);
 
-  constructor(ring: TxQueue, pool: PacketPool, ipsec: IpsecManager) {
+  constructor(ring: TxRing, pool: PacketPool, ipsec: IpsecManager) {
     this.#ring = ring;
     this.#pool = pool;
     this.#ipsec = ipsec;
@@ -187,14 +194,14 @@ export class NicRxQueue {
   readonly index: number;
   /** Packets dropped behind the ring, by `Verdict`. */
   readonly dropped = new Float64Array(VERDICTS);
-  readonly #ring: RxQueue;
+  readonly #ring: RxRing;
   readonly #pool: PacketPool;
   readonly #ipsec: IpsecManager;
   readonly #candidates = new Uint32Array(CHUNK);
   readonly #drop = new Uint32Array(CHUNK);
   readonly #verdicts = new Uint8Array(CHUNK);
 
-  constructor(index: number, ring: RxQueue, pool: PacketPool, ipsec: IpsecManager) {
+  constructor(index: number, ring: RxRing, pool: PacketPool, ipsec: IpsecManager) {
     this.index = index;
     this.#ring = ring;
     this.#pool = pool;

@@ -21,12 +21,18 @@ import type { Direction, Mode, Protocol, SecurityAssociation } from './sa.ts';
 import { SaPlace, SaState } from './sa-state.ts';
 import { type SecurityAssociationInput, validateSa } from './validate.ts';
 
+/** What is used of `SoftwareIpsec`. */
+export type SoftwareSide = Pick<
+  SoftwareIpsec,
+  'add' | 'modify' | 'remove' | 'counters' | 'setMtu' | 'protect' | 'unprotect' | 'close'
+>;
+
 export interface IpsecManagerOptions {
   readonly inline: InlineIpsec | null;
   /** Why there is no inline IPsec, when there is none. */
   readonly inlineObstacle: string | null;
   /** Makes the software side, when the first SA needs it; null when it is not wanted. */
-  readonly software: ((onEvent: (handle: number, event: SaEvent) => void) => SoftwareIpsec) | null;
+  readonly software: ((onEvent: (handle: number, event: SaEvent) => void) => SoftwareSide) | null;
   readonly guard: NonceGuard;
   /** Bytes of the longest IP packet on the link. */
   readonly mtu: number;
@@ -47,7 +53,7 @@ export class IpsecManager implements Ipsec {
   readonly state: SaState;
   readonly device: InlineIpsec | null;
   /** Made with the first software SA. */
-  software: SoftwareIpsec | null = null;
+  software: SoftwareSide | null = null;
   readonly #options: IpsecManagerOptions;
   readonly #ids: ObjectIds;
   readonly #sas = new Map<number, ManagedSa>();
@@ -297,7 +303,7 @@ export class IpsecManager implements Ipsec {
     else this.#tell(handle, event, []);
   }
 
-  #software(): SoftwareIpsec {
+  #software(): SoftwareSide {
     if (this.#options.software === null) throw new IpsecError('SOFTWARE_NOT_AVAILABLE', 'software IPsec is not wanted');
     this.software ??= this.#options.software((handle, event) => this.#softwareEvent(handle, event));
     return this.software;
