@@ -1,0 +1,201 @@
+/**
+ * `vipsec probe DEVICE`: what a virtio network function says about itself.
+ */
+import { Command, Option } from 'commander';
+import type { WireRevision } from '../../src/virtio/revision.ts';
+import { WIRE_REVISIONS } from '../../src/virtio/revision.ts';
+import { ExitCode, print, printJson, table } from '../cli.ts';
+import { openFunction } from '../open-function.ts';
+import { type ModeReport, type PciReport, type ProbeReport, probeFunction } from '../probe-report.ts';
+
+interface Options {
+  readonly wire: WireRevision | 'auto';
+  readonly json?: true;
+}
+
+export function command(): Command {
+  return new Command('probe')
+    .description('bring-up report of a device: PCI, virtio structures, features, administration commands, IPsec')
+    .argument('<device>', '0000:01:00.0 or vfio-user:/path')
+    .addOption(
+      new Option('--wire <revision>', 'how to read the IPsec capabilities')
+        .choices(['auto', ...WIRE_REVISIONS])
+        .default('auto'),
+    )
+    .option('--json', 'print the report as one JSON document')
+    .addHelpText(
+      'after',
+      '\nThe function is reset before and after; nothing else is changed. Exit code 1: a step failed.',
+    )
+    .action(run);
+}
+
+async function run(device: string, options: Options): Promise<void> {
+  const fn = openFunction(device);
+  let report: ProbeReport;
+  try {
+    report = await probeFunction(fn, options.wire);
+  } finally {
+    fn.close();
+  }
+  if (options.json === true) printJson(report);
+  else printReport(report);
+  if (report.problems.length > 0) process.exitCode = ExitCode.failed;
+}
+
+function hex(value: number, digits = 1): string {
+  return `0x${value.toString(16).padStart(digits, '0')}`;
+}
+
+function section(title: string, body: string): void {
+  print(`\n${title}\n${body}`);
+}
+
+function printReport(report: ProbeReport): void {
+  print(`Device ${report.device}`);
+  if (report.pci !== undefined) printPci(report.pci);
+  printVirtio(report);
+  printAdmin(report);
+  printFlowFilter(report);
+  printIpsec(report);
+  const rows = report.problems.map(({ step, code, message }) => [step, code, message]);
+  if (rows.length > 0) section('Problems', table(['step', 'code', 'what'], rows));
+}
+
+function printPci(pci: PciReport): void {
+  const type = pci.virtioDeviceType;
+  const ids: [string, string][] = [
+    ['vendor:device', `${hex(pci.vendorId, 4).slice(2)}:${hex(pci.deviceId, 4).slice(2)}`],
+    ['subsystem', `${hex(pci.subsystemVendorId, 4).slice(2)}:${hex(pci.subsystemId, 4).slice(2)}`],
+    ['class, revision', `${hex(pci.classCode, 6)}, ${pci.revisionId}`],
+    ['virtio device type', type === null ? 'not by its ids' : type === 1 ? '1 (network)' : String(type)],
+    ['MSI-X vectors', pci.msix === null ? 'none' : String(pci.msix.vectors)],
+    ['function-level reset', pci.functionLevelReset ? 'yes' : 'no'],
+  ];
+  section('PCI function', table(['', ''], ids));
+  section(
+    'PCI capabilities',
+    table(
+      ['at', 'id', 'name'],
+      pci.capabilities.map(({ offset, id, name }) => [hex(offset, 2), hex(id, 2), name]),
+    ),
+  );
+  section(
+    'BARs',
+    table(
+      ['BAR', 'kind', 'bytes'],
+      pci.bars.map(({ index, kind, prefetchable, size }) => [
+        index,
+        prefetchable ? `${kind}, prefetchable` : kind,
+        size,
+      ]),
+    ),
+  );
+  section(
+    'Virtio structures (4.1.4)',
+    table(
+      ['structure', 'BAR', 'offset', 'bytes', 'notify multiplier'],
+      pci.structures.map(({ name, bar, offset, length, notifyMultiplier }) => [
+        name,
+        bar,
+        hex(offset),
+        length,
+        notifyMultiplier ?? '',
+      ]),
+    ),
+  );
+}
+
+function printVirtio(report: ProbeReport): void {
+  if (report.features !== undefined) {
+    section(
+      'Features (bits 0 to 127; those not listed are not defined and not offered)',
+      table(
+        ['bit', 'name', 'offered'],
+        report.features.map(({ bit, name, offered }) => [bit, name, offered ? 'yes' : '-']),
+      ),
+    );
+  }
+  if (report.config !== undefined) {
+    const rows = Object.entries(report.config).map(([name, value]) => [
+      name,
+      value === null ? 'unknown' : String(value),
+    ]);
+    section('Device configuration (5.1.4)', table(['field', 'value'], rows));
+  }
+  if (report.queues !== undefined) {
+    section(
+      'Queues',
+      table(
+        ['queue', 'largest size'],
+        report.queues.map(({ index, maxSize }) => [index, maxSize]),
+      ),
+    );
+  }
+}
+
+function printAdmin(report: ProbeReport): void {
+  const { admin } = report;
+  if (admin === undefined) {
+    section('Administration queue', 'none');
+    return;
+  }
+  const { first, count } = admin.queues;
+  section(
+    `Administration commands (queue ${first}, ${count} in all)`,
+    table(
+      ['opcode', 'command'],
+      admin.commands.map(({ opcode, name }) => [hex(opcode), name]),
+    ),
+  );
+  section(
+    'Capabilities',
+    table(
+      ['id', 'name', 'bytes'],
+      admin.capabilities.map(({ id, name, bytes }) => [hex(id), name, bytes]),
+    ),
+  );
+}
+
+function printFlowFilter({ flowFilter }: ProbeReport): void {
+  if (flowFilter === undefined) return;
+  if (flowFilter.limits !== undefined) {
+    const rows = Object.entries(flowFilter.limits).map(([name, value]) => [name, Number(value)]);
+    section('Flow filter limits', table(['limit', 'value'], rows));
+  }
+  if (flowFilter.selectors !== undefined) {
+    section(
+      'Flow filter selectors',
+      table(
+        ['header', 'partial mask', 'mask'],
+        flowFilter.selectors.map(({ name, partialMask, mask }) => [name, partialMask ? 'yes' : 'no', mask]),
+      ),
+    );
+  }
+  if (flowFilter.actions !== undefined) section('Flow filter actions', flowFilter.actions.join(', '));
+}
+
+function printIpsec({ ipsec }: ProbeReport): void {
+  if (ipsec === undefined) {
+    section('IPsec', 'the device does not offer it');
+    return;
+  }
+  const limits =
+    ipsec.limits === undefined ? '' : `: ${ipsec.limits.inbound} inbound, ${ipsec.limits.outbound} outbound SAs`;
+  section(
+    `IPsec (${ipsec.revision})${limits}`,
+    table(['mode', 'what', 'offered'], (ipsec.modes ?? []).flatMap(modeRows)),
+  );
+}
+
+function modeRows(mode: ModeReport): [string, string, string][] {
+  const list = (names: readonly string[]): string => (names.length === 0 ? '-' : names.join(', '));
+  return [
+    [mode.name, 'AEAD', list(mode.aeads)],
+    ['', 'ciphers', list(mode.ciphers)],
+    ['', 'authenticators', list(mode.macs)],
+    ['', 'options', list(mode.options)],
+    ['', 'replay window', String(mode.maxReplayWindow)],
+    ['', 'key bytes', `cipher ${mode.maxCipherKeyLength}, authenticator ${mode.maxAuthKeyLength}`],
+  ];
+}

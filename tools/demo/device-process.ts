@@ -1,0 +1,66 @@
+/**
+ * A `vipsec device` in a process of its own, for as long as the demo needs it.
+ */
+import { type ChildProcess, spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { existsSync, rmSync } from 'node:fs';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { fileURLToPath } from 'node:url';
+import { VfioError } from '../../src/errors.ts';
+
+/** How long a device may take to listen, and to end when it is asked to. */
+const Deadline = { start: 10_000, stop: 3_000 } as const;
+
+export class DeviceProcess {
+  readonly socket: string;
+  readonly #child: ChildProcess;
+  #complaints = '';
+
+  /** Starts `vipsec device --socket socket …args`. */
+  constructor(socket: string, args: readonly string[]) {
+    this.socket = socket;
+    const program = fileURLToPath(new URL('../vipsec.js', import.meta.url));
+    this.#child = spawn(process.execPath, [program, 'device', '--socket', socket, ...args], {
+      stdio: ['ignore', 'ignore', 'pipe'],
+    });
+    this.#child.stderr?.setEncoding('utf8').on('data', (text: string) => {
+      this.#complaints = (this.#complaints + text).slice(-2000);
+    });
+    // An error to start is seen as a device that has ended.
+    this.#child.on('error', () => {});
+    process.on('exit', this.#kill);
+  }
+
+  get running(): boolean {
+    return this.#child.pid !== undefined && this.#child.exitCode === null && this.#child.signalCode === null;
+  }
+
+  /** Resolves once the device listens. Throws `VfioError` `DEVICE_START`. */
+  async ready(): Promise<void> {
+    const deadline = Date.now() + Deadline.start;
+    while (!existsSync(this.socket)) {
+      if (!this.running || Date.now() > deadline) {
+        const said = this.#complaints.trim();
+        throw new VfioError('DEVICE_START', `the software device did not start${said === '' ? '' : `: ${said}`}`);
+      }
+      await sleep(10);
+    }
+  }
+
+  /** Ends the process, with force when it does not listen, and removes its socket. */
+  async stop(): Promise<void> {
+    if (this.running) {
+      const ended = once(this.#child, 'exit');
+      this.#child.kill('SIGTERM');
+      const timer = setTimeout(this.#kill, Deadline.stop);
+      await ended;
+      clearTimeout(timer);
+    }
+    process.removeListener('exit', this.#kill);
+    rmSync(this.socket, { force: true });
+  }
+
+  readonly #kill = (): void => {
+    if (this.running) this.#child.kill('SIGKILL');
+  };
+}
