@@ -9,6 +9,7 @@ import { VipsecError } from '../src/errors.ts';
 import { algorithmNames, modeName, optionNamesOf } from '../src/ipsec/capability.ts';
 import type { SaLimits } from '../src/ipsec/wire/codec.ts';
 import { ipsecWire } from '../src/ipsec/wire/revisions.ts';
+import { formatMac } from '../src/packet/addresses.ts';
 import {
   ExtendedCapabilityId,
   type MsixCapability,
