@@ -107,6 +107,10 @@ export class Receiver implements FrameSink {
     return this.#backlogs[pair].count;
   }
 
+  get ready(): boolean {
+    return this.#layout !== null && this.#options.isLive();
+  }
+
   room(): number {
     // hot:
     if (!this.#options.isLive()) return BACKLOG;

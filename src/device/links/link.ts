@@ -11,6 +11,8 @@ export interface FrameSink {
   deliver(packets: Uint32Array, n: number): void;
   /** hot: how many frames can be delivered now without dropping any, because the driver has buffers or soon will. */
   room(): number;
+  /** Whether there is a driver that takes frames. */
+  readonly ready: boolean;
 }
 
 /** What a link has counted. */
@@ -32,6 +34,10 @@ export interface Link {
   room(): number;
   /** hot: moves what has arrived or waits to be sent; returns how many frames it moved. */
   poll(): number;
+  /** Before the event loop sleeps: finishes what can wait; true when there is more to do at once. */
+  idle(): boolean;
+  /** Whether something is held back that no event will announce: the event loop looks again soon. */
+  readonly blocked: boolean;
   /** Connects the function; once. `changed` tells it that `up` has changed, `wake` makes the event loop poll. */
   attach(sink: FrameSink, changed: () => void, wake: () => void): void;
   close(): void;

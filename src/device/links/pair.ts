@@ -13,6 +13,7 @@ const STUCK_AFTER = 20;
 class DirectLink implements Link {
   readonly counters: LinkCounters = { sent: 0, received: 0, dropped: 0 };
   readonly up = true;
+  readonly blocked = false;
   readonly #pool: PacketPool;
   #sink: FrameSink | null = null;
   /** The end whose function gets what is sent here. */
@@ -61,6 +62,10 @@ class DirectLink implements Link {
 
   poll(): number {
     return 0;
+  }
+
+  idle(): boolean {
+    return false;
   }
 
   close(): void {

@@ -1,0 +1,287 @@
+/**
+ * The software device: virtio-net functions with IPsec behind vfio-user sockets.
+ *
+ * `startDevice` serves from the event loop of the calling thread until it is closed. The driver must be in another process or
+ * thread: its calls block until the device answers.
+ */
+import { createHash } from 'node:crypto';
+import { InputError } from '../errors.ts';
+import { ipsecWire } from '../ipsec/wire/revisions.ts';
+import { PacketPool } from '../packet/pool.ts';
+import { Feature } from '../virtio/features.ts';
+import { WIRE_REVISIONS, type WireRevision } from '../virtio/revision.ts';
+import { ARENA_MAX, Arena } from './arena.ts';
+import { faultSet } from './faults.ts';
+import { VirtioFunction } from './function.ts';
+import { GuestMemory } from './guest-memory.ts';
+import type { Link } from './links/link.ts';
+import { makeLinks } from './links/parse.ts';
+import { NetDevice } from './net.ts';
+import { MAX_QUEUE_PAIRS, offeredFeatures, pciLayout, QueueSize } from './personalities/standard.ts';
+import { type Pollable, Pump } from './pump.ts';
+import { VfioUserServer } from './vfio-user-server.ts';
+
+export { FAULTS, type FaultName } from './faults.ts';
+
+export interface DeviceOptions {
+  /** Paths of the sockets, one for each function; one or two. */
+  readonly sockets: readonly string[];
+  /** `loopback` (default), `pair` (two sockets), `pcap:IN,OUT`, `unix:PATH`, `unix-connect:PATH`. */
+  readonly link?: string;
+  readonly wire?: WireRevision;
+  /** Whether functions offer IPsec: all of them, or each. Default true. */
+  readonly ipsec?: boolean | readonly boolean[];
+  /** 1 (default) to 62. More than one needs the control virtqueue to be used. */
+  readonly queuePairs?: number;
+  /** One for each function, such as `02:00:00:00:00:01`; default: derived from the socket's path. */
+  readonly macs?: readonly string[];
+  /** 68 to 9000; default 1500. */
+  readonly mtu?: number;
+  /** Names from `FAULTS`, for all functions, or `NAME@2` for the second one alone. */
+  readonly faults?: readonly string[];
+  /** Told of sessions that ended badly, and of faults of the device itself. */
+  readonly onWarning?: (text: string) => void;
+}
+
+/** One function of a running device. */
+export interface DeviceFunction {
+  readonly socket: string;
+  readonly mac: string;
+  readonly ipsec: boolean;
+  /** Counters and state, for reports. */
+  statistics(): Record<string, unknown>;
+}
+
+export interface Device {
+  readonly functions: readonly DeviceFunction[];
+  readonly link: string;
+  readonly wire: WireRevision;
+  readonly queuePairs: number;
+  readonly mtu: number;
+  /** Faults of the device itself that it has survived: none, unless it has a bug. */
+  readonly internalErrors: number;
+  /** Ends all sessions, removes the sockets, frees all memory. Idempotent. */
+  close(): void;
+}
+
+const DEFAULT_MTU = 1500;
+const MTU_RANGE = { min: 68, max: 9000 } as const;
+/** Space in a slot before and behind the largest frame: outer headers, ESP header and IV, link header; padding, trailer, ICV. */
+const HEADROOM = 192;
+const TAILROOM = 320;
+/** Ethernet with two VLAN tags. */
+const FRAME_OVERHEAD = 22;
+const SLOT_ALIGNMENT = 64;
+/** Packets for each queue pair: backlogs, bursts, frames on their way through a link. */
+const PACKETS_PER_PAIR = 4096;
+
+/** Starts the device. Throws InputError `DEVICE_OPTION`; DeviceError and SystemError when sockets or links cannot be set up. */
+export function startDevice(options: DeviceOptions): Device {
+  return new RunningDevice(resolve(options));
+}
+
+interface Resolved {
+  readonly sockets: readonly string[];
+  readonly link: string;
+  readonly wire: WireRevision;
+  readonly ipsec: readonly boolean[];
+  readonly queuePairs: number;
+  readonly macs: readonly Uint8Array[];
+  readonly mtu: number;
+  readonly faults: readonly ReturnType<typeof faultSet>[];
+  readonly onWarning: (text: string) => void;
+}
+
+function resolve(options: DeviceOptions): Resolved {
+  const { sockets } = options;
+  const count = sockets.length;
+  if (count < 1 || count > 2 || new Set(sockets).size !== count) throw invalid('one socket, or two different ones');
+  const wire = options.wire ?? 'virtio-1.4';
+  if (!WIRE_REVISIONS.includes(wire)) throw invalid(`there is no wire revision ${wire}`);
+  const each = <T>(value: T | readonly T[] | undefined, fallback: T): T[] =>
+    sockets.map((_, i) => (isList(value) ? value[i] : value) ?? fallback);
+  const macs = options.macs ?? [];
+  if (macs.length > count) throw invalid('more MAC addresses than sockets');
+  return {
+    sockets,
+    wire,
+    link: options.link ?? (count === 2 ? 'pair' : 'loopback'),
+    ipsec: each(options.ipsec, true),
+    queuePairs: inRange('queue pairs', options.queuePairs ?? 1, 1, MAX_QUEUE_PAIRS),
+    macs: sockets.map((path, i) => (macs[i] === undefined ? derivedMac(path) : parseMac(macs[i]))),
+    mtu: inRange('MTU', options.mtu ?? DEFAULT_MTU, MTU_RANGE.min, MTU_RANGE.max),
+    faults: sockets.map((_, i) => faultSet(faultsOf(options.faults ?? [], i + 1))),
+    onWarning: options.onWarning ?? (() => {}),
+  };
+}
+
+/** Names without `@`, and those for function `number`. */
+function faultsOf(names: readonly string[], number: number): string[] {
+  return names.flatMap((name) => {
+    const [bare, which] = name.split('@');
+    return which === undefined || which === String(number) ? [bare] : [];
+  });
+}
+
+function isList<T>(value: T | readonly T[] | undefined): value is readonly T[] {
+  return Array.isArray(value);
+}
+
+function inRange(name: string, value: number, min: number, max: number): number {
+  if (!Number.isInteger(value) || value < min || value > max) throw invalid(`${name} ${value}: ${min} to ${max}`);
+  return value;
+}
+
+function invalid(message: string): InputError {
+  return new InputError('DEVICE_OPTION', message);
+}
+
+/** A unicast address of six bytes. */
+function parseMac(text: string): Uint8Array {
+  const bytes = text.split(':').map((part) => (/^[0-9a-f]{2}$/i.test(part) ? Number.parseInt(part, 16) : -1));
+  if (bytes.length !== 6 || bytes.includes(-1) || (bytes[0] & 1) !== 0) throw invalid(`${text} is not a MAC address`);
+  return Uint8Array.from(bytes);
+}
+
+/** The same socket has the same address every time, and two sockets have different ones. */
+function derivedMac(path: string): Uint8Array {
+  const mac = new Uint8Array(createHash('sha256').update(path).digest()).slice(0, 6);
+  mac[0] = (mac[0] & 0xfc) | 0x02;
+  return mac;
+}
+
+function macText(mac: Uint8Array): string {
+  return Array.from(mac, (byte) => byte.toString(16).padStart(2, '0')).join(':');
+}
+
+class RunningDevice implements Device {
+  readonly functions: readonly DeviceFunction[];
+  readonly link: string;
+  readonly wire: WireRevision;
+  readonly queuePairs: number;
+  readonly mtu: number;
+  internalErrors = 0;
+  readonly #arena: Arena;
+  readonly #pump: Pump;
+  readonly #servers: VfioUserServer[] = [];
+  readonly #devices: NetDevice[] = [];
+  readonly #virtio: VirtioFunction[] = [];
+  #links: readonly Link[] = [];
+  #closed = false;
+
+  constructor(options: Resolved) {
+    this.link = options.link;
+    this.wire = options.wire;
+    this.queuePairs = options.queuePairs;
+    this.mtu = options.mtu;
+    const count = options.sockets.length;
+    const maxFrame = options.mtu + FRAME_OVERHEAD;
+    const stride = Math.ceil((HEADROOM + maxFrame + TAILROOM) / SLOT_ALIGNMENT) * SLOT_ALIGNMENT;
+    const slots = PACKETS_PER_PAIR * count * options.queuePairs;
+    this.#arena = new Arena(ARENA_MAX);
+    this.#pump = new Pump((error) => this.#survive(error, options.onWarning));
+    try {
+      const pool = makePool(this.#arena, slots, stride);
+      this.#links = makeLinks(options.link, { arena: this.#arena, pool, functions: count, maxFrame });
+      this.functions = options.sockets.map((_, i) => this.#addFunction(options, i, pool, this.#links[i]));
+      for (const link of this.#links) this.#pump.add(pollableLink(link));
+    } catch (error) {
+      this.close();
+      throw error;
+    }
+  }
+
+  #addFunction(options: Resolved, i: number, pool: PacketPool, link: Link): DeviceFunction {
+    const ipsec = options.ipsec[i];
+    const { queuePairs, wire } = options;
+    const offered = offeredFeatures({ queuePairs, ipsec, wire });
+    const features = options.faults[i].has('no-version-1') ? offered.without(VERSION_1) : offered;
+    const hasControl = queuePairs > 1;
+    const wake = () => this.#pump.wake();
+    const fn = new VirtioFunction(new GuestMemory(this.#arena), {
+      layout: pciLayout({ queuePairs, ipsec, wire }),
+      offered: features,
+      queues: 2 * queuePairs + (hasControl ? 1 : 0),
+      adminQueues: ipsec ? 1 : 0,
+      maxQueueSize: (index) => {
+        if (index < 2 * queuePairs) return QueueSize.net;
+        return hasControl && index === 2 * queuePairs ? QueueSize.control : QueueSize.admin;
+      },
+      faults: options.faults[i],
+      wake,
+    });
+    const device = new NetDevice(fn, {
+      arena: this.#arena,
+      pool,
+      queuePairs,
+      mac: options.macs[i],
+      mtu: options.mtu,
+      offered: features,
+      revision: wire,
+      wire: ipsec ? ipsecWire(wire) : null,
+      link,
+      wake,
+    });
+    fn.model = device;
+    this.#virtio.push(fn);
+    this.#devices.push(device);
+    this.#pump.add(device);
+    const socket = options.sockets[i];
+    this.#servers.push(
+      new VfioUserServer({
+        path: socket,
+        fn,
+        onSessionEnd: (reason) => {
+          if (reason !== null) options.onWarning(`${socket}: the session was ended: ${reason}`);
+        },
+      }),
+    );
+    return {
+      socket,
+      mac: macText(options.macs[i]),
+      ipsec,
+      statistics: () => ({ ...device.statistics(), link: { up: link.up, ...link.counters } }),
+    };
+  }
+
+  /** A bug of this program must not end it, nor hide: every function asks for a reset. */
+  #survive(error: unknown, warn: (text: string) => void): void {
+    this.internalErrors++;
+    warn(`internal error: ${error instanceof Error ? (error.stack ?? error.message) : String(error)}`);
+    for (const fn of this.#virtio) fn.fail('internal error');
+  }
+
+  close(): void {
+    if (this.#closed) return;
+    this.#closed = true;
+    this.#pump.close();
+    for (const server of this.#servers) server.close();
+    for (const fn of this.#virtio) fn.close();
+    for (const device of this.#devices) device.close();
+    for (const link of this.#links) link.close();
+    this.#arena.close();
+  }
+}
+
+/** VIRTIO_F_VERSION_1, for the fault that leaves it out. */
+const VERSION_1 = Feature.VERSION_1;
+
+/** The pool at the start of the arena: its offsets are offsets of the arena. */
+function makePool(arena: Arena, slots: number, stride: number): PacketPool {
+  const size = Math.ceil((slots * stride) / PAGE) * PAGE;
+  if (arena.allocate(size) !== 0) throw new Error('the pool is not at the start of the arena');
+  const { address, u8, u16, u32 } = arena;
+  return new PacketPool({ address, size, u8, u16, u32 }, { stride, headroom: HEADROOM });
+}
+const PAGE = 4096;
+
+function pollableLink(link: Link): Pollable {
+  return {
+    poll: () => link.poll(),
+    arm: () => link.idle(),
+    suppress: () => {},
+    get blocked() {
+      return link.blocked;
+    },
+  };
+}
