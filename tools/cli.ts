@@ -42,17 +42,42 @@ export function printJson(value: unknown): void {
   print(JSON.stringify(value, exact));
 }
 
-/** A table as text; without colours, so that it reads the same in a file. */
+/** Columns two spaces apart and nothing else: reads the same on a terminal, in a file and in a mail. */
+const PlainTable = {
+  chars: Object.fromEntries(
+    ['top', 'bottom', 'left', 'right', 'mid'].flatMap((side) => [
+      [side, ''],
+      [`${side}-mid`, ''],
+      [`${side}-left`, ''],
+      [`${side}-right`, ''],
+    ]),
+  ),
+  style: { head: [], border: [], 'padding-left': 0, 'padding-right': 0 },
+};
+
+/** A table as text, its head underlined; columns of numbers are aligned to the right. A head of empty names is left out. */
 export function table(head: readonly string[], rows: readonly (readonly (string | number | bigint)[])[]): string {
   const lines = new Table({
-    head: [...head],
-    style: { head: [], border: [] },
+    ...PlainTable,
+    chars: { ...PlainTable.chars, middle: '  ' },
     colAligns: head.map((_, column) =>
       rows.length > 0 && rows.every((row) => isNumber(row[column])) ? 'right' : 'left',
     ),
   });
+  const named = head.some((name) => name !== '');
+  if (named) lines.push([...head], underline(head, rows));
   for (const row of rows) lines.push(row.map(String));
-  return lines.toString();
+  return lines
+    .toString()
+    .split('\n')
+    .map((line) => line.trimEnd())
+    .join('\n');
+}
+
+function underline(head: readonly string[], rows: readonly (readonly unknown[])[]): string[] {
+  return head.map((name, column) =>
+    '-'.repeat(Math.max(name.length, ...rows.map((row) => String(row[column]).length))),
+  );
 }
 
 function isNumber(cell: string | number | bigint | undefined): boolean {

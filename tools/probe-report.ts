@@ -86,7 +86,7 @@ export interface ProbeReport {
   /** All 128 bits that are offered or have a name. */
   features?: readonly { bit: number; name: string; offered: boolean }[];
   config?: Omit<NetConfig, 'mac'> & { mac?: string };
-  queues?: readonly { index: number; maxSize: number }[];
+  queues?: readonly { index: number; name: string; maxSize: number }[];
   admin?: {
     queues: { first: number; count: number };
     commands: readonly { opcode: number; name: string }[];
@@ -200,11 +200,12 @@ async function bringUp(
   // IPSEC has the device show its capabilities; what else a driver would take does not matter for reading.
   const wanted = GENERIC_FEATURES.with(Feature.ADMIN_VQ, Feature.IPSEC, Feature.MAC, Feature.STATUS);
   const setup = async (features: FeatureSet): Promise<void> => {
-    const queues: { index: number; maxSize: number }[] = [];
-    for (let index = 0; index < transport.queueCount(); index++) {
-      queues.push({ index, maxSize: transport.maxQueueSize(index) });
-    }
-    report.queues = queues;
+    const controlQueue = offered.has(Feature.CTRL_VQ) ? 2 * (report.config?.maxQueuePairs ?? 1) : -1;
+    report.queues = Array.from({ length: transport.queueCount() }, (_, index) => ({
+      index,
+      name: index === controlQueue ? 'controlq' : `${index % 2 === 0 ? 'receiveq' : 'transmitq'}${(index >> 1) + 1}`,
+      maxSize: transport.maxQueueSize(index),
+    }));
     if (!features.has(Feature.ADMIN_VQ)) return;
     admin = await steps.run('administration queue', () => new AdminQueue(transport, fn, features));
   };

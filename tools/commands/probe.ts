@@ -127,8 +127,8 @@ function printVirtio(report: ProbeReport): void {
     section(
       'Queues',
       table(
-        ['queue', 'largest size'],
-        report.queues.map(({ index, maxSize }) => [index, maxSize]),
+        ['queue', 'name', 'largest size'],
+        report.queues.map(({ index, name, maxSize }) => [index, name, maxSize]),
       ),
     );
   }
