@@ -42,7 +42,7 @@ describe('Scapy', () => {
   it('accepts every packet that we protect and finds the original in it', () => {
     const wire = trials.map((trial) => attempt(() => ours.protect(trial.sa, trial.packet)));
     const refused = wire.flatMap((packet, i) => (packet.startsWith('error') ? [`${trials[i].name}: ${packet}`] : []));
-    expect(refused).toEqual([]);
+    expect(refused.slice(0, 20)).toEqual([]);
     const answers = askScapy(
       trials.map((trial, i) => ({ op: 'decrypt', sa: trial.sa, packet: wire[i], sequence: trial.sa.initial.sequence })),
     );
@@ -67,7 +67,7 @@ describe('Scapy', () => {
       const result = attempt(() => ours.unprotect(trial.sa, Buffer.from(packet, 'hex')));
       return result === hex(trial.packet) ? null : `we took out ${result}`;
     });
-    expect(complaints).toEqual([]);
+    expect(complaints.slice(0, 20)).toEqual([]);
     expect(judged(answers).size).toBeGreaterThanOrEqual(60);
   });
 });

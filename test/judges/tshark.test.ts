@@ -52,7 +52,7 @@ describe('tshark', () => {
       if (row['dns.id'] + row['icmp.seq'] + row['icmpv6.echo.sequence_number'] === '') found.push('no inner packet');
       return found.map((what) => `${name}: ${what}`);
     });
-    expect(complaints).toEqual([]);
+    expect(complaints.slice(0, 20)).toEqual([]);
     expect(new Set(known.map((trial) => trial.name.split(' ')[1])).size).toBeGreaterThanOrEqual(50);
   });
 
@@ -71,7 +71,7 @@ describe('tshark', () => {
         row['dns.id'] + row['icmp.seq'] + row['icmpv6.echo.sequence_number'] !== '';
       return right ? [] : [`${ah[i].name}: ${JSON.stringify(row)}`];
     });
-    expect(complaints).toEqual([]);
+    expect(complaints.slice(0, 20)).toEqual([]);
     expect(ah.length).toBeGreaterThanOrEqual(40);
   });
 });
