@@ -96,6 +96,28 @@ export function differs(
   return difference;
 }
 
+/** Copies `length` bytes (a multiple of 4) from `bt` (a multiple of 4) of one memory to `at` of another. */
+export function copyIcv(
+  a8: Uint8Array,
+  a16: Uint16Array,
+  a32: Uint32Array,
+  at: number,
+  b8: Uint8Array,
+  b16: Uint16Array,
+  b32: Uint32Array,
+  bt: number,
+  length: number,
+): void {
+  // hot:
+  if ((at & 3) === 0) {
+    for (let i = 0; i < length >> 2; i++) a32[(at >>> 2) + i] = b32[(bt >>> 2) + i];
+  } else if ((at & 1) === 0) {
+    for (let i = 0; i < length >> 1; i++) a16[(at >>> 1) + i] = b16[(bt >>> 1) + i];
+  } else {
+    for (let i = 0; i < length; i++) a8[at + i] = b8[bt + i];
+  }
+}
+
 /** Throws when the keys are not those of the transform. The message names lengths only. */
 export function checkKeys(transform: Transform, keys: TransformKeys): void {
   const { id, cipherKeyLength, authKeyLength } = transform;
