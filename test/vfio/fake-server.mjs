@@ -160,6 +160,7 @@ const seen = new Map();
 
 function handle(fd, request) {
   const { id, command, flags } = request;
+  const normal = answer(request);
   const nth = (seen.get(command) ?? 0) + 1;
   seen.set(command, nth);
   const rule = rules.find((r) => r.command === command && (r.nth === undefined || r.nth === nth));
@@ -177,7 +178,6 @@ function handle(fd, request) {
   if (rule?.raw !== undefined) send(fd, rule.raw, rule.fds);
   if (rule?.close) throw CLOSED;
   if (rule?.stall || rule?.raw !== undefined || (flags & 0x10) !== 0) return;
-  const normal = answer(request);
   const { id: skew = 0, ...override } = rule?.reply ?? {};
   const { fds = [], ...fields } = { ...normal, command, ...override, id: id + skew };
   const bytes = encode(fields);

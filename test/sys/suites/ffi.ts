@@ -1,4 +1,4 @@
-import { describe, expect, it } from 'vitest';
+import { describe, expect, it, vi } from 'vitest';
 import { EventFd } from '../../../src/sys/eventfd.ts';
 import { type Ffi, ffi } from '../../../src/sys/ffi/ffi.ts';
 import { mapAnonymous, unmapMemory } from '../../../src/sys/memory.ts';
@@ -127,7 +127,8 @@ export function ffiSuite(name: 'koffi' | 'ffi-rs'): void {
         const watch = provider.watch(eventfd.fd, () => {
           if (++calls === 3) watch.close();
         });
-        await turn(50);
+        await vi.waitFor(() => expect(calls).toBe(3));
+        await turn(20);
         expect(calls).toBe(3);
         watch.close();
         eventfd.close();
@@ -146,7 +147,7 @@ export function ffiSuite(name: 'koffi' | 'ffi-rs'): void {
           watchB.close();
         });
         a.signal();
-        await turn(20);
+        await vi.waitFor(() => expect(calls).toEqual(['a']));
         b.signal();
         await turn(20);
         expect(calls).toEqual(['a']);

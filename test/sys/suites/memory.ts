@@ -1,5 +1,5 @@
 import { readFileSync } from 'node:fs';
-import { describe, expect, it } from 'vitest';
+import { describe, expect, it, vi } from 'vitest';
 import * as libc from '../../../src/sys/libc.ts';
 import { mapAnonymous, mapShared, roundToPages, unmapMemory } from '../../../src/sys/memory.ts';
 
@@ -55,6 +55,35 @@ export function memorySuite(): void {
       unmapMemory(memory);
       expect(isMapped(address)).toBe(true);
       libc.munmap(address, 4096);
+    });
+
+    it('becomes private zeros at the same address when its views cannot be detached', () => {
+      // A byte stream that does not take its buffer, and no `transfer`: as on a runtime that can do neither.
+      vi.stubGlobal(
+        'ReadableStream',
+        class {
+          getReader() {
+            return { read: async () => {}, cancel: async () => {} };
+          }
+        },
+      );
+      const transfer = Object.getOwnPropertyDescriptor(ArrayBuffer.prototype, 'transfer');
+      if (transfer !== undefined) Reflect.deleteProperty(ArrayBuffer.prototype, 'transfer');
+      const fd = libc.memfdCreate('kept');
+      libc.ftruncate(fd, 4096);
+      const memory = mapShared(fd, 0, 4096, { write: true });
+      const witness = mapShared(fd, 0, 4096, { write: true });
+      memory.u32[0] = 1;
+      unmapMemory(memory);
+      expect(isMapped(memory.address)).toBe(true);
+      expect(memory.u32[0]).toBe(0);
+      memory.u32[0] = 2;
+      expect(witness.u32[0]).toBe(1);
+      vi.unstubAllGlobals();
+      if (transfer !== undefined) Object.defineProperty(ArrayBuffer.prototype, 'transfer', transfer);
+      unmapMemory(witness);
+      libc.munmap(memory.address, 4096);
+      libc.close(fd);
     });
 
     it('can be mapped, unmapped and collected many times over', () => {

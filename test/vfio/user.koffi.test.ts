@@ -1,0 +1,10 @@
+/** The vfio-user client on koffi, in a process of its own. */
+Object.assign(process.env, { VIPSEC_FFI: 'koffi' });
+
+const { interruptsSuite } = await import('./suites/interrupts.ts');
+const { userSuite } = await import('./suites/user.ts');
+
+userSuite();
+interruptsSuite();
+
+export {};
