@@ -5,7 +5,7 @@
  * capabilities; no capability is set, no object created, no packet queue enabled) and reset again. A step that fails is
  * noted in `problems`, and the steps that do not need it go on: the report is for people whose device does not work yet.
  */
-import { VipsecError } from '../src/errors.ts';
+import { VipsecError, VirtioError } from '../src/errors.ts';
 import { algorithmNames, modeName, optionNamesOf } from '../src/ipsec/capability.ts';
 import type { SaLimits } from '../src/ipsec/wire/codec.ts';
 import { ipsecWire } from '../src/ipsec/wire/revisions.ts';
@@ -128,11 +128,15 @@ export async function probeFunction(fn: PciFunction, revision: WireRevision | 'a
   assign('pci', await steps.run('PCI configuration space', () => readPci(fn)));
   const transport = await steps.run('virtio structures', () => openStandardTransport(fn));
   if (transport === undefined) return report;
-  await steps.run('reset', () => resetDevice(transport));
+  const reset = await steps.run('reset', async () => {
+    await resetDevice(transport);
+    return true;
+  });
   const offered = await steps.run('features', () => transport.readDeviceFeatures());
   if (offered === undefined) return report;
   assign('features', namedFeatures(offered));
   assign('config', await steps.run('device configuration', () => readConfig(transport, offered)));
+  if (reset === undefined) return report;
   await steps.run('initialisation', () => bringUp(fn, transport, offered, revision, report, steps));
   await steps.run('reset', () => resetDevice(transport));
   return report;
@@ -206,6 +210,14 @@ async function bringUp(
       name: index === controlQueue ? 'controlq' : `${index % 2 === 0 ? 'receiveq' : 'transmitq'}${(index >> 1) + 1}`,
       maxSize: transport.maxQueueSize(index),
     }));
+    const odd = offered.has(Feature.RING_PACKED)
+      ? undefined
+      : report.queues.find(({ maxSize }) => !isPowerOfTwo(maxSize));
+    if (odd !== undefined) {
+      await steps.run('queues', () => {
+        throw new VirtioError('QUEUE_SIZE', `the size of ${odd.name} is ${odd.maxSize}, not a power of two (2.7)`);
+      });
+    }
     if (!features.has(Feature.ADMIN_VQ)) return;
     admin = await steps.run('administration queue', () => new AdminQueue(transport, fn, features));
   };
@@ -326,6 +338,10 @@ const ModeEntry = { head: 8, standard: 44, draft: 40 } as const;
 function recogniseRevision(modes: Uint8Array | undefined): WireRevision {
   if (modes === undefined || (modes[0] ?? 0) === 0) return 'virtio-1.4';
   return modes.length === ModeEntry.head + modes[0] * ModeEntry.draft ? 'rfc-2025-01' : 'virtio-1.4';
+}
+
+function isPowerOfTwo(value: number): boolean {
+  return value > 0 && (value & (value - 1)) === 0;
 }
 
 /** The key of `value` in a table of numbers. */
