@@ -1,0 +1,252 @@
+import fc from 'fast-check';
+import { afterAll, afterEach, describe, expect, it } from 'vitest';
+import { Arena } from '../../src/device/arena.ts';
+import { GuestMemory } from '../../src/device/guest-memory.ts';
+import { close, fcntl, ftruncate, memfdCreate, PAGE_SIZE } from '../../src/sys/libc.ts';
+import { mapShared, unmapMemory } from '../../src/sys/memory.ts';
+
+const arena = new Arena(256 * 2 ** 20);
+const memories: GuestMemory[] = [];
+const DUPLICATE = 0;
+
+function guest(): GuestMemory {
+  const memory = new GuestMemory(arena);
+  memories.push(memory);
+  return memory;
+}
+
+/** A file of `pages` pages, each filled with its number. */
+function file(pages: number): number {
+  const fd = memfdCreate('test');
+  ftruncate(fd, pages * PAGE_SIZE);
+  const view = mapShared(fd, 0, pages * PAGE_SIZE, { write: true });
+  for (let p = 0; p < pages; p++) view.u8.fill(p + 1, p * PAGE_SIZE, (p + 1) * PAGE_SIZE);
+  unmapMemory(view);
+  return fd;
+}
+
+const duplicate = (fd: number) => fcntl(fd, DUPLICATE);
+
+afterEach(() => {
+  for (const memory of memories.splice(0)) memory.clear();
+});
+afterAll(() => arena.close());
+
+describe('guest memory', () => {
+  it('finds the bytes of a file at the addresses that they were mapped to', () => {
+    const memory = guest();
+    memory.map(0x7_0000_0000, 4 * PAGE_SIZE, file(4), 0, true);
+    const at = memory.translate(2 * PAGE_SIZE + 5, 7, false);
+    expect(arena.u8[at]).toBe(3);
+    expect(memory.run).toBe(2 * PAGE_SIZE - 5);
+  });
+
+  it('honours the offset in the file', () => {
+    const memory = guest();
+    memory.map(0, PAGE_SIZE, file(4), 3 * PAGE_SIZE, true);
+    expect(arena.u8[memory.translate(0, 0, false)]).toBe(4);
+  });
+
+  it.each([
+    ['below the window', 0x0fff, 0],
+    ['behind the window', 0x3000, 0],
+    ['in another upper half', 0x1000, 1],
+  ])('refuses an address %s', (_, low, high) => {
+    const memory = guest();
+    memory.map(0x1000, 2 * PAGE_SIZE, file(2), 0, true);
+    expect(memory.translate(0x1000, 0, true)).toBeGreaterThanOrEqual(0);
+    expect(memory.translate(low, high, false)).toBe(-1);
+  });
+
+  it('refuses a write to a window that is readable only', () => {
+    const memory = guest();
+    memory.map(0, PAGE_SIZE, file(1), 0, false);
+    expect(memory.translate(0, 0, false)).toBeGreaterThanOrEqual(0);
+    expect(memory.translate(0, 0, true)).toBe(-1);
+  });
+
+  it('keeps one descriptor and one mapping for many descriptors of one file', () => {
+    const memory = guest();
+    const fd = file(64);
+    const before = arena.available;
+    for (let p = 0; p < 64; p++) memory.map(p * 0x10000, PAGE_SIZE, duplicate(fd), p * PAGE_SIZE, true);
+    expect(memory.files).toBe(1);
+    expect(memory.windows).toBe(64);
+    expect(before - arena.available).toBe(64 * PAGE_SIZE);
+    for (let p = 0; p < 64; p++) expect(arena.u8[memory.translate(p * 0x10000, 0, false)]).toBe(p + 1);
+    close(fd);
+  });
+
+  it('accepts an unmap that covers many windows, parts of windows, or none', () => {
+    const memory = guest();
+    const fd = file(8);
+    for (let p = 0; p < 4; p++) memory.map(p * 2 * PAGE_SIZE, 2 * PAGE_SIZE, duplicate(fd), 0, true);
+    close(fd);
+    expect(memory.unmap(0x100000, 0x1000)).toBe(0);
+    expect(memory.unmap(PAGE_SIZE, 5 * PAGE_SIZE)).toBe(5 * PAGE_SIZE);
+    expect(memory.translate(0, 0, false)).toBeGreaterThanOrEqual(0);
+    expect(memory.translate(PAGE_SIZE, 0, false)).toBe(-1);
+    expect(memory.translate(6 * PAGE_SIZE, 0, false)).toBeGreaterThanOrEqual(0);
+    memory.map(PAGE_SIZE, 5 * PAGE_SIZE, file(5), 0, true);
+    expect(memory.unmap(0, 2 ** 53)).toBe(8 * PAGE_SIZE);
+    expect(memory.windows).toBe(0);
+  });
+
+  it('cuts a hole into a window', () => {
+    const memory = guest();
+    memory.map(0, 3 * PAGE_SIZE, file(3), 0, true);
+    memory.unmap(PAGE_SIZE, PAGE_SIZE);
+    expect(arena.u8[memory.translate(0, 0, false)]).toBe(1);
+    expect(memory.translate(PAGE_SIZE, 0, false)).toBe(-1);
+    expect(arena.u8[memory.translate(2 * PAGE_SIZE, 0, false)]).toBe(3);
+  });
+
+  it.each([
+    ['a file that is too short', 0, 3 * PAGE_SIZE, 0, 'DMA_INVALID'],
+    ['an offset that runs over the end of the file', 0, 2 * PAGE_SIZE, PAGE_SIZE, 'DMA_INVALID'],
+    ['half a page', 0, 100, 0, 'DMA_INVALID'],
+    ['an address inside a page', 100, PAGE_SIZE, 0, 'DMA_INVALID'],
+    ['an offset inside a page', 0, PAGE_SIZE, 100, 'DMA_INVALID'],
+    ['an end beyond 2^53', 2 ** 53 - PAGE_SIZE, 2 * PAGE_SIZE, 0, 'DMA_INVALID'],
+    ['an overlap', 0x10000 + PAGE_SIZE, PAGE_SIZE, 0, 'DMA_EXISTS'],
+  ])('refuses %s and is as it was', (_, iova, size, offset, code) => {
+    const memory = guest();
+    memory.map(0x10000, 2 * PAGE_SIZE, file(2), 0, true);
+    expect(() => memory.map(iova, size, file(2), offset, true)).toThrow(expect.objectContaining({ code }));
+    expect(memory.windows).toBe(1);
+    expect(memory.files).toBe(1);
+  });
+
+  it('copies across windows that are neighbours by address and scattered in the file', () => {
+    const memory = guest();
+    const fd = file(4);
+    for (let p = 0; p < 4; p++) memory.map(p * PAGE_SIZE, PAGE_SIZE, duplicate(fd), (3 - p) * PAGE_SIZE, true);
+    const to = arena.allocate(4 * PAGE_SIZE);
+    expect(memory.read(PAGE_SIZE - 2, 0, PAGE_SIZE + 4, to)).toBe(true);
+    expect([arena.u8[to], arena.u8[to + 2], arena.u8[to + 1 + PAGE_SIZE], arena.u8[to + PAGE_SIZE + 3]]).toEqual([
+      4, 3, 3, 2,
+    ]);
+    arena.u8.fill(9, to, to + PAGE_SIZE);
+    expect(memory.write(PAGE_SIZE - 2, 0, 4, to)).toBe(true);
+    expect(arena.u8[memory.translate(PAGE_SIZE + 1, 0, false)]).toBe(9);
+    expect(memory.read(3 * PAGE_SIZE, 0, PAGE_SIZE + 1, to)).toBe(false);
+    arena.release(to, 4 * PAGE_SIZE);
+    close(fd);
+  });
+
+  it('pins scattered pages as one piece that shows later changes', () => {
+    const memory = guest();
+    const fd = file(4);
+    for (let p = 0; p < 4; p++) memory.map(p * PAGE_SIZE, PAGE_SIZE, duplicate(fd), (3 - p) * PAGE_SIZE, true);
+    const pin = memory.pin(PAGE_SIZE - 16, 0, PAGE_SIZE + 32, true);
+    if (pin === null) throw new Error('not pinned');
+    expect([arena.u8[pin.offset], arena.u8[pin.offset + 16], arena.u8[pin.offset + PAGE_SIZE + 16]]).toEqual([4, 3, 2]);
+    arena.u8[memory.translate(PAGE_SIZE, 0, true)] = 77;
+    expect(arena.u8[pin.offset + 16]).toBe(77);
+    expect(pin.valid).toBe(true);
+    memory.unmap(2 * PAGE_SIZE, PAGE_SIZE);
+    expect(pin.valid).toBe(false);
+    memory.unpin(pin);
+    close(fd);
+  });
+
+  it('does not pin what is not all mapped, or not writable', () => {
+    const memory = guest();
+    memory.map(0, PAGE_SIZE, file(1), 0, false);
+    expect(memory.pin(0, 0, PAGE_SIZE + 1, false)).toBeNull();
+    expect(memory.pin(0, 0, 16, true)).toBeNull();
+    expect(memory.pin(0, 0, 16, false)).not.toBeNull();
+  });
+
+  it('gives address space back when files go, and closes them', () => {
+    const memory = guest();
+    const before = arena.available;
+    for (let round = 0; round < 100; round++) {
+      memory.map(0, 16 * PAGE_SIZE, file(16), 0, true);
+      memory.unmap(0, 16 * PAGE_SIZE);
+    }
+    expect(memory.files).toBeLessThanOrEqual(16);
+    memory.clear();
+    expect(memory.files).toBe(0);
+    expect(arena.available).toBe(before);
+  });
+
+  it('makes room for new files by letting unused ones go', () => {
+    const small = new Arena(64 * PAGE_SIZE);
+    const memory = new GuestMemory(small);
+    for (let round = 0; round < 8; round++) {
+      memory.map(0, 40 * PAGE_SIZE, file(40), 0, true);
+      expect(small.u8[memory.translate(39 * PAGE_SIZE, 0, false)]).toBe(40);
+      memory.unmap(0, 40 * PAGE_SIZE);
+    }
+    memory.map(0, 40 * PAGE_SIZE, file(40), 0, true);
+    expect(() => memory.map(0x1000000, 40 * PAGE_SIZE, file(40), 0, true)).toThrow(
+      expect.objectContaining({ code: 'ARENA_FULL' }),
+    );
+    expect(memory.windows).toBe(1);
+    memory.clear();
+    small.close();
+  });
+
+  it('agrees with a map of pages for any sequence of maps and unmaps', () => {
+    const fd = file(32);
+    const step = fc.record({
+      map: fc.boolean(),
+      page: fc.integer({ min: 0, max: 40 }),
+      pages: fc.integer({ min: 1, max: 12 }),
+      filePage: fc.integer({ min: 0, max: 20 }),
+    });
+    fc.assert(
+      fc.property(fc.array(step, { maxLength: 30 }), (steps) => {
+        const memory = new GuestMemory(arena);
+        const model = new Map<number, number>();
+        for (const { map, page, pages, filePage } of steps) {
+          if (!map) {
+            memory.unmap(page * PAGE_SIZE, pages * PAGE_SIZE);
+            for (let p = page; p < page + pages; p++) model.delete(p);
+            continue;
+          }
+          const free = Array.from({ length: pages }, (_, i) => page + i).every((p) => !model.has(p));
+          const attempt = () =>
+            memory.map(page * PAGE_SIZE, pages * PAGE_SIZE, duplicate(fd), filePage * PAGE_SIZE, true);
+          if (!free) {
+            expect(attempt).toThrow();
+            continue;
+          }
+          attempt();
+          for (let i = 0; i < pages; i++) model.set(page + i, filePage + i + 1);
+        }
+        for (let p = 0; p < 56; p++) {
+          const at = memory.translate(p * PAGE_SIZE + 7, 0, true);
+          expect(at < 0 ? undefined : arena.u8[at]).toBe(model.get(p));
+        }
+        memory.clear();
+      }),
+      { numRuns: 150 },
+    );
+    close(fd);
+  });
+});
+
+describe('the arena', () => {
+  it('joins neighbouring holes, so that what was taken in pieces can be taken as a whole', () => {
+    const own = new Arena(16 * PAGE_SIZE);
+    const pieces = Array.from({ length: 16 }, () => own.allocate(PAGE_SIZE));
+    expect(() => own.allocate(PAGE_SIZE)).toThrow(expect.objectContaining({ code: 'ARENA_FULL' }));
+    for (const i of [3, 1, 2, 15, 0, 14, 7, 5, 6, 4, 8, 13, 9, 12, 10, 11]) own.release(pieces[i], PAGE_SIZE);
+    expect(own.allocate(16 * PAGE_SIZE)).toBe(0);
+    own.close();
+  });
+
+  it('aligns, and reads zeros where something was', () => {
+    const own = new Arena(16 * PAGE_SIZE);
+    own.allocate(PAGE_SIZE);
+    const at = own.allocate(PAGE_SIZE, 4 * PAGE_SIZE);
+    expect(at % (4 * PAGE_SIZE)).toBe(0);
+    own.u8[at] = 5;
+    own.release(at, PAGE_SIZE);
+    expect(own.u8[at]).toBe(0);
+    own.close();
+    expect(own.u8.length).toBe(0);
+  });
+});
