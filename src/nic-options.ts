@@ -1,0 +1,123 @@
+/**
+ * How a NIC is opened: options, their defaults, and what they mean for feature negotiation.
+ */
+import { InputError } from './errors.ts';
+import type { EngineName } from './fallback/engines/engine.ts';
+import type { PciFunction } from './vfio/function.ts';
+import { openKernelVfio } from './vfio/kernel.ts';
+import { openVfioUser } from './vfio/user.ts';
+import { Feature, FeatureSet } from './virtio/features.ts';
+import { GENERIC_FEATURES } from './virtio/initialize.ts';
+import type { WireRevision } from './virtio/revision.ts';
+
+/**
+ * Where SAs may run. `auto`: in the device if it can, else in software. `inline`: the device must be able to, and `addSa` refuses what it
+ * cannot express. `software`: the device is not asked. `off`: no IPsec.
+ */
+export type IpsecMode = 'auto' | 'inline' | 'software' | 'off';
+
+export interface NicOptions {
+  /** Receive and transmit queue pairs, 1 (default) to what the device has. */
+  readonly queuePairs?: number;
+  /** Descriptors of each ring, a power of two; at most what the device takes. Default 256. */
+  readonly queueSize?: number;
+  /** Packets in the pool. Default: four times the descriptors of all rings. */
+  readonly packets?: number;
+  /** Bytes per packet slot, a multiple of 64; headroom included. Default: what the MTU needs, at least 2048. */
+  readonly packetStride?: number;
+  /** Default `auto`. */
+  readonly ipsec?: IpsecMode;
+  /** What does the arithmetic of software SAs. Default `auto`. */
+  readonly engine?: 'auto' | EngineName;
+  /** Revision of headers and SA objects. Default `virtio-1.4`. */
+  readonly wire?: WireRevision;
+  /** Number of the tunnel type IPv4 in SA objects; the standard names none. Default 1. */
+  readonly tunnelTypeBase?: 0 | 1;
+  /** Bytes of the longest IP packet on the link, when the device does not say. Default 1500. */
+  readonly mtu?: number;
+  /** Most SAs of each direction. Default 65536. */
+  readonly maxSas?: number;
+  /** File that remembers used nonces beyond the life of the process (`ipsec/nonce-guard.ts`). */
+  readonly nonceFile?: string;
+  /** Milliseconds for a reset, and for an administration command. Default 5000 each. */
+  readonly resetTimeout?: number;
+  readonly commandTimeout?: number;
+}
+
+export type ResolvedOptions = Required<Omit<NicOptions, 'packets' | 'packetStride' | 'nonceFile'>> &
+  Pick<NicOptions, 'packets' | 'packetStride' | 'nonceFile'>;
+
+const MAX_QUEUE_SIZE = 32768;
+const MAX_SAS = 1 << 20;
+const MTU = { min: 68, max: 65535 } as const;
+
+/** Fills in defaults. Throws InputError `NIC_OPTION`. */
+export function resolveOptions(options: NicOptions): ResolvedOptions {
+  const resolved: ResolvedOptions = {
+    queuePairs: 1,
+    queueSize: 256,
+    ipsec: 'auto',
+    engine: 'auto',
+    wire: 'virtio-1.4',
+    tunnelTypeBase: 1,
+    mtu: 1500,
+    maxSas: 65536,
+    resetTimeout: 5000,
+    commandTimeout: 5000,
+    ...options,
+  };
+  integer('queuePairs', resolved.queuePairs, 1, 0x8000);
+  integer('queueSize', resolved.queueSize, 2, MAX_QUEUE_SIZE);
+  if ((resolved.queueSize & (resolved.queueSize - 1)) !== 0) throw invalid('queueSize', 'a power of two');
+  integer('mtu', resolved.mtu, MTU.min, MTU.max);
+  integer('maxSas', resolved.maxSas, 1, MAX_SAS);
+  if (resolved.packets !== undefined) integer('packets', resolved.packets, 2 * resolved.queueSize, 1 << 24);
+  if (resolved.packetStride !== undefined) {
+    integer('packetStride', resolved.packetStride, 256, 1 << 17);
+    if (resolved.packetStride % 64 !== 0) throw invalid('packetStride', 'a multiple of 64');
+  }
+  return resolved;
+}
+
+function integer(name: string, value: number, min: number, max: number): void {
+  if (!Number.isInteger(value) || value < min || value > max) throw invalid(name, `from ${min} to ${max}`);
+}
+
+function invalid(name: string, what: string): InputError {
+  return new InputError('NIC_OPTION', `${name} must be ${what}`);
+}
+
+/** What a driver with these options requires of the device, and what it takes when it is offered. */
+export function featuresFor(options: ResolvedOptions): { required: FeatureSet; wanted: FeatureSet } {
+  const inline = FeatureSet.of(Feature.IPSEC, Feature.ADMIN_VQ);
+  const multiqueue = options.queuePairs > 1 ? FeatureSet.of(Feature.MQ, Feature.CTRL_VQ) : FeatureSet.empty;
+  const useful = GENERIC_FEATURES.with(
+    Feature.MAC,
+    Feature.STATUS,
+    Feature.MTU,
+    Feature.SPEED_DUPLEX,
+    Feature.CSUM,
+    Feature.GUEST_CSUM,
+  );
+  return {
+    required: options.ipsec === 'inline' ? multiqueue.or(inline) : multiqueue,
+    wanted: options.ipsec === 'auto' ? useful.or(inline) : useful,
+  };
+}
+
+const PCI_ADDRESS = /^[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]$/i;
+const VFIO_USER = 'vfio-user:';
+
+/**
+ * Opens the PCI function at a device address: `0000:01:00.0` through the kernel's VFIO, `vfio-user:/path` through a socket. Throws
+ * InputError `DEVICE_ADDRESS`, and what `openKernelVfio` and `openVfioUser` throw.
+ */
+export function openFunction(address: string): PciFunction {
+  if (address.startsWith(VFIO_USER) && address.length > VFIO_USER.length) {
+    return openVfioUser(address.slice(VFIO_USER.length));
+  }
+  if (PCI_ADDRESS.test(address)) return openKernelVfio(address.toLowerCase());
+  throw new InputError('DEVICE_ADDRESS', 'not an address of a PCI function', {
+    hint: '0000:01:00.0 (kernel VFIO) or vfio-user:/path/to.sock',
+  });
+}

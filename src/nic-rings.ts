@@ -1,0 +1,200 @@
+/**
+ * The memory and the rings of a NIC: the packet pool, a receive and a transmit ring for each queue pair, and the control queue that
+ * says how many pairs are in use (Virtio 1.4, 5.1.2, 5.1.5, 5.1.9.5.6).
+ */
+import { type VipsecError, VirtioError } from './errors.ts';
+import type { ResolvedOptions } from './nic-options.ts';
+import { Ethernet } from './packet/fields.ts';
+import { PacketPool } from './packet/pool.ts';
+import type { DmaMemory } from './sys/memory.ts';
+import type { PciFunction } from './vfio/function.ts';
+import { Feature, type FeatureSet } from './virtio/features.ts';
+import { NO_VECTOR } from './virtio/pci-layout.ts';
+import type { QueueNotifier, VirtioTransport } from './virtio/transport.ts';
+import type { NetConfig } from './virtio-net/config.ts';
+import { ControlQueue } from './virtio-net/control.ts';
+import { netHeaderLayout } from './virtio-net/header.ts';
+import { RxQueue } from './virtio-net/rx.ts';
+import type { SaTable } from './virtio-net/sa-table.ts';
+import { TxCounter, TxQueue } from './virtio-net/tx.ts';
+import { SplitVirtqueue, splitVirtqueueBytes } from './virtqueue/split.ts';
+
+/** Bytes in front of a packet: its header, and what IPsec puts in front of it. */
+const HEADROOM = 128;
+/** Bytes behind the longest packet: ESP padding and trailer, ICV, and what AH and ESN need for a moment. */
+const TAILROOM = 128;
+const SLOT_ALIGNMENT = 64;
+const MIN_STRIDE = 2048;
+
+/** How long the packets of an SA that is removed may take to leave the transmit rings. */
+const QUIESCE_MS = 100;
+
+interface RingPair {
+  readonly rx: RxQueue;
+  readonly tx: TxQueue;
+  readonly rxRing: SplitVirtqueue;
+  readonly txRing: SplitVirtqueue;
+}
+
+export class NicRings {
+  readonly pool: PacketPool;
+  readonly pairs: readonly RingPair[];
+  /** Bytes of the longest IP packet. */
+  readonly mtu: number;
+  /** Called when a notification finds the device lost. */
+  onLost: (error: VipsecError) => void = () => {};
+  readonly #fn: PciFunction;
+  readonly #control: ControlQueue | null;
+  readonly #memories: DmaMemory[] = [];
+  #closed = false;
+
+  /** Step 7 of the initialisation. Throws VirtioError `QUEUE_SIZE`, `QUEUE_PAIRS`, `QUEUE_COUNT`; VfioError. */
+  constructor(
+    fn: PciFunction,
+    transport: VirtioTransport,
+    features: FeatureSet,
+    config: NetConfig,
+    sas: SaTable,
+    options: ResolvedOptions,
+  ) {
+    this.#fn = fn;
+    this.mtu = config.mtu ?? options.mtu;
+    const { queuePairs, queueSize } = options;
+    if (queuePairs > config.maxQueuePairs) {
+      throw new VirtioError('QUEUE_PAIRS', `the device has ${config.maxQueuePairs} queue pairs, not ${queuePairs}`);
+    }
+    const stride = options.packetStride ?? strideFor(this.mtu);
+    const packets = options.packets ?? 4 * queuePairs * 2 * queueSize;
+    try {
+      this.pool = new PacketPool(this.#allocate(packets * stride), { stride, headroom: HEADROOM });
+      this.pairs = Array.from({ length: queuePairs }, (_, i) => this.#pair(i, transport, features, sas, options));
+      this.#control = features.has(Feature.CTRL_VQ)
+        ? new ControlQueue(fn, transport, features, 2 * config.maxQueuePairs, options.commandTimeout)
+        : null;
+      for (const { rx } of this.pairs) rx.refill(false);
+    } catch (error) {
+      for (const memory of this.#memories) fn.freeDma(memory);
+      throw error;
+    }
+  }
+
+  #allocate(size: number): DmaMemory {
+    const memory = this.#fn.allocateDma(size);
+    this.#memories.push(memory);
+    return memory;
+  }
+
+  #pair(
+    index: number,
+    transport: VirtioTransport,
+    features: FeatureSet,
+    sas: SaTable,
+    options: ResolvedOptions,
+  ): RingPair {
+    const { pool } = this;
+    const layout = netHeaderLayout(features, options.wire);
+    const receive = this.#ring(2 * index, transport, features, options.queueSize, layout.length);
+    const transmit = this.#ring(2 * index + 1, transport, features, options.queueSize, layout.length);
+    const guestChecksum = features.has(Feature.GUEST_CSUM);
+    const checksum = features.has(Feature.CSUM);
+    const maxLength = this.mtu + Ethernet.length;
+    const common = { pool, layout, sas };
+    return {
+      rx: new RxQueue({ ...common, queue: receive.ring, notifier: receive.notifier, guestChecksum }),
+      tx: new TxQueue({ ...common, queue: transmit.ring, notifier: transmit.notifier, checksum, maxLength }),
+      rxRing: receive.ring,
+      txRing: transmit.ring,
+    };
+  }
+
+  #ring(
+    index: number,
+    transport: VirtioTransport,
+    features: FeatureSet,
+    wanted: number,
+    headroom: number,
+  ): { ring: SplitVirtqueue; notifier: QueueNotifier } {
+    const max = transport.maxQueueSize(index);
+    const options = {
+      index,
+      size: Math.min(wanted, max),
+      eventIdx: features.has(Feature.EVENT_IDX),
+      iovaLow: this.pool.iovaLow,
+      iovaHigh: this.pool.iovaHigh,
+      headroom,
+    };
+    if (max === 0) throw new VirtioError('QUEUE_SIZE', `the device has no queue ${index}`);
+    const ring = new SplitVirtqueue(this.#allocate(splitVirtqueueBytes(options)), options);
+    const { size, descriptorArea, driverArea, deviceArea } = ring;
+    const inner = transport.enableQueue(index, { size, descriptorArea, driverArea, deviceArea, vector: NO_VECTOR });
+    return { ring, notifier: { notify: () => this.#notify(inner) } };
+  }
+
+  /** hot: a notification must not throw into a burst. */
+  #notify(inner: QueueNotifier): void {
+    try {
+      inner.notify();
+    } catch (error) {
+      this.onLost(asVipsecError(error));
+    }
+  }
+
+  /** Tells the device how many queue pairs to use, when that is not one. After DRIVER_OK. */
+  async setQueuePairs(pairs: number): Promise<void> {
+    if (pairs > 1) await this.#control?.setQueuePairs(pairs);
+  }
+
+  /** First notifications, after DRIVER_OK. */
+  start(): void {
+    for (const { rx } of this.pairs) rx.start();
+  }
+
+  /** Resolves when what the transmit rings hold now has been sent, or after a while. */
+  async quiesceTransmit(): Promise<void> {
+    const deadline = performance.now() + QUIESCE_MS;
+    for (const { tx, txRing } of this.pairs) {
+      const until = tx.counters[TxCounter.packets];
+      for (;;) {
+        if (tx.broken !== null) break;
+        tx.reclaim();
+        const out = txRing.size - txRing.free;
+        if (tx.counters[TxCounter.packets] - out >= until || performance.now() >= deadline) break;
+        await new Promise((resolve) => setTimeout(resolve, 1));
+      }
+    }
+  }
+
+  /** From now on bursts give 0 and touch no shared memory. */
+  fail(reason: VipsecError): void {
+    const error = reason instanceof VirtioError ? reason : new VirtioError(reason.code, reason.message);
+    for (const { rxRing, txRing } of this.pairs) {
+      rxRing.fail(error);
+      txRing.fail(error);
+    }
+    this.#control?.close(error);
+  }
+
+  /** Wipes and frees everything. Only after the device was reset, or is gone. Idempotent. */
+  close(): void {
+    if (this.#closed) return;
+    this.#closed = true;
+    this.fail(new VirtioError('NIC_CLOSED', `${this.#fn.address} was closed`));
+    this.#control?.release();
+    // Packets may hold what should have been protected.
+    this.pool.u8.fill(0);
+    for (const memory of this.#memories) this.#fn.freeDma(memory);
+  }
+}
+
+/** Slots that hold the longest packet with all that IPsec adds. */
+function strideFor(mtu: number): number {
+  const bytes = HEADROOM + Ethernet.length + mtu + TAILROOM;
+  return Math.max(MIN_STRIDE, Math.ceil(bytes / SLOT_ALIGNMENT) * SLOT_ALIGNMENT);
+}
+
+function asVipsecError(error: unknown): VipsecError {
+  if (error instanceof VirtioError) return error;
+  const message = error instanceof Error ? error.message : String(error);
+  const code = error instanceof Error && 'code' in error ? String(error.code) : 'DEVICE_GONE';
+  return new VirtioError(code, message);
+}

@@ -1,0 +1,114 @@
+/**
+ * The control virtqueue (Virtio 1.4, 5.1.9.5): one command at a time, each with a deadline.
+ *
+ * Left out: every class but VIRTIO_NET_CTRL_MQ, whose features are not negotiated.
+ */
+import { type VipsecError, VirtioError } from '../errors.ts';
+import type { DmaMemory } from '../sys/memory.ts';
+import type { PciFunction } from '../vfio/function.ts';
+import { Feature, type FeatureSet } from '../virtio/features.ts';
+import { NO_VECTOR } from '../virtio/pci-layout.ts';
+import type { QueueNotifier, VirtioTransport } from '../virtio/transport.ts';
+import { SplitVirtqueue, splitVirtqueueBytes } from '../virtqueue/split.ts';
+
+/** `class` and `command` (5.1.9.5.6). */
+const Mq = { class: 4, pairsSet: 0 } as const;
+
+/** `struct virtio_net_ctrl`: class u8, command u8, then data; `ack` u8 apart. */
+const ControlField = { class: 0, command: 1, data: 2 } as const;
+const ACK_OK = 0;
+/** What `ack` holds until the device writes it: neither OK nor ERR. */
+const ACK_NONE = 0xff;
+
+/** Bytes of the largest command; the ack has a place of its own behind it. */
+const COMMAND_BYTES = 64;
+/** A command takes two descriptors. */
+const QUEUE_SIZE = 2;
+const POLL_MS = 1;
+
+export class ControlQueue {
+  readonly #memory: DmaMemory;
+  readonly #freeMemory: () => void;
+  readonly #ring: SplitVirtqueue;
+  readonly #notifier: QueueNotifier;
+  readonly #commandAt: number;
+  readonly #timeout: number;
+  readonly #tokens = new Uint32Array(1);
+  readonly #written = new Uint32Array(1);
+  #last: Promise<void> = Promise.resolve();
+
+  /** In step 7 of the initialisation. `index` is that of the queue. Throws VirtioError `QUEUE_SIZE`. */
+  constructor(fn: PciFunction, transport: VirtioTransport, features: FeatureSet, index: number, timeout: number) {
+    const max = transport.maxQueueSize(index);
+    if (max < QUEUE_SIZE) throw new VirtioError('QUEUE_SIZE', `control queue ${index} takes ${max} descriptors`);
+    const options = { index, size: QUEUE_SIZE, eventIdx: features.has(Feature.EVENT_IDX) };
+    const ringBytes = Math.ceil(splitVirtqueueBytes(options) / COMMAND_BYTES) * COMMAND_BYTES;
+    const memory = fn.allocateDma(ringBytes + COMMAND_BYTES + 1);
+    this.#memory = memory;
+    this.#freeMemory = () => fn.freeDma(memory);
+    this.#commandAt = ringBytes;
+    this.#timeout = timeout;
+    this.#ring = new SplitVirtqueue(memory, options);
+    const { size, descriptorArea, driverArea, deviceArea } = this.#ring;
+    try {
+      const setup = { size, descriptorArea, driverArea, deviceArea, vector: NO_VECTOR };
+      this.#notifier = transport.enableQueue(index, setup);
+    } catch (error) {
+      fn.freeDma(memory);
+      throw error;
+    }
+  }
+
+  /** VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET. Throws VirtioError `CONTROL_REFUSED`, `CONTROL_TIMEOUT`, or why the queue is closed. */
+  setQueuePairs(pairs: number): Promise<void> {
+    return this.#command(Mq.class, Mq.pairsSet, Uint8Array.of(pairs & 0xff, pairs >>> 8));
+  }
+
+  #command(classNumber: number, command: number, data: Uint8Array): Promise<void> {
+    const run = () => this.#run(classNumber, command, data);
+    const done = this.#last.then(run, run);
+    this.#last = done.catch(() => {});
+    return done;
+  }
+
+  async #run(classNumber: number, command: number, data: Uint8Array): Promise<void> {
+    const { u8, iovaLow, iovaHigh } = this.#memory;
+    if (this.#ring.broken !== null) throw this.#ring.broken;
+    const at = this.#commandAt;
+    const ackAt = at + COMMAND_BYTES;
+    u8[at + ControlField.class] = classNumber;
+    u8[at + ControlField.command] = command;
+    u8.set(data, at + ControlField.data);
+    u8[ackAt] = ACK_NONE;
+    const length = ControlField.data + data.length;
+    const pieces = Uint32Array.of(iovaLow + at, iovaHigh, length, iovaLow + ackAt, iovaHigh, 1);
+    if (!this.#ring.postChain(0, pieces, 1, 1)) {
+      throw (
+        this.#ring.broken ?? new VirtioError('CONTROL_TIMEOUT', 'the device still holds an earlier control command')
+      );
+    }
+    if (this.#ring.publish()) this.#notifier.notify();
+    const deadline = performance.now() + this.#timeout;
+    while (this.#ring.take(this.#tokens, this.#written, 1) === 0) {
+      if (this.#ring.broken !== null) throw this.#ring.broken;
+      if (performance.now() >= deadline) {
+        throw new VirtioError('CONTROL_TIMEOUT', `control command ${classNumber}/${command}: no answer`);
+      }
+      await new Promise((resolve) => setTimeout(resolve, POLL_MS));
+    }
+    const ack = this.#written[0] === 0 ? ACK_NONE : u8[ackAt];
+    if (ack !== ACK_OK) {
+      throw new VirtioError('CONTROL_REFUSED', `the device refused control command ${classNumber}/${command}`);
+    }
+  }
+
+  /** Pending commands reject; no shared memory is touched any more. */
+  close(reason: VipsecError): void {
+    this.#ring.fail(reason instanceof VirtioError ? reason : new VirtioError(reason.code, reason.message));
+  }
+
+  /** Frees the memory. Only after the device was reset, or is gone. */
+  release(): void {
+    this.#freeMemory();
+  }
+}
