@@ -57,7 +57,11 @@ export class Guest {
 
   /** Runs a shell command to its end. */
   sh(command: string, input = ''): CommandResult {
-    const result = spawnSync('sh', ['-c', command], { encoding: 'utf8', input, timeout: COMMAND_TIMEOUT_MS });
+    const result = spawnSync('sh', ['-c', `. /etc/shrc; ${command}`], {
+      encoding: 'utf8',
+      input,
+      timeout: COMMAND_TIMEOUT_MS,
+    });
     if (result.error !== undefined) throw result.error;
     return { status: result.status ?? -1, stdout: result.stdout, stderr: result.stderr };
   }

@@ -48,7 +48,7 @@ export function commandLine(
     ...['-append', kernelArguments(name, scenario, paths.guestDist, interactive)],
     ...['-chardev', 'stdio,id=console,signal=off', '-serial', 'chardev:console'],
     ...['-chardev', `socket,id=control,path=${controlSocket(sockets)}`, '-serial', 'chardev:control'],
-    ...['-chardev', `socket,id=qmp,path=${qmpSocket(sockets)}`, '-mon', 'chardev=qmp,mode=control'],
+    ...['-qmp', `unix:${qmpSocket(sockets)}`],
   ];
   for (const index of devices.keys()) args.push(...pciFunction(devices, index, sockets));
   return { command: program.command, args, env: program.env ?? {} };

@@ -18,7 +18,7 @@ import { CpioWriter } from './cpio.ts';
 import { collectModules } from './modules.ts';
 
 /** Raise it when what the base holds changes in a way that its inputs do not show. */
-const BASE_VERSION = 1;
+const BASE_VERSION = 2;
 const APP = 'app';
 const TOOLS = 'opt/tools';
 
@@ -73,6 +73,9 @@ async function addCommands(archive: CpioWriter, { busybox, tools }: Components):
     const { command, args } = programIn(tools, program, `/${TOOLS}`);
     await archive.file(join('usr/sbin', name), `#!/bin/sh\nexec ${[command, ...args].join(' ')} "$@"\n`, 0o755);
   }
+  // This shell prefers its own applets to what PATH finds, but not to its functions.
+  const functions = Object.keys(GUEST_TOOLS).map((name) => `${name}() { /usr/sbin/${name} "$@"; }\n`);
+  await archive.file('etc/shrc', functions.join(''));
   await archive.copy('bin/busybox', busybox, 0o755);
   for (const applet of (await run(busybox, ['--list'])).split('\n')) {
     if (applet !== '' && applet !== 'busybox') await archive.link(join('bin', applet), 'busybox');

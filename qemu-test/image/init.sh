@@ -1,7 +1,8 @@
 #!/bin/sh
 # The guest's first process: mounts, loads modules, runs the scenario that the kernel command line names, powers off.
 # The scenario talks to the host over the second serial port; the first one is the console.
-export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=linux
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=linux ENV=/etc/shrc
+. /etc/shrc
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev

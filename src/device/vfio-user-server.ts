@@ -20,7 +20,8 @@ import { CONFIG_SPACE_SIZE, Command as PciCommand } from './pci.ts';
 const { Command, HeaderFlag } = protocol;
 
 /** Descriptors in one message: as many as there are vectors, at least. */
-const MAX_MESSAGE_DESCRIPTORS = 128;
+/** QEMU refuses a server that announces more than 16. */
+const MAX_MESSAGE_DESCRIPTORS = 16;
 const MAX_DATA_TRANSFER = 1048576;
 const PAGE_SIZES = 4096;
 /** Milliseconds until a client must have sent VERSION, and until it must take a reply. */

@@ -1,0 +1,216 @@
+/**
+ * The matrix of IPsec interoperability with Linux: transforms, modes, families, options. An SA is written as in an SA file, so
+ * that our side validates the text that the kernel's commands are made from.
+ */
+import type { SecurityAssociationInput } from '../../src/ipsec/validate.ts';
+
+export type Family = 4 | 6;
+export type Algorithms = Pick<SecurityAssociationInput, 'protocol' | 'aead' | 'cipher' | 'auth'>;
+
+export interface InteropCase {
+  /** Also the name of its check: `esp aes-128-gcm-16 tunnel 4in4`. */
+  readonly name: string;
+  readonly algorithms: Algorithms;
+  readonly mode: 'tunnel' | 'transport';
+  readonly outer: Family;
+  readonly inner: Family;
+  readonly esn: boolean;
+  readonly natTraversal: boolean;
+  readonly replayWindow: number;
+}
+
+/** The two ends: `ours` is driven by our process, `kernel` belongs to Linux. Tunnel addresses and the ones inside. */
+export const ENDS = {
+  ours: { outer: { 4: '192.0.2.1', 6: '2001:db8:2::1' }, inner: { 4: '10.1.0.1', 6: '2001:db8:a1::1' } },
+  kernel: { outer: { 4: '192.0.2.2', 6: '2001:db8:2::2' }, inner: { 4: '10.2.0.1', 6: '2001:db8:a2::1' } },
+} as const;
+export type End = keyof typeof ENDS;
+
+/** Where the application at `end` has its address: inside the tunnel, or the end itself in transport mode. */
+export function applicationAddress(end: End, { mode, outer, inner }: InteropCase): string {
+  return mode === 'tunnel' ? ENDS[end].inner[inner] : ENDS[end].outer[outer];
+}
+
+export const NAT_T_PORT = 4500;
+
+/** Different bytes for every use, the same ones in every run. */
+function bytes(length: number, seed: number): string {
+  return Array.from({ length }, (_, i) => ((i * 29 + seed * 83 + 5) & 0xff).toString(16).padStart(2, '0')).join('');
+}
+
+function gcm(bits: number, icvLength: number): [string, Algorithms] {
+  const aead = { name: 'aes-gcm', key: bytes(bits / 8, bits), salt: bytes(4, 1), icvLength } as const;
+  return [`esp aes-${bits}-gcm-${icvLength}`, { protocol: 'esp', aead }];
+}
+
+const HMAC = {
+  'hmac-sha1': { key: 20, icvLength: 12 },
+  'hmac-sha256': { key: 32, icvLength: 16 },
+  'hmac-sha384': { key: 48, icvLength: 24 },
+  'hmac-sha512': { key: 64, icvLength: 32 },
+  'aes-xcbc': { key: 16, icvLength: 12 },
+  'aes-cmac': { key: 16, icvLength: 12 },
+} as const;
+type Mac = keyof typeof HMAC;
+
+const auth = (name: Mac) => ({ name, key: bytes(HMAC[name].key, 7), icvLength: HMAC[name].icvLength });
+
+function cbc(bits: number, mac: Mac): [string, Algorithms] {
+  const cipher = { name: 'aes-cbc', key: bytes(bits / 8, bits + 1) } as const;
+  return [`esp aes-${bits}-cbc ${mac}`, { protocol: 'esp', cipher, auth: auth(mac) }];
+}
+
+function ctr(bits: number, mac: Mac): [string, Algorithms] {
+  const cipher = { name: 'aes-ctr', key: bytes(bits / 8, bits + 2), salt: bytes(4, 9) } as const;
+  return [`esp aes-${bits}-ctr ${mac}`, { protocol: 'esp', cipher, auth: auth(mac) }];
+}
+
+const CHACHA: [string, Algorithms] = [
+  'esp chacha20-poly1305',
+  { protocol: 'esp', aead: { name: 'chacha20-poly1305', key: bytes(32, 3), salt: bytes(4, 4), icvLength: 16 } },
+];
+const CCM: [string, Algorithms] = [
+  'esp aes-128-ccm-16',
+  { protocol: 'esp', aead: { name: 'aes-ccm', key: bytes(16, 3), salt: bytes(3, 4), icvLength: 16 } },
+];
+const NULL: [string, Algorithms] = [
+  'esp null hmac-sha256',
+  { protocol: 'esp', cipher: { name: 'null' }, auth: auth('hmac-sha256') },
+];
+
+function gmac(bits: number): [string, Algorithms] {
+  const aead = { name: 'aes-gmac', key: bytes(bits / 8, bits + 4), salt: bytes(4, 5), icvLength: 16 } as const;
+  return [`esp aes-${bits}-gmac`, { protocol: 'esp', aead }];
+}
+
+function ah(mac: Mac): [string, Algorithms] {
+  return [`ah ${mac}`, { protocol: 'ah', auth: auth(mac) }];
+}
+
+/** Transforms by the scenario that runs them, so that the scenarios take about the same time. */
+const TRANSFORMS = {
+  aead: [gcm(128, 16), gcm(128, 12), gcm(128, 8), gcm(256, 16), gcm(256, 12), gcm(256, 8), CHACHA, CCM],
+  cipher: [
+    cbc(128, 'hmac-sha1'),
+    cbc(128, 'hmac-sha256'),
+    cbc(256, 'hmac-sha384'),
+    cbc(256, 'hmac-sha512'),
+    cbc(128, 'aes-xcbc'),
+    ctr(128, 'hmac-sha256'),
+    ctr(256, 'hmac-sha512'),
+    NULL,
+  ],
+  integrity: [
+    gmac(128),
+    gmac(256),
+    ah('hmac-sha1'),
+    ah('hmac-sha256'),
+    ah('hmac-sha384'),
+    ah('hmac-sha512'),
+    ah('aes-xcbc'),
+  ],
+} as const;
+export type MatrixPart = keyof typeof TRANSFORMS | 'options';
+
+const PLAIN = { esn: false, natTraversal: false, replayWindow: 64 } as const;
+
+function named(label: string, algorithms: Algorithms, rest: Omit<InteropCase, 'name' | 'algorithms'>): InteropCase {
+  const families = rest.mode === 'tunnel' ? `${rest.inner}in${rest.outer}` : `ipv${rest.outer}`;
+  const options = [
+    rest.esn ? ' esn' : '',
+    rest.natTraversal ? ' nat-t' : '',
+    rest.replayWindow === PLAIN.replayWindow ? '' : ` window ${rest.replayWindow}`,
+  ].join('');
+  return { name: `${label} ${rest.mode} ${families}${options}`, algorithms, ...rest };
+}
+
+/** All transforms of `part`, in tunnel and transport mode, and in IPv4, IPv6 and mixed families. */
+function transformCases(transforms: readonly [string, Algorithms][]): InteropCase[] {
+  return transforms.flatMap(([label, algorithms], i) => {
+    const cases = [
+      named(label, algorithms, { mode: 'tunnel', outer: 4, inner: 4, ...PLAIN }),
+      named(label, algorithms, { mode: 'transport', outer: 4, inner: 4, ...PLAIN }),
+    ];
+    // Families are a matter of headers, not of transforms: every other transform goes through them.
+    if (i % 2 === 0) {
+      cases.push(
+        named(label, algorithms, { mode: 'tunnel', outer: 6, inner: 6, ...PLAIN }),
+        named(label, algorithms, { mode: 'transport', outer: 6, inner: 6, ...PLAIN }),
+      );
+    } else {
+      cases.push(
+        named(label, algorithms, { mode: 'tunnel', outer: 6, inner: 4, ...PLAIN }),
+        named(label, algorithms, { mode: 'tunnel', outer: 4, inner: 6, ...PLAIN }),
+      );
+    }
+    return cases;
+  });
+}
+
+/** ESN, NAT traversal and replay windows, on one transform of each kind. */
+function optionCases(): InteropCase[] {
+  const kinds = [gcm(128, 16), cbc(128, 'hmac-sha256'), ah('hmac-sha256')];
+  const tunnel = { mode: 'tunnel', outer: 4, inner: 4 } as const;
+  const transport = { mode: 'transport', outer: 4, inner: 4 } as const;
+  return kinds.flatMap(([label, algorithms]) => {
+    const add = (rest: Omit<InteropCase, 'name' | 'algorithms'>) => named(label, algorithms, rest);
+    const cases = [
+      add({ ...tunnel, ...PLAIN, esn: true }),
+      add({ ...transport, ...PLAIN, esn: true, replayWindow: 32 }),
+      add({ ...tunnel, ...PLAIN, replayWindow: 32 }),
+      add({ ...tunnel, ...PLAIN, replayWindow: 4096 }),
+      add({ ...tunnel, ...PLAIN, esn: true, replayWindow: 4096 }),
+    ];
+    // NAT traversal carries ESP only (RFC 3948).
+    if (algorithms.protocol === 'esp') {
+      cases.push(
+        add({ ...tunnel, ...PLAIN, natTraversal: true }),
+        add({ ...transport, ...PLAIN, natTraversal: true }),
+        add({ ...tunnel, ...PLAIN, natTraversal: true, esn: true }),
+      );
+    }
+    return cases;
+  });
+}
+
+export function matrixPart(part: MatrixPart): readonly InteropCase[] {
+  return part === 'options' ? optionCases() : transformCases(TRANSFORMS[part]);
+}
+
+/** SPIs of the two SAs of case `index` of a part: no two alike in one run. */
+export function spiOf(index: number, from: End): number {
+  return 0x1000 + 2 * index + (from === 'ours' ? 0 : 1);
+}
+
+/** The SA of case `index` that carries packets from `from` to the other end, as our side is given it. */
+export function ourSa(item: InteropCase, index: number, from: End): SecurityAssociationInput {
+  const { mode, outer, esn, natTraversal, replayWindow, algorithms } = item;
+  const to = from === 'ours' ? 'kernel' : 'ours';
+  const ends = { source: ENDS[from].outer[outer], destination: ENDS[to].outer[outer] };
+  return {
+    name: `${from}-${index}`,
+    direction: from === 'ours' ? 'outbound' : 'inbound',
+    mode,
+    spi: spiOf(index, from),
+    ...algorithms,
+    ...keyed(algorithms, index, from),
+    ...(mode === 'tunnel' ? { tunnel: ends } : {}),
+    ...(natTraversal ? { udpEncap: { sourcePort: NAT_T_PORT, destinationPort: NAT_T_PORT } } : {}),
+    options: { esn },
+    replayWindow,
+  };
+}
+
+/** The same algorithms with a key of this SA's own: one key never serves two SAs. */
+function keyed({ aead, cipher, auth: mac }: Algorithms, index: number, from: End): Algorithms {
+  const fresh = <T extends { key?: unknown }>(field: T): T => {
+    if (typeof field.key !== 'string') return field;
+    const mark = (2 * index + (from === 'ours' ? 0 : 1) + 1).toString(16).padStart(4, '0');
+    return { ...field, key: `${mark}${field.key.slice(mark.length)}` };
+  };
+  return {
+    ...(aead === undefined ? {} : { aead: fresh(aead) }),
+    ...(cipher === undefined ? {} : { cipher: fresh(cipher) }),
+    ...(mac === undefined ? {} : { auth: fresh(mac) }),
+  };
+}

@@ -1,0 +1,105 @@
+/**
+ * One end of the applications' traffic, a process in a network namespace: an echo server for UDP and TCP, and a client that
+ * checks what comes back. Its parent tells it what to do over the IPC channel.
+ */
+import { createHash, randomBytes } from 'node:crypto';
+import { createSocket } from 'node:dgram';
+import { connect, createServer } from 'node:net';
+
+export const ECHO_PORT = 7;
+const WAIT_MS = 10_000;
+
+/** A request to the process, and its answer. */
+export type TrafficRequest =
+  | { readonly kind: 'udp'; readonly to: string; readonly sizes: readonly number[] }
+  | { readonly kind: 'tcp'; readonly to: string; readonly bytes: number };
+export type TrafficAnswer = { readonly ok: boolean; readonly detail: string };
+
+function serve(): void {
+  for (const type of ['udp4', 'udp6'] as const) {
+    const socket = createSocket({ type, ipv6Only: type === 'udp6' });
+    socket.on('message', (message, from) => socket.send(message, from.port, from.address));
+    socket.on('error', () => {});
+    socket.bind(ECHO_PORT);
+  }
+  const server = createServer((socket) => {
+    socket.on('error', () => socket.destroy());
+    socket.pipe(socket);
+  });
+  server.listen(ECHO_PORT, '::');
+}
+
+/** Sends a datagram of each size and waits for its echo; one that was lost is sent again, one that differs is an error. */
+async function udp(to: string, sizes: readonly number[]): Promise<string> {
+  const socket = createSocket(to.includes(':') ? 'udp6' : 'udp4');
+  try {
+    let lost = 0;
+    for (const size of sizes) {
+      const data = randomBytes(size);
+      for (let attempt = 0; ; attempt++) {
+        const echo = await new Promise<Buffer | undefined>((resolve) => {
+          const timer = setTimeout(() => resolve(undefined), WAIT_MS / 10);
+          socket.once('message', (message) => {
+            clearTimeout(timer);
+            resolve(message);
+          });
+          socket.send(data, ECHO_PORT, to, (error) => error !== null && resolve(undefined));
+        });
+        if (echo?.equals(data) === true) break;
+        if (echo !== undefined && echo.length === size)
+          throw new Error(`a datagram of ${size} bytes came back changed`);
+        lost++;
+        if (attempt === 4) throw new Error(`no echo of ${size} bytes`);
+      }
+    }
+    return `${sizes.length} datagrams${lost === 0 ? '' : `, ${lost} lost`}`;
+  } finally {
+    socket.close();
+  }
+}
+
+/** Sends `bytes` over TCP and compares what comes back. */
+function tcp(to: string, bytes: number): Promise<string> {
+  const data = randomBytes(bytes);
+  const started = performance.now();
+  return new Promise((resolve, reject) => {
+    const socket = connect({ host: to, port: ECHO_PORT, timeout: WAIT_MS });
+    const hash = createHash('sha256');
+    let received = 0;
+    const fail = (error: Error) => {
+      socket.destroy();
+      reject(error);
+    };
+    socket.on('timeout', () => fail(new Error(`TCP stalled after ${received} of ${bytes} bytes`)));
+    socket.on('error', fail);
+    socket.on('data', (chunk: Buffer) => {
+      hash.update(chunk);
+      received += chunk.length;
+    });
+    socket.on('end', () => {
+      const same = received === bytes && hash.digest('hex') === createHash('sha256').update(data).digest('hex');
+      if (!same) fail(new Error(`TCP gave back ${received} of ${bytes} bytes, or others`));
+      else resolve(`${bytes / 1024} KiB and back in ${Math.round(performance.now() - started)} ms`);
+    });
+    socket.on('connect', () => socket.end(data));
+  });
+}
+
+function isRequest(message: unknown): message is TrafficRequest {
+  return typeof message === 'object' && message !== null && 'kind' in message && 'to' in message;
+}
+
+process.on('message', async (message) => {
+  if (!isRequest(message)) return;
+  let answer: TrafficAnswer;
+  try {
+    const detail = message.kind === 'udp' ? await udp(message.to, message.sizes) : await tcp(message.to, message.bytes);
+    answer = { ok: true, detail };
+  } catch (error) {
+    answer = { ok: false, detail: error instanceof Error ? error.message : String(error) };
+  }
+  process.send?.(answer);
+});
+process.on('disconnect', () => process.exit());
+serve();
+process.send?.({ ok: true, detail: 'ready' });

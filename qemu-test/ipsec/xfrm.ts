@@ -1,0 +1,94 @@
+/**
+ * A case of the matrix as the Linux kernel wants it: the `ip xfrm` commands for its two states and two policies (ip-xfrm(8)).
+ */
+import {
+  type Algorithms,
+  applicationAddress,
+  ENDS,
+  type End,
+  type InteropCase,
+  NAT_T_PORT,
+  ourSa,
+  spiOf,
+} from './cases.ts';
+
+const REQUEST_ID = 1;
+const NO_ADDRESS = { 4: '0.0.0.0', 6: '::' } as const;
+
+/** Names of the kernel's crypto API, and where a nonce is part of the key it is appended to it. */
+const AEAD = {
+  'aes-gcm': 'rfc4106(gcm(aes))',
+  'aes-ccm': 'rfc4309(ccm(aes))',
+  'chacha20-poly1305': 'rfc7539esp(chacha20,poly1305)',
+  'aes-gmac': 'rfc4543(gcm(aes))',
+} as const;
+const CIPHER = {
+  null: 'cipher_null',
+  'aes-cbc': 'cbc(aes)',
+  'aes-ctr': 'rfc3686(ctr(aes))',
+  '3des-cbc': 'cbc(des3_ede)',
+} as const;
+const AUTH = {
+  null: 'digest_null',
+  'hmac-sha1': 'hmac(sha1)',
+  'hmac-sha256': 'hmac(sha256)',
+  'hmac-sha384': 'hmac(sha384)',
+  'hmac-sha512': 'hmac(sha512)',
+  'aes-xcbc': 'xcbc(aes)',
+  'aes-cmac': 'cmac(aes)',
+  'aes-gmac': 'gmac(aes)',
+} as const;
+
+/** Lines for `ip -batch -` that set case `index` up, after everything of an earlier case was flushed. */
+export function xfrmCommands(item: InteropCase, index: number): string[] {
+  return [
+    'xfrm state flush',
+    'xfrm policy flush',
+    state(item, index, 'ours'),
+    state(item, index, 'kernel'),
+    policy(item, 'in', 'ours'),
+    policy(item, 'out', 'kernel'),
+  ];
+}
+
+/** The state for packets that `from` sends. */
+function state(item: InteropCase, index: number, from: End): string {
+  const { mode, outer, natTraversal, replayWindow, esn } = item;
+  const { source, destination } = ends(item, from);
+  const flags = [...(esn ? ['esn'] : []), ...(mode === 'tunnel' ? ['af-unspec'] : [])];
+  return [
+    `xfrm state add src ${source} dst ${destination} proto ${item.algorithms.protocol ?? 'esp'}`,
+    `spi ${spiOf(index, from)} reqid ${REQUEST_ID} mode ${mode} replay-window ${replayWindow}`,
+    ...(flags.length === 0 ? [] : [`flag ${flags.join(' flag ')}`]),
+    algorithms(ourSa(item, index, from)),
+    ...(natTraversal ? [`encap espinudp ${NAT_T_PORT} ${NAT_T_PORT} ${NO_ADDRESS[outer]}`] : []),
+  ].join(' ');
+}
+
+/** What `from` sends must be protected: sent so (`out`), or else not accepted (`in`). */
+function policy(item: InteropCase, direction: 'in' | 'out', from: End): string {
+  const { source, destination } = ends(item, from);
+  const bits = item.inner === 4 ? 32 : 128;
+  const to = from === 'ours' ? 'kernel' : 'ours';
+  const template = item.mode === 'tunnel' ? `src ${source} dst ${destination} ` : '';
+  return [
+    `xfrm policy add dir ${direction} src ${applicationAddress(from, item)}/${bits} dst ${applicationAddress(to, item)}/${bits}`,
+    `tmpl ${template}proto ${item.algorithms.protocol ?? 'esp'} reqid ${REQUEST_ID} mode ${item.mode}`,
+  ].join(' ');
+}
+
+function ends({ outer }: InteropCase, from: End): { source: string; destination: string } {
+  const to = from === 'ours' ? 'kernel' : 'ours';
+  return { source: ENDS[from].outer[outer], destination: ENDS[to].outer[outer] };
+}
+
+function algorithms({ aead, cipher, auth }: Algorithms): string {
+  const parts: string[] = [];
+  if (aead !== undefined) parts.push(`aead ${AEAD[aead.name]} 0x${aead.key}${aead.salt} ${Number(aead.icvLength) * 8}`);
+  if (cipher !== undefined) {
+    const key = `${cipher.key ?? ''}${cipher.salt ?? ''}`;
+    parts.push(`enc ${CIPHER[cipher.name]} ${key === '' ? '""' : `0x${key}`}`);
+  }
+  if (auth !== undefined) parts.push(`auth-trunc ${AUTH[auth.name]} 0x${auth.key} ${Number(auth.icvLength) * 8}`);
+  return parts.join(' ');
+}
