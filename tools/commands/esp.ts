@@ -108,6 +108,6 @@ function printReport(report: EspReport, seconds: number, engines: readonly strin
   ];
   for (const [reason, count] of Object.entries(report.dropped)) if (count > 0) rows.push([`dropped: ${reason}`, count]);
   rows.push(['packets out', report.out]);
-  print(table(['', 'count'], rows));
+  print(table(['', ''], rows));
   print(`${seconds.toFixed(3)} s with ${[...new Set(engines)].join(', ')}`);
 }

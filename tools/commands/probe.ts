@@ -2,10 +2,10 @@
  * `vipsec probe DEVICE`: what a virtio network function says about itself.
  */
 import { Command, Option } from 'commander';
+import { openFunction } from '../../src/nic-options.ts';
 import type { WireRevision } from '../../src/virtio/revision.ts';
 import { WIRE_REVISIONS } from '../../src/virtio/revision.ts';
 import { ExitCode, print, printJson, table } from '../cli.ts';
-import { openFunction } from '../open-function.ts';
 import { type ModeReport, type PciReport, type ProbeReport, probeFunction } from '../probe-report.ts';
 
 interface Options {

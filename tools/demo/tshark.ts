@@ -32,7 +32,7 @@ export async function askTshark(capture: string, keys: string, folder: string): 
     join(folder, 'preferences'),
     'esp.enable_encryption_decode: TRUE\nesp.enable_authentication_check: TRUE\nesp.enable_null_encryption_decode_heuristic: FALSE\n',
   );
-  const fields = ['esp.spi', 'esp.icv_good', 'ip.version', 'ipv6.version'].flatMap((name) => ['-e', name]);
+  const fields = ['esp.spi', 'esp.icv_good', 'frame.protocols'].flatMap((name) => ['-e', name]);
   const args = ['-n', '-r', capture, '-T', 'fields', '-E', 'separator=;', '-E', 'occurrence=a', ...fields];
   const output = await run('tshark', args, { ...process.env, WIRESHARK_CONFIG_DIR: folder });
   return output === null ? null : count(output);
@@ -45,15 +45,13 @@ function count(output: string): TsharkVerdict {
   let clear = 0;
   for (const line of output.split('\n')) {
     if (line === '') continue;
-    const [spi, good, v4 = '', v6 = ''] = line.split(';');
+    const [spi, good, protocols = ''] = line.split(';');
     if (spi === '') {
       clear++;
       continue;
     }
     esp++;
-    // The outer header is one version, the inner one the other.
-    const headers = [...v4.split(','), ...v6.split(',')].filter((version) => version !== '').length;
-    if (good === '1' || good === 'True') authentic += headers >= 2 ? 1 : 0;
+    if (good === '1' || good === 'True') authentic += /:esp:ip(v6)?(:|$)/.test(protocols) ? 1 : 0;
     else wrong++;
   }
   return { esp, authentic, wrong, clear };
