@@ -24,7 +24,7 @@ export class DeviceProcess {
       stdio: ['ignore', 'ignore', 'pipe'],
     });
     this.#child.stderr?.setEncoding('utf8').on('data', (text: string) => {
-      this.#complaints = (this.#complaints + text).slice(-2000);
+      this.#complaints = (this.#complaints + text).slice(-20_000);
     });
     // An error to start is seen as a device that has ended.
     this.#child.on('error', () => {});
@@ -47,6 +47,19 @@ export class DeviceProcess {
     }
   }
 
+  /** What the device counts, as it prints it on SIGUSR1. Throws `VfioError` `DEVICE_STATISTICS` when it does not answer. */
+  async statistics(): Promise<DeviceStatistics> {
+    this.#complaints = '';
+    this.#child.kill('SIGUSR1');
+    const deadline = Date.now() + Deadline.start;
+    while (this.running && Date.now() < deadline) {
+      const line = this.#complaints.split('\n').find((text) => text.startsWith('['));
+      if (line !== undefined && this.#complaints.endsWith('\n')) return statisticsOf(JSON.parse(line));
+      await sleep(5);
+    }
+    throw new VfioError('DEVICE_STATISTICS', 'the software device did not tell its counters');
+  }
+
   /** Ends the process, with force when it does not listen, and removes its socket. */
   async stop(): Promise<void> {
     if (this.running) {
@@ -63,4 +76,17 @@ export class DeviceProcess {
   readonly #kill = (): void => {
     if (this.running) this.#child.kill('SIGKILL');
   };
+}
+
+/** Of one function: what its IPsec made of received packets, by verdict. Absent verdicts never were. */
+export interface DeviceStatistics {
+  readonly unprotect: Readonly<Record<string, number>>;
+}
+
+function statisticsOf(document: unknown): DeviceStatistics {
+  const first: unknown = Array.isArray(document) ? document[0] : undefined;
+  const counts = typeof first === 'object' && first !== null && 'unprotect' in first ? first.unprotect : {};
+  const unprotect: Record<string, number> = {};
+  for (const [verdict, count] of Object.entries(counts ?? {})) unprotect[verdict] = Number(count);
+  return { unprotect };
 }
