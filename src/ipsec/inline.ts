@@ -182,11 +182,9 @@ export class InlineIpsec {
     const { wire } = this.capability;
     const bytes = await this.#admin.queryObject(type, id, wire.saObjectSize);
     try {
-      const { cipherKey, authKey, ...rest } = wire.decodeSa(bytes);
-      const redacted = { ...rest, cipherKeyLength: cipherKey.length, authKeyLength: authKey.length };
-      cipherKey.fill(0);
-      authKey.fill(0);
-      return redacted;
+      const { cipherKey, authKey, salt, ...rest } = wire.decodeSa(bytes);
+      for (const secret of [cipherKey, authKey, salt]) secret.fill(0);
+      return { ...rest, cipherKeyLength: cipherKey.length, authKeyLength: authKey.length };
     } finally {
       bytes.fill(0);
     }

@@ -37,8 +37,8 @@ export interface SaTraffic {
   readonly engine?: EngineName;
 }
 
-/** An SA object as the device keeps it, without its keys. */
-export interface RedactedSaObject extends Omit<SaObject, 'cipherKey' | 'authKey'> {
+/** An SA object as the device keeps it, without its keys and salt. */
+export interface RedactedSaObject extends Omit<SaObject, 'cipherKey' | 'authKey' | 'salt'> {
   readonly cipherKeyLength: number;
   readonly authKeyLength: number;
 }

@@ -199,6 +199,7 @@ describe('inline IPsec', () => {
     expect(seen).toMatchObject({ spi: 0x1000, cipherKeyLength: 32, authKeyLength: 0 });
     expect(seen).not.toHaveProperty('cipherKey');
     expect(seen).not.toHaveProperty('authKey');
+    expect(seen).not.toHaveProperty('salt');
     await expect(setup.inline.query(2)).rejects.toThrow(code('NO_SUCH_SA'));
     await expect(setup.inline.modify(2, outbound())).rejects.toThrow(code('NO_SUCH_SA'));
   });
