@@ -63,6 +63,7 @@ function loop(secured: boolean, features: FeatureSet): Loop {
   const rx = new RxQueue({ queue: rxRing, notifier, pool, layout, sas });
   rx.refill();
   const device = new LoopDevice(txRing, rxRing, pool.memory, IOVA, {
+    length: layout.length,
     flags: secured ? layout.security : 0,
     resourceId: secured ? SA_OBJECT : 0,
     resourceType: secured ? ResourceType.NET_IPSEC_INB_SA : 0,
@@ -114,7 +115,7 @@ function deviceWorkload(): Workload {
     ring.postBurst(tokens, 0, RING, offsets, lengths, false);
     ring.publish();
   }
-  const header = { flags: 0, resourceId: 0, resourceType: 0 };
+  const header = { length: 32, flags: 0, resourceId: 0, resourceType: 0 };
   const device = new LoopDevice(rings[0], rings[1], packets, IOVA, header);
   const avail = rings.map((ring) => (ring.driverArea >>> 1) + 1);
   device.run();

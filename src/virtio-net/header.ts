@@ -67,7 +67,8 @@ const RESOURCE_LENGTH = 6;
 const DRAFT_SECURITY = 8;
 const DRAFT_SECURITY_ERR = 16;
 
-/** Longest header of any layout: the headroom that a packet needs for it. */
+/** Shortest header, and longest of any layout: the headroom that a packet needs for it. */
+export const NET_HEADER_MIN = BASIC_LENGTH;
 export const NET_HEADER_MAX = FULL_LENGTH;
 
 /** Where the fields of a header are. An offset of -1: the layout has no such field. */
@@ -248,8 +249,8 @@ export function headerMemory(memory: MappedMemory): HeaderMemory {
 
 /**
  * hot: the driver's transmit header at byte `at` of packet memory: everything zero but the flags, the checksum fields
- * and, when the layout has one, the resource. `flags` are the wire's. The full header in its usual place takes
- * whole words; a packet that was shifted, and the shorter layouts, take the byte-wise way.
+ * and, when the layout has one, the resource. `flags` are the wire's. Words for the shortest header in its usual place,
+ * bytes for the others and for packets that were shifted.
  */
 export function writeTransmitHeader(
   memory: HeaderMemory,
@@ -261,23 +262,8 @@ export function writeTransmitHeader(
   resourceId: number,
   resourceType: number,
 ): void {
-  const { u8, u32, f64 } = memory;
+  const { u8, u32 } = memory;
   const { length } = layout;
-  if (((at & 7) | (length ^ FULL_LENGTH)) === 0) {
-    f64[at >>> 3] = 0;
-    f64[(at >>> 3) + 1] = 0;
-    f64[(at >>> 3) + 2] = 0;
-    f64[(at >>> 3) + 3] = 0;
-    if (flags !== 0) {
-      u32[at >>> 2] = flags;
-      u32[(at >>> 2) + 1] = csumStart << 16;
-      u32[(at >>> 2) + 2] = csumOffset;
-      // outer_nh_offset 0, then the resource, whose id crosses a word boundary.
-      u32[(at >>> 2) + 6] = resourceId << 16;
-      u32[(at >>> 2) + 7] = (resourceId >>> 16) | (resourceType << 16);
-    }
-    return;
-  }
   if (((at & 3) | (length ^ BASIC_LENGTH)) === 0) {
     u32[at >>> 2] = flags;
     u32[(at >>> 2) + 1] = csumStart << 16;
@@ -294,10 +280,39 @@ export function writeTransmitHeader(
   }
 }
 
-/** hot: the `resource_id` at byte `at` of packet memory, which is 2 modulo 4 in the ratified layout. */
-export function readResourceId(u16: Uint16Array, u8: Uint8Array, at: number): number {
-  if ((at & 1) === 0) return (u16[at >>> 1] | (u16[(at >>> 1) + 1] << 16)) >>> 0;
-  return get32(u8, at);
+/** hot: the shortest header at a multiple of 4 of a packet that wants nothing. */
+export function writeBasicHeader(u32: Uint32Array, at: number): void {
+  u32[at >> 2] = 0;
+  u32[(at >> 2) + 1] = 0;
+  u32[(at >> 2) + 2] = 0;
+}
+
+/** hot: the full header at a multiple of 8 of a packet that wants nothing. */
+export function writePlainHeader(f64: Float64Array, at: number): void {
+  f64[at >> 3] = 0;
+  f64[(at >> 3) + 1] = 0;
+  f64[(at >> 3) + 2] = 0;
+  f64[(at >> 3) + 3] = 0;
+}
+
+/**
+ * hot: as `writeTransmitHeader`, for an outbound SA and the full layout of `virtio-1.4` at a multiple of 8: three double
+ * words of zeros, of which the first then gets the flags, and two words with the resource, whose id crosses them.
+ */
+export function writeSecurityHeader(
+  u32: Uint32Array,
+  f64: Float64Array,
+  at: number,
+  flags: number,
+  resourceId: number,
+  resourceType: number,
+): void {
+  f64[at >> 3] = 0;
+  f64[(at >> 3) + 1] = 0;
+  f64[(at >> 3) + 2] = 0;
+  u32[at >> 2] = flags;
+  u32[(at >> 2) + 6] = resourceId << 16;
+  u32[(at >> 2) + 7] = (resourceId >>> 16) | (resourceType << 16);
 }
 
 /**
