@@ -8,9 +8,9 @@
  * ```
  *
  * AH is a multiple of 4 bytes over IPv4 and of 8 over IPv6 (2.2); a peer that pads IPv4 to 8 too is understood. With
- * AES-GMAC (RFC 4543) the ICV field is the 8-byte IV and the tag; all of it counts as zero. The high half of an extended
- * sequence number is authenticated behind the packet (3.3.3.2.2). The headers in front of AH are at most
- * `MAX_SAVED` bytes, since a copy is kept.
+ * AES-GMAC (RFC 4543) the ICV field is the 8-byte IV and the tag, of which the tag counts as zero and the IV as what it
+ * is. The high half of an extended sequence number is authenticated behind the packet (3.3.3.2.2). The headers in front
+ * of AH are at most `MAX_SAVED` bytes, since a copy is kept.
  */
 import { Ah, IpProtocol, Ipv4, Ipv6 } from '../packet/fields.ts';
 import { PacketFlag } from '../packet/pool.ts';
@@ -80,7 +80,6 @@ export function authenticate(
   // hot:
   const { burst, pool } = path;
   const { jobs } = burst;
-  const gmac = group.family === 'gmac';
   let n = 0;
   for (let k = from; k < to; k++) {
     const position = burst.order[k];
@@ -102,10 +101,6 @@ export function authenticate(
       continue;
     }
     restore(pool.u8, position, burst.ip[position], ah);
-    if (gmac) {
-      writeNumber(pool.u8, ah + Ah.length, burst.high[position]);
-      writeNumber(pool.u8, ah + Ah.length + 4, burst.low[position]);
-    }
   }
 }
 
@@ -179,16 +174,16 @@ function addHeader(path: DataPath, group: Group, p: number, position: number, n:
     const template = (record + SaWord.outer) * 2;
     if (outer6) writeOuter6(u16, outer >>> 1, halves, template, end - outer - Ipv6.length, tos);
     else {
-      path.identification = (path.identification + 1) & 0xffff;
       const sum = words[record + SaWord.outerSum];
       writeOuter4(u16, outer >>> 1, halves, template, end - outer, tos, path.identification, df, sum);
+      path.identification = (path.identification + 1) & 0xffff;
     }
   } else {
     moveDown(u16, at, outer - linkHeader, body - at);
     rewriteHeader(u8, outer, end - outer, nextHeaderAt - (ip - outer), headerLength, IpProtocol.ah);
   }
 
-  // 5. AH, its ICV field zero.
+  // 5. AH, its ICV zero.
   const ivLength = (sizes >>> Sizes.iv) & 0xff;
   u8.fill(0, ah, body);
   u8[ah + Ah.nextHeader] = nextHeader;
@@ -217,9 +212,8 @@ function addHeader(path: DataPath, group: Group, p: number, position: number, n:
     const ivLow = low + words[record + SaWord.ivLow];
     const ivHigh = (high + words[record + SaWord.ivHigh] + (ivLow > 0xffffffff ? 1 : 0)) >>> 0;
     setNonce(path, n, words[record + SaWord.salt], swapBytes(ivHigh), swapBytes(ivLow >>> 0));
-    // The IV goes into the packet after the computation, like the ICV: until then it counts as zero.
-    burst.low[position] = ivLow;
-    burst.high[position] = ivHigh;
+    writeNumber(u8, ah + Ah.length, ivHigh);
+    writeNumber(u8, ah + Ah.length + 4, ivLow >>> 0);
   }
   pool.offset[p] = outer - linkHeader;
   pool.length[p] = end - outer + linkHeader;
@@ -333,7 +327,7 @@ function prepareCheck(path: DataPath, group: Group, p: number, position: number,
   }
   const icv = end + ESN_LENGTH;
   u8.copyWithin(icv, field + ivLength, field + ivLength + icvLength);
-  u8.fill(0, field, field + ivLength + icvLength);
+  u8.fill(0, field + ivLength, field + ivLength + icvLength);
 
   // 4. Mutable fields, high half, job.
   keep(u8, position, ip, ah);

@@ -126,6 +126,8 @@ export class DataPath {
   /** While resynchronising (RFC 4303, A2.3): the high half to try, else -1, and the packet as it was. */
   forcedHigh = -1;
   copy = new Uint8Array(0);
+  /** Takes what was read only to have it in the cache, so that the read is not optimised away. */
+  touched = 0;
 
   constructor(pool: PacketPool) {
     this.pool = pool;

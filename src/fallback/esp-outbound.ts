@@ -203,8 +203,8 @@ export function encapsulate(
       if (outer6) {
         writeOuter6(u16, o, halves, template, end - outer - Ipv6.length, tos);
       } else {
-        identification = (identification + 1) & 0xffff;
         writeOuter4(u16, o, halves, template, end - outer, tos, identification, df, words[record + SaWord.outerSum]);
+        identification = (identification + 1) & 0xffff;
       }
     } else {
       moveDown(u16, at, outer - linkHeader, body - at);

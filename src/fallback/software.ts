@@ -275,6 +275,7 @@ export class SoftwareIpsec {
     this.#closed = true;
     for (let slot = 1; slot < this.#entries.length; slot++) if (this.#entries[slot] !== undefined) this.#forget(slot);
     this.#path.table.wipe();
+    this.#path.burst.jobs.close();
     this.#secret.fill(0);
     this.#closeEngines();
   }
@@ -296,6 +297,7 @@ export class SoftwareIpsec {
     let alive = 0;
     let group = -1;
     let mixed = false;
+    let touched = 0;
     for (let i = 0; i < n; i++) {
       const p = packets[base + i];
       const handle = handles[p];
@@ -319,9 +321,12 @@ export class SoftwareIpsec {
       records[i] = record;
       order[alive++] = i;
       const own = words[record + SaWord.group];
+      // Both lines of the record on their way to the cache, for all packets at once.
+      touched |= words[record + SaWord.outer];
       if (group < 0) group = own;
       else if (own !== group) mixed = true;
     }
+    path.touched = touched;
     const runs = mixed ? burst.sort(words, alive) : burst.single(words, alive);
     for (let run = 0; run < runs; run++) {
       const of = path.groups[burst.runGroup[run]];

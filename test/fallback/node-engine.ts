@@ -133,8 +133,8 @@ export class NodeEngine implements CryptoEngine {
     const text = u8.subarray(burst.cipherOffset[j], burst.cipherOffset[j] + burst.cipherLength[j]);
     const signed = u8.subarray(burst.authOffset[j], burst.authOffset[j] + burst.authLength[j]);
     const icv = u8.subarray(burst.icvOffset[j], burst.icvOffset[j] + transform.icvLength);
-    const nonce = Buffer.from(burst.iv.buffer, 16 * j, 16);
-    const aad = Buffer.from(burst.aad.buffer, 16 * j, burst.aadLength);
+    const nonce = Buffer.from(burst.iv.buffer, burst.iv.byteOffset + 16 * j, 16);
+    const aad = Buffer.from(burst.aad.buffer, burst.aad.byteOffset + 16 * j, burst.aadLength);
     if (transform.family === 'aead' || transform.family === 'gmac') {
       const isGmac = transform.family === 'gmac';
       const name = isGmac ? aeadName({ ...transform, cipher: 'aes-gcm' }) : aeadName(transform);

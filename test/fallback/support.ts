@@ -42,7 +42,7 @@ export function espTransforms(): Map<string, Algorithms> {
   all.set('chacha20-poly1305-16', {
     aead: { name: 'chacha20-poly1305', key: counting(32), salt: counting(4), icvLength: 16 },
   });
-  const ciphers: [string, Algorithms['cipher']][] = [['null', { name: 'null' }]];
+  const ciphers: [string, NonNullable<Algorithms['cipher']>][] = [['null', { name: 'null' }]];
   for (const size of [16, 24, 32]) {
     ciphers.push([`aes-${size * 8}-cbc`, { name: 'aes-cbc', key: counting(size, 5) }]);
     ciphers.push([`aes-${size * 8}-ctr`, { name: 'aes-ctr', key: counting(size, 9), salt: counting(4) }]);
