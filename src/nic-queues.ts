@@ -59,15 +59,16 @@ export class NicTxQueue {
 
   /**
    * Sends the first of `packets[0..n)` and returns how many were taken; the others stay the caller's. Taken packets belong to the
-   * NIC, also those that it dropped, and come back to the pool when they are sent. A packet must not be given twice.
+   * NIC, also those that it dropped, and come back to the pool when they are sent. A packet must not be given twice. 0 when `broken`.
    */
   burst(packets: Uint32Array, n: number): number {
     // hot:
-    if (this.#ipsec.state.outbound === 0) return this.#ring.burst(packets, n);
     const ring = this.#ring;
+    if (ring.broken !== null) return 0;
+    if (this.#ipsec.state.outbound === 0) return ring.burst(packets, n);
     if (ring.room < n) ring.reclaim();
     const count = Math.min(n, ring.room, packets.length);
-    if (count === 0 || ring.broken !== null) return ring.burst(packets, n);
+    if (count <= 0) return ring.burst(packets, n);
     for (let from = 0; from < count; from += CHUNK) this.#chunk(packets, from, Math.min(from + CHUNK, count));
     return count;
   }

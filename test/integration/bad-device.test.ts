@@ -1,0 +1,167 @@
+import { writeFileSync } from 'node:fs';
+import { createServer } from 'node:net';
+import { join } from 'node:path';
+import { afterEach, describe, expect, it } from 'vitest';
+import type { FaultName } from '../../src/device/index.ts';
+import type { NicOptions } from '../../src/index.ts';
+import { capture, cleanUp, directory, open, openPair, receive, saPair, send, startDevice, until } from './support.ts';
+
+afterEach(cleanUp);
+
+const code = (name: string) => expect.objectContaining({ code: name });
+const quick: NicOptions = { resetTimeout: 300, commandTimeout: 300 };
+
+describe('opening something that is not the device it should be', () => {
+  it('fails with a code when there is no such socket, or something else is there', async () => {
+    const at = directory();
+    await expect(open(`vfio-user:${join(at, 'nobody.sock')}`)).rejects.toThrow(code('CONNECT_FAILED'));
+    writeFileSync(join(at, 'file'), '');
+    await expect(open(`vfio-user:${join(at, 'file')}`)).rejects.toThrow(code('CONNECT_FAILED'));
+    await expect(open('eth0')).rejects.toThrow(code('DEVICE_ADDRESS'));
+    await expect(open('vfio-user:')).rejects.toThrow(code('DEVICE_ADDRESS'));
+  });
+
+  it('fails with a code when nobody answers behind the socket', async () => {
+    // A listener in this very process cannot answer, because opening a device blocks: what a stuck server looks like.
+    const path = join(directory(), 'silent.sock');
+    const server = createServer();
+    await new Promise<void>((resolve) => server.listen(path, resolve));
+    try {
+      await expect(open(`vfio-user:${path}`)).rejects.toThrow(code('NOT_VFIO_USER'));
+    } finally {
+      server.close();
+    }
+  });
+
+  it('fails with a code when the options make no sense', async () => {
+    for (const options of [{ queueSize: 100 }, { queuePairs: 0 }, { mtu: 10 }, { packetStride: 2000 }, { maxSas: 0 }]) {
+      await expect(open('vfio-user:/nowhere', options)).rejects.toThrow(code('NIC_OPTION'));
+    }
+  });
+
+  it.each<[FaultName, string]>([
+    ['no-version-1', 'FEATURES_MISSING'],
+    ['features-ok-refused', 'FEATURES_REJECTED'],
+    ['reset-stuck', 'RESET_TIMEOUT'],
+    ['needs-reset-at-start', 'DEVICE_NEEDS_RESET'],
+    ['capability-loop', 'CAPABILITY_LOOP'],
+    ['capability-outside-config', 'CAPABILITY_BOUNDS'],
+    ['capability-outside-bar', 'STRUCTURE_BOUNDS'],
+    ['capability-bad-bar', 'STRUCTURE_MISSING'],
+    ['no-common-config', 'STRUCTURE_MISSING'],
+    ['queue-size-zero', 'QUEUE_SIZE'],
+    ['queue-size-odd', 'QUEUE_SIZE'],
+    ['notify-outside-bar', 'STRUCTURE_BOUNDS'],
+    ['config-unstable', 'CONFIG_UNSTABLE'],
+    ['region-read-error', 'DEVICE_REFUSED'],
+  ])('fails with a code when the device has the fault %s', async (fault, expected) => {
+    const device = await startDevice({ faults: [fault] });
+    await expect(open(device.addresses[0], quick)).rejects.toThrow(code(expected));
+    expect(device.process.exitCode).toBeNull();
+  });
+
+  it.each<[FaultName, string]>([
+    ['admin-error', 'ADMIN_ENOMEM'],
+    ['admin-silent', 'ADMIN_TIMEOUT'],
+    ['admin-list-empty', 'ADMIN_COMMANDS_MISSING'],
+    ['admin-short-reply', 'ADMIN_COMMANDS_MISSING'],
+    ['capability-malformed', 'MALFORMED_CAPABILITY'],
+  ])('fails with a code when inline IPsec is required and the device has the fault %s', async (fault, expected) => {
+    const device = await startDevice({ faults: [fault] });
+    await expect(open(device.addresses[0], { ...quick, ipsec: 'inline' })).rejects.toThrow(code(expected));
+  });
+
+  it('fails with a code when inline IPsec is required of a device without', async () => {
+    const device = await startDevice({ ipsec: false });
+    await expect(open(device.addresses[0], { ipsec: 'inline' })).rejects.toThrow(code('FEATURES_MISSING'));
+    await expect(open(device.addresses[0], { ipsec: 'inline' })).rejects.toThrow(/VIRTIO_NET_F_IPSEC/);
+    await open(device.addresses[0]);
+  });
+});
+
+describe('a device whose inline IPsec cannot be used', () => {
+  it.each<FaultName>(['admin-error', 'admin-silent', 'admin-list-empty', 'admin-short-reply', 'capability-malformed'])(
+    'protects in software instead, and nothing leaves in clear, with the fault %s',
+    async (fault) => {
+      const { a, b, wire } = await openPair({ faults: [fault], nic: quick }, { ipsec: false });
+      const { outbound, inbound } = saPair();
+      const out = await a.ipsec.addSa(outbound);
+      expect(out.placement.where).toBe('software');
+      expect(out.placement.because).toBe(a.ipsec.inlineObstacle);
+      await expect(a.ipsec.addSa(saPair().outbound, { require: 'inline' })).rejects.toThrow(code('NOT_OFFLOADABLE'));
+      await b.ipsec.addSa(inbound);
+      const frames = capture('ping-ipv4').filter((frame) => frame.readUInt16BE(12) === 0x0800);
+      const [, received] = await Promise.all([send(a, frames, out), receive(b, frames.length)]);
+      expect(received.map(({ frame }) => frame)).toEqual(frames);
+      expect(wire.frames.every(({ frame }) => frame[14 + 9] === 50)).toBe(true);
+    },
+  );
+});
+
+describe('a device that breaks the rules of a ring', () => {
+  it.each<[FaultName, string]>([
+    ['used-id-bogus', 'USED_ID'],
+    ['used-id-twice', 'USED_ID'],
+    ['used-length-too-long', 'USED_LENGTH'],
+    ['used-index-jump', 'USED_INDEX'],
+  ])('leaves a NIC that says so and bursts that give 0, with the fault %s', async (fault, expected) => {
+    const device = await startDevice({ faults: [fault] });
+    const nic = await open(device.addresses[0], { ...quick, ipsec: 'off' });
+    const told: string[] = [];
+    nic.onBroken((error) => told.push(error.code));
+    const packets = new Uint32Array(32);
+    for (let i = 0; i < 50 && nic.broken === null; i++) {
+      await send(nic, capture('ping-ipv4'), null);
+      await receive(nic, 0, 1);
+    }
+    expect(nic.broken).toEqual(code(expected));
+    expect(nic.queues[0].rx.burst(packets, 32)).toBe(0);
+    const n = nic.packets.allocate(packets, 4);
+    expect(nic.queues[0].tx.burst(packets, n)).toBe(0);
+    await expect(nic.ipsec.addSa(saPair().outbound)).rejects.toThrow(code(expected));
+    expect(told).toEqual([expected]);
+  });
+
+  it('is not believed when it calls an unprotected packet secured', async () => {
+    const device = await startDevice({ faults: ['rx-security-lie'] });
+    const nic = await open(device.addresses[0]);
+    const frames = capture('ping-ipv4');
+    const [, received] = await Promise.all([send(nic, frames, null), receive(nic, frames.length)]);
+    expect(received.length).toBeGreaterThan(0);
+    expect(received.every(({ sa, flags }) => sa === 0 && (flags & 4) === 0)).toBe(true);
+    expect(nic.statistics().rx.unknownSa).toBeGreaterThan(0);
+  });
+
+  it.each<FaultName>(['rx-runt', 'rx-buffers-zero'])(
+    'has its impossible packets dropped, with the fault %s',
+    async (fault) => {
+      const device = await startDevice({ faults: [fault] });
+      const nic = await open(device.addresses[0]);
+      await send(nic, capture('ping-ipv4'), null);
+      await until(
+        () => {
+          nic.queues[0].rx.burst(new Uint32Array(32), 32);
+          return nic.statistics().rx.invalid > 0;
+        },
+        () => 'nothing was dropped',
+      );
+      expect(nic.statistics().rx.packets).toBe(0);
+      expect(nic.broken).toBeNull();
+    },
+  );
+
+  it('may keep what was sent for ever: then bursts take less, and closing gives everything back', async () => {
+    const device = await startDevice({ faults: ['tx-never-completes'] });
+    const nic = await open(device.addresses[0], { queueSize: 32 });
+    const packets = new Uint32Array(64);
+    let taken = 0;
+    for (let i = 0; i < 4; i++) {
+      const n = nic.packets.allocate(packets, 16);
+      for (let k = 0; k < n; k++) nic.packets.write(packets[k], capture('ping-ipv4')[0]);
+      taken += nic.queues[0].tx.burst(packets, n);
+    }
+    expect(taken).toBe(32);
+    expect(nic.statistics().tx.ringFull).toBeGreaterThan(0);
+    await nic.close();
+  });
+});
