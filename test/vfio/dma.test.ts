@@ -99,6 +99,7 @@ describe('DmaArena', () => {
     expect(arena.count).toBe(1);
     device.refuse = false;
     expect(arena.allocate(8192).iova).toBe(0x11000);
+    expect(device.mapped.get(0x11000)?.offset).toBe(4096);
   });
 
   it('never reuses what the device did not let go of', () => {

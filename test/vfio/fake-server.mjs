@@ -172,7 +172,7 @@ function handle(fd, request) {
     // Asks until the client has had enough.
     for (;;) {
       send(fd, rule.flood);
-      readMessage(fd);
+      if (rule.replies !== false) readMessage(fd);
     }
   }
   if (rule?.raw !== undefined) send(fd, rule.raw, rule.fds);

@@ -156,6 +156,37 @@ export function ffiSuite(name: 'koffi' | 'ffi-rs'): void {
         b.close();
       });
 
+      it('does not call a watch that another one closed in the same turn', async () => {
+        const eventfds = [EventFd.create(), EventFd.create()];
+        let calls = 0;
+        const watches = eventfds.map((eventfd) =>
+          provider.watch(eventfd.fd, () => {
+            calls++;
+            for (const watch of watches) watch.close();
+          }),
+        );
+        for (const eventfd of eventfds) eventfd.signal();
+        await vi.waitFor(() => expect(calls).toBeGreaterThan(0));
+        await turn(20);
+        expect(calls).toBe(1);
+        for (const eventfd of eventfds) eventfd.close();
+      });
+
+      it('lets an error that its callback throws reach the process, as from any other callback', async () => {
+        const eventfd = EventFd.create();
+        const others = process.listeners('uncaughtException');
+        process.removeAllListeners('uncaughtException');
+        const caught = new Promise((resolve) => process.once('uncaughtException', resolve));
+        const watch = provider.watch(eventfd.fd, () => {
+          watch.close();
+          throw new Error('from the callback');
+        });
+        eventfd.signal();
+        expect(await caught).toMatchObject({ message: 'from the callback' });
+        for (const other of others) process.on('uncaughtException', other);
+        eventfd.close();
+      });
+
       it('wakes when the other end of a socket is closed', async () => {
         const [near, far] = UnixSocket.pair();
         const seen = new Promise<number>((resolve) => {

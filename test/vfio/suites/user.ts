@@ -633,8 +633,14 @@ export function userSuite(): void {
       expect(server.replies()).toEqual([]);
     });
 
-    it('cannot keep the client beyond its deadline', async () => {
-      const { fn } = await connected([{ command: Command.regionRead, flood: read(FIRST, 4) }], {}, { timeoutMs: 150 });
+    it.each([
+      ['that want replies', 0],
+      ['that want none', HeaderFlag.noReply],
+    ])('%s cannot keep the client beyond its deadline', async (_, flag) => {
+      const flood = protocol.encodeDmaWrite(FIRST, new Uint8Array(1));
+      flood[8] = flag;
+      const rule = { command: Command.regionRead, flood, replies: flag === 0 };
+      const { fn } = await connected([rule], {}, { timeoutMs: 150 });
       losesTheDevice(fn, () => fn.bar(0).read32(0), 'TIMEOUT');
     });
 
