@@ -1,0 +1,131 @@
+import fc from 'fast-check';
+import { describe, expect, it } from 'vitest';
+import { isNew, markSeen, startWindow, windowBlocks } from '../../src/fallback/replay.ts';
+
+/** What RFC 4303, 3.4.3 says, with a set of numbers and no arithmetic on bits. */
+class NaiveWindow {
+  readonly #size: bigint;
+  readonly #start: bigint;
+  readonly #seen = new Set<bigint>();
+  top: bigint;
+
+  constructor(size: number, top: bigint) {
+    this.#size = BigInt(size);
+    this.#start = top;
+    this.top = top;
+  }
+
+  accepts(number: bigint): boolean {
+    if (number > this.top) return true;
+    if (number <= this.#start || this.top - number >= this.#size) return false;
+    return !this.#seen.has(number);
+  }
+
+  add(number: bigint): void {
+    this.#seen.add(number);
+    if (number > this.top) this.top = number;
+  }
+}
+
+/** The window under test, at some place in a larger array. */
+class Window {
+  readonly #bits: Uint32Array;
+  readonly #base = 7;
+  readonly #mask: number;
+  readonly #size: number;
+  #low: number;
+  #high: number;
+
+  constructor(size: number, top: bigint) {
+    const blocks = windowBlocks(size);
+    this.#bits = new Uint32Array(blocks + 20).fill(0x5a5a5a5a);
+    this.#mask = blocks - 1;
+    this.#size = size;
+    this.#low = Number(top & 0xffffffffn);
+    this.#high = Number(top >> 32n);
+    startWindow(this.#bits, this.#base, this.#mask, this.#low);
+  }
+
+  accepts(number: bigint): boolean {
+    const low = Number(number & 0xffffffffn);
+    const high = Number(number >> 32n);
+    return isNew(this.#bits, this.#base, this.#mask, this.#size, this.#low, this.#high, low, high);
+  }
+
+  add(number: bigint): void {
+    const low = Number(number & 0xffffffffn);
+    const high = Number(number >> 32n);
+    markSeen(this.#bits, this.#base, this.#mask, this.#low, this.#high, low, high);
+    if (high > this.#high || (high === this.#high && low > this.#low)) {
+      this.#low = low;
+      this.#high = high;
+    }
+  }
+
+  get neighbours(): readonly number[] {
+    return [...this.#bits.subarray(0, this.#base), ...this.#bits.subarray(this.#base + this.#mask + 1)];
+  }
+}
+
+const sizes = [32, 33, 63, 64, 65, 127, 128, 1000, 1024, 4096, 65535, 65536];
+const starts = [0n, 1n, 31n, 32n, 0xfffffff0n, 0xffffffffn, 0x1_0000_0000n, 0xffff_ffff_0000_0000n];
+
+describe('replay windows', () => {
+  it.each(sizes)('a window of %i has blocks for itself and one that is being cleared', (size) => {
+    const blocks = windowBlocks(size);
+    expect(blocks & (blocks - 1)).toBe(0);
+    expect((blocks - 1) * 32).toBeGreaterThanOrEqual(size);
+  });
+
+  it.each(sizes)('a window of %i agrees with the naive model wherever it starts and however it moves', (size) => {
+    const step = fc.oneof(
+      { weight: 6, arbitrary: fc.bigInt(-3n, 5n) },
+      { weight: 3, arbitrary: fc.bigInt(BigInt(-size) - 2n, BigInt(size) + 2n) },
+      { weight: 1, arbitrary: fc.bigInt(-(1n << 33n), 1n << 33n) },
+    );
+    fc.assert(
+      fc.property(fc.constantFrom(...starts), fc.array(step, { minLength: 1, maxLength: 120 }), (start, steps) => {
+        const naive = new NaiveWindow(size, start);
+        const window = new Window(size, start);
+        for (const offset of steps) {
+          const number = naive.top + offset;
+          if (number < 0n || number >= 1n << 64n) continue;
+          const expected = naive.accepts(number);
+          expect(window.accepts(number)).toBe(expected);
+          if (!expected) continue;
+          naive.add(number);
+          window.add(number);
+          expect(window.accepts(number)).toBe(false);
+        }
+        expect(window.neighbours.every((word) => word === 0x5a5a5a5a)).toBe(true);
+      }),
+      { numRuns: 200 },
+    );
+  });
+
+  it.each(sizes)('a window of %i takes its oldest number, not the one before, and each once', (size) => {
+    const window = new Window(size, 0n);
+    const top = BigInt(3 * size);
+    window.add(top);
+    const oldest = top - BigInt(size) + 1n;
+    expect(window.accepts(oldest - 1n)).toBe(false);
+    expect(window.accepts(oldest)).toBe(true);
+    window.add(oldest);
+    expect(window.accepts(oldest)).toBe(false);
+    expect(window.accepts(oldest + 1n)).toBe(true);
+  });
+
+  it('counts what is at or behind its start as seen', () => {
+    const window = new Window(64, 1000n);
+    for (let number = 937n; number <= 1000n; number++) expect(window.accepts(number)).toBe(false);
+    expect(window.accepts(1001n)).toBe(true);
+  });
+
+  it('does not bring old marks back when it jumps by a multiple of its ring', () => {
+    const window = new Window(64, 0n);
+    const ring = BigInt(windowBlocks(64) * 32);
+    for (let number = 1n; number <= 64n; number++) window.add(number);
+    window.add(ring + 64n);
+    for (let number = ring + 1n; number < ring + 64n; number++) expect(window.accepts(number)).toBe(true);
+  });
+});
