@@ -60,6 +60,8 @@ export interface Device {
   readonly mtu: number;
   /** Faults of the device itself that it has survived: none, unless it has a bug. */
   readonly internalErrors: number;
+  /** Packets of the pool that are on their way somewhere. */
+  readonly packetsInUse: number;
   /** Ends all sessions, removes the sockets, frees all memory. Idempotent. */
   close(): void;
 }
@@ -166,6 +168,7 @@ class RunningDevice implements Device {
   readonly #servers: VfioUserServer[] = [];
   readonly #devices: NetDevice[] = [];
   readonly #virtio: VirtioFunction[] = [];
+  #pool: PacketPool | null = null;
   #links: readonly Link[] = [];
   #closed = false;
 
@@ -182,6 +185,7 @@ class RunningDevice implements Device {
     this.#pump = new Pump((error) => this.#survive(error, options.onWarning));
     try {
       const pool = makePool(this.#arena, slots, stride);
+      this.#pool = pool;
       this.#links = makeLinks(options.link, { arena: this.#arena, pool, functions: count, maxFrame });
       this.functions = options.sockets.map((_, i) => this.#addFunction(options, i, pool, this.#links[i]));
       for (const link of this.#links) this.#pump.add(pollableLink(link));
@@ -242,6 +246,10 @@ class RunningDevice implements Device {
       ipsec,
       statistics: () => ({ ...device.statistics(), link: { up: link.up, ...link.counters } }),
     };
+  }
+
+  get packetsInUse(): number {
+    return this.#pool === null ? 0 : this.#pool.count - this.#pool.available;
   }
 
   /** A bug of this program must not end it, nor hide: every function asks for a reset. */
