@@ -7,7 +7,7 @@ import type { ResolvedOptions } from './nic-options.ts';
 import { Ethernet } from './packet/fields.ts';
 import { PacketPool } from './packet/pool.ts';
 import type { DmaMemory } from './sys/memory.ts';
-import type { PciFunction } from './vfio/function.ts';
+import { type PciFunction, releaseDma } from './vfio/function.ts';
 import { Feature, type FeatureSet } from './virtio/features.ts';
 import { NO_VECTOR } from './virtio/pci-layout.ts';
 import type { QueueNotifier, VirtioTransport } from './virtio/transport.ts';
@@ -73,7 +73,7 @@ export class NicRings {
         : null;
       for (const { rx } of this.pairs) rx.refill(false);
     } catch (error) {
-      for (const memory of this.#memories) fn.freeDma(memory);
+      for (const memory of this.#memories) releaseDma(fn, memory);
       throw error;
     }
   }
@@ -182,7 +182,7 @@ export class NicRings {
     this.#control?.release();
     // Packets may hold what should have been protected.
     this.pool.u8.fill(0);
-    for (const memory of this.#memories) this.#fn.freeDma(memory);
+    for (const memory of this.#memories) releaseDma(this.#fn, memory);
   }
 }
 

@@ -63,3 +63,12 @@ export interface PciFunction {
   /** Resets the function if it is still there, unmaps all DMA, closes descriptors. Idempotent. */
   close(): void;
 }
+
+/** Frees DMA memory of a function that may be lost: then there is nobody to withdraw it from, and the loss is known already. */
+export function releaseDma(fn: Pick<PciFunction, 'freeDma' | 'gone'>, memory: DmaMemory): void {
+  try {
+    fn.freeDma(memory);
+  } catch (error) {
+    if (!fn.gone) throw error;
+  }
+}

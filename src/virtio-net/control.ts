@@ -5,7 +5,7 @@
  */
 import { type VipsecError, VirtioError } from '../errors.ts';
 import type { DmaMemory } from '../sys/memory.ts';
-import type { PciFunction } from '../vfio/function.ts';
+import { type PciFunction, releaseDma } from '../vfio/function.ts';
 import { Feature, type FeatureSet } from '../virtio/features.ts';
 import { NO_VECTOR } from '../virtio/pci-layout.ts';
 import type { QueueNotifier, VirtioTransport } from '../virtio/transport.ts';
@@ -45,7 +45,7 @@ export class ControlQueue {
     const ringBytes = Math.ceil(splitVirtqueueBytes(options) / COMMAND_BYTES) * COMMAND_BYTES;
     const memory = fn.allocateDma(ringBytes + COMMAND_BYTES + 1);
     this.#memory = memory;
-    this.#freeMemory = () => fn.freeDma(memory);
+    this.#freeMemory = () => releaseDma(fn, memory);
     this.#commandAt = ringBytes;
     this.#timeout = timeout;
     this.#ring = new SplitVirtqueue(memory, options);
@@ -54,7 +54,7 @@ export class ControlQueue {
       const setup = { size, descriptorArea, driverArea, deviceArea, vector: NO_VECTOR };
       this.#notifier = transport.enableQueue(index, setup);
     } catch (error) {
-      fn.freeDma(memory);
+      releaseDma(fn, memory);
       throw error;
     }
   }

@@ -12,7 +12,7 @@
  */
 import { AdminCommandError, VfioError, VirtioError } from '../errors.ts';
 import type { DmaMemory } from '../sys/memory.ts';
-import type { PciFunction } from '../vfio/function.ts';
+import { type PciFunction, releaseDma } from '../vfio/function.ts';
 import { SplitVirtqueue, splitVirtqueueBytes } from '../virtqueue/split.ts';
 import {
   AdminCommandField,
@@ -113,13 +113,13 @@ export class AdminQueue {
    */
   constructor(
     transport: VirtioTransport,
-    fn: Pick<PciFunction, 'allocateDma' | 'freeDma'>,
+    fn: Pick<PciFunction, 'allocateDma' | 'freeDma' | 'gone'>,
     features: FeatureSet,
     options: AdminQueueOptions = {},
   ) {
     this.revision = options.revision ?? 'virtio-1.4';
     this.#transport = transport;
-    this.#freeMemory = (memory) => fn.freeDma(memory);
+    this.#freeMemory = (memory) => releaseDma(fn, memory);
     this.#commandBytes = adminPartLength(options.commandBytes ?? 2048);
     this.#replyBytes = adminPartLength(options.replyBytes ?? 2048);
     this.#timeout = options.timeout ?? 5000;
@@ -154,7 +154,7 @@ export class AdminQueue {
         vector: options.vector ?? NO_VECTOR,
       });
     } catch (error) {
-      fn.freeDma(this.#memory);
+      releaseDma(fn, this.#memory);
       throw error;
     }
     if ((options.vector ?? NO_VECTOR) !== NO_VECTOR) this.#queue.enableInterrupts();
