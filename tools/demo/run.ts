@@ -185,19 +185,18 @@ class Exchange {
   async #exchange(traffic: Traffic): Promise<number> {
     const start = performance.now();
     const total = (traffic[0].length + traffic[1].length) * this.#options.rounds;
-    for (let round = 0; round < this.#options.rounds; round++) {
-      const next: [number, number] = [0, 0];
-      await this.#pump(
-        () => SIDES.every((side) => next[side] === traffic[side].length && this.#stations[side].awaited === 0),
-        () => {
-          for (const side of SIDES) {
-            if (this.#stations[other(side)].awaited >= WINDOW) continue;
-            next[side] += this.#stations[side].send(traffic[side], next[side]);
-          }
-          this.#options.progress(() => this.#progress(total, start));
-        },
-      );
-    }
+    const amounts = SIDES.map((side) => traffic[side].length * this.#options.rounds);
+    const next: [number, number] = [0, 0];
+    await this.#pump(
+      () => SIDES.every((side) => next[side] === amounts[side] && this.#stations[side].awaited === 0),
+      () => {
+        for (const side of SIDES) {
+          if (next[side] === amounts[side] || this.#stations[other(side)].awaited >= WINDOW) continue;
+          next[side] += this.#stations[side].send(traffic[side], next[side] % traffic[side].length);
+        }
+        this.#options.progress(() => this.#progress(total, start));
+      },
+    );
     return (performance.now() - start) / 1000;
   }
 

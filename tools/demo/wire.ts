@@ -68,11 +68,8 @@ export class Wire {
     head[1] = frame.length >>> 16;
     head[2] = frame.length >>> 8;
     head[3] = frame.length;
-    socket.cork();
     socket.write(head);
-    const room = socket.write(frame);
-    socket.uncork();
-    if (!room) this.#hold(to, socket);
+    if (!socket.write(frame)) this.#hold(to, socket);
   }
 
   /** Closes both ends and the listeners, which removes their sockets. */
@@ -107,6 +104,9 @@ export class Wire {
       bytes.set(kept);
       bytes.set(chunk, kept.length);
     }
+    // What came in one piece goes on in one piece.
+    const target = this.#sockets[other(side)];
+    target?.cork();
     let at = 0;
     while (bytes.length - at >= LENGTH_SIZE) {
       const length = ((bytes[at] << 24) | (bytes[at + 1] << 16) | (bytes[at + 2] << 8) | bytes[at + 3]) >>> 0;
@@ -119,6 +119,7 @@ export class Wire {
       this.#pass(side, bytes.slice(start, start + length));
       at = start + length;
     }
+    target?.uncork();
     this.#pending[side] = bytes.slice(at);
   }
 
