@@ -138,6 +138,8 @@ export class NetDevice implements DeviceModel {
       const index = PAIR * pair;
       this.#receiver.attach(pair, index === this.#controlIndex ? null : this.#queues[index]);
     }
+    // The event loop is about to look anyway.
+    this.suppress();
     if (this.#function.faults.has('dies-after-start')) setTimeout(() => process.kill(process.pid, 'SIGKILL'), 50);
   }
 
