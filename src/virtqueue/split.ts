@@ -2,11 +2,6 @@
  * The driver side of a split virtqueue (Virtio 1.4, 2.7), with indirect descriptors (2.7.5.3) and event indices (2.7.7,
  * 2.7.10). Left out: IN_ORDER (2.7.9).
  *
- * ```
- *   memory:  | descriptor table 16 * size | available ring 6 + 2 * size | used ring 6 + 8 * size | indirect tables |
- *              written by the driver        written by the driver         written by the device    by the driver
- * ```
- *
  * The device is not trusted. What was handed out is remembered in private arrays (`#capacity`, `#token`, `#chain`), so
  * the device cannot change it afterwards; the used ring is read once per entry and checked against them. Of the shared
  * memory only the used ring and the two event fields are ever read.
@@ -22,71 +17,22 @@
 import { VirtioError } from '../errors.ts';
 import type { DmaMemory } from '../sys/memory.ts';
 import type { PciFunction } from '../vfio/function.ts';
+import {
+  checkSize,
+  DESCRIPTOR_BYTES,
+  DESCRIPTOR_WORDS,
+  DescriptorFlag,
+  NEXT_SHIFT,
+  NO_NOTIFICATIONS,
+  RingField,
+  type SplitVirtqueueOptions,
+  splitLayout,
+  splitVirtqueueBytes,
+} from './split-layout.ts';
 import type { Virtqueue } from './virtqueue.ts';
 
-/** `struct virtq_desc` (2.7.5), in 32-bit words: address low, address high, length, flags and next. */
-const DESCRIPTOR_BYTES = 16;
-const DESCRIPTOR_WORDS = 4;
-const DescriptorFlag = { NEXT: 1, WRITE: 2, INDIRECT: 4 } as const;
-/** `next` is the upper half of the last word. */
-const NEXT_SHIFT = 16;
-
-/** `struct virtq_avail` and `struct virtq_used` (2.7.6, 2.7.8), in 16-bit units. */
-const RingField = { flags: 0, idx: 1, ring: 2 } as const;
-const NO_NOTIFICATIONS = 1;
-
-/** Largest queue (2.7). */
-const MAX_QUEUE_SIZE = 32768;
-/** Parts start on cache lines of their own: one side writes each. The standard asks for 16, 2 and 4 bytes. */
-const PART_ALIGNMENT = 64;
-
-export interface SplitVirtqueueOptions {
-  /** Index of the queue on the device. */
-  readonly index: number;
-  /** Number of descriptors: a power of two, 1 to 32768. */
-  readonly size: number;
-  /** True when EVENT_IDX was negotiated. */
-  readonly eventIdx?: boolean;
-  /** Entries of each buffer's indirect table; 0 (the default) when INDIRECT_DESC was not negotiated or is not wanted. */
-  readonly indirectEntries?: number;
-  /** IOVA that `offset` of `postBurst` counts from: the packet pool's. */
-  readonly iovaLow?: number;
-  readonly iovaHigh?: number;
-  /** Bytes in front of `offset` that belong to each buffer of `postBurst`: the packet header's. Default 0. */
-  readonly headroom?: number;
-}
-
-/** Byte offsets of the parts. */
-interface Layout {
-  readonly driver: number;
-  readonly device: number;
-  readonly indirect: number;
-  readonly bytes: number;
-}
-
-function layout(size: number, indirectEntries: number): Layout {
-  const align = (n: number) => Math.ceil(n / PART_ALIGNMENT) * PART_ALIGNMENT;
-  const driver = align(DESCRIPTOR_BYTES * size);
-  const device = align(driver + 6 + 2 * size);
-  const indirect = align(device + 6 + 8 * size);
-  return { driver, device, indirect, bytes: indirect + size * indirectEntries * DESCRIPTOR_BYTES };
-}
-
-function checkSize(index: number, size: number): void {
-  const power = Number.isInteger(size) && size >= 1 && size <= MAX_QUEUE_SIZE && (size & (size - 1)) === 0;
-  if (!power) {
-    throw new VirtioError(
-      'QUEUE_SIZE',
-      `queue ${index}: size ${size} is not a power of two from 1 to ${MAX_QUEUE_SIZE}`,
-    );
-  }
-}
-
-/** Bytes of memory that a queue needs. Throws `VirtioError` QUEUE_SIZE. */
-export function splitVirtqueueBytes(options: SplitVirtqueueOptions): number {
-  checkSize(options.index, options.size);
-  return layout(options.size, options.indirectEntries ?? 0).bytes;
-}
+export type { SplitVirtqueueOptions } from './split-layout.ts';
+export { splitVirtqueueBytes } from './split-layout.ts';
 
 export class SplitVirtqueue implements Virtqueue {
   readonly index: number;
@@ -147,7 +93,7 @@ export class SplitVirtqueue implements Virtqueue {
     const { index, size } = options;
     checkSize(index, size);
     const indirectEntries = options.indirectEntries ?? 0;
-    const at = layout(size, indirectEntries);
+    const at = splitLayout(size, indirectEntries);
     if (memory.size < at.bytes)
       throw new RangeError(`queue ${index}: ${memory.size} bytes of memory, needs ${at.bytes}`);
     this.index = index;
