@@ -19,6 +19,7 @@ import { NetCounter } from './counters.ts';
 import type { FaultSet } from './faults.ts';
 import type { FlowFilter } from './flow-filter.ts';
 import { NO_MATCH } from './flow-matcher.ts';
+import { etherTypeOf, isIpFrame } from './frames.ts';
 import { type DeviceIpsec, isUntouched } from './ipsec.ts';
 import { type FrameSink, LINK_BURST } from './links/link.ts';
 import { type DeviceQueue, NO_BUFFER } from './queues.ts';
@@ -160,9 +161,11 @@ export class Receiver implements FrameSink {
     let toOpen = 0;
     for (let i = 0; i < n; i++) {
       const packet = packets[from + i];
-      const rule = filter.match(this.#pool.u8, this.#pool.offset[packet], this.#pool.length[packet]);
+      const at = this.#pool.offset[packet];
+      const rule = filter.match(this.#pool.u8, at, this.#pool.length[packet]);
       const action = rule === NO_MATCH ? 0 : filter.action(rule);
-      if (action === FlowFilterAction.ipsec || action === FlowFilterAction.ipsecRecirculate) {
+      const isIpsec = action === FlowFilterAction.ipsec || action === FlowFilterAction.ipsecRecirculate;
+      if (isIpsec && isIpFrame(this.#pool.u8, at)) {
         this.#toOpen[toOpen] = packet;
         this.#openedAt[toOpen] = i;
         this.#recirculate[toOpen] = action === FlowFilterAction.ipsecRecirculate ? 1 : 0;
@@ -346,9 +349,8 @@ export class Receiver implements FrameSink {
 
   /** hot: bytes of the largest frame that may be passed to the driver. */
   #largest(packet: number): number {
-    const at = this.#pool.offset[packet] + Ethernet.type;
-    const type = (this.#pool.u8[at] << 8) | this.#pool.u8[at + 1];
-    return this.#options.mtu + Ethernet.length + (type === EtherType.vlan ? Vlan.length : 0);
+    const tagged = etherTypeOf(this.#pool.u8, this.#pool.offset[packet]) === EtherType.vlan;
+    return this.#options.mtu + Ethernet.length + (tagged ? Vlan.length : 0);
   }
 
   /** hot: */

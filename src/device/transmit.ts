@@ -22,6 +22,7 @@ import {
 } from '../virtio-net/header.ts';
 import { NetCounter } from './counters.ts';
 import type { FaultSet } from './faults.ts';
+import { isIpFrame } from './frames.ts';
 import type { DeviceIpsec } from './ipsec.ts';
 import type { Link } from './links/link.ts';
 import { type DeviceQueue, NO_BUFFER } from './queues.ts';
@@ -134,7 +135,12 @@ export class Transmitter {
       this.#counters[NetCounter.txHeader]++;
       return false;
     }
-    return (header.flags & NetHeaderFlag.SECURITY) === 0 || this.#tag(packet);
+    if ((header.flags & NetHeaderFlag.SECURITY) === 0) return true;
+    if (!isIpFrame(pool.u8, at)) {
+      this.#counters[NetCounter.txIpsec]++;
+      return false;
+    }
+    return this.#tag(packet);
   }
 
   /** hot: computes the checksum that the driver left to the device (5.1.9.2.2). */
