@@ -64,7 +64,10 @@ export interface PciFunction {
   close(): void;
 }
 
-/** Frees DMA memory of a function that may be lost: then there is nobody to withdraw it from, and the loss is known already. */
+/**
+ * Frees DMA memory of a function that may be lost: then there is nobody to withdraw it from, and the loss is known
+ * already.
+ */
 export function releaseDma(fn: Pick<PciFunction, 'freeDma' | 'gone'>, memory: DmaMemory): void {
   try {
     fn.freeDma(memory);

@@ -1,4 +1,7 @@
-/** The system layer on ffi-rs. Each test file is a process of its own, so the provider is chosen before anything is loaded. */
+/**
+ * The system layer on ffi-rs. Each test file is a process of its own, so the provider is chosen before anything is
+ * loaded.
+ */
 Object.assign(process.env, { VIPSEC_FFI: 'ffi-rs' });
 
 const { ffiSuite } = await import('./suites/ffi.ts');

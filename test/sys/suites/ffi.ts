@@ -40,7 +40,8 @@ export function ffiSuite(name: 'koffi' | 'ffi-rs'): void {
       ['i64', 7 * 2 ** 40 + 4096, 7 * 2 ** 40 + 4096],
       ['i64', -(2 ** 52) - 1, -(2 ** 52) - 1],
     ] as const)('passes %s %d in and out unchanged', (type, value, expected) => {
-      // labs and abs of a negative number turn it; imaxdiv would need a structure. atoll parses text we lay out ourselves.
+      // labs and abs of a negative number turn it; imaxdiv would need a structure. atoll parses text we lay out
+      // ourselves.
       const memory = mapAnonymous(4096);
       memory.u8.set(new TextEncoder().encode(`${value}\0`));
       const parse = self.func(type === 'i32' ? 'atoi' : 'atoll', type, ['i64']);
