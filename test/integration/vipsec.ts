@@ -38,8 +38,11 @@ export async function vipsec(
 }
 
 /** Starts `vipsec …args` and leaves it running. */
-export function startVipsec(args: readonly string[]): ChildProcess {
-  return spawn(process.execPath, [program, ...args], { stdio: ['ignore', 'pipe', 'pipe'] });
+export function startVipsec(args: readonly string[], env: Record<string, string> = {}): ChildProcess {
+  return spawn(process.execPath, [program, ...args], {
+    env: { ...process.env, ...env },
+    stdio: ['ignore', 'pipe', 'pipe'],
+  });
 }
 
 /** A `vipsec device` on `socket`, listening. */
