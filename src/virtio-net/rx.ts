@@ -4,7 +4,8 @@
  *
  * What the device wrote into a header is not trusted: a packet counts as protected by an SA only when its flags
  * say so without an error and its resource is an inbound SA that the driver has created. Left out: MRG_RXBUF and GSO,
- * which are not negotiated; a packet that claims them is dropped and counted.
+ * which are not negotiated; a packet that claims a GSO type is dropped and counted. `num_buffers` is not looked at: without
+ * MRG_RXBUF it has to be 1 (5.1.9.4.1), and QEMU 7.2 leaves it 0.
  */
 import type { VirtioError } from '../errors.ts';
 import { PacketFlag, type PacketPool } from '../packet/pool.ts';
@@ -29,7 +30,7 @@ export interface RxQueueOptions {
 export const RxCounter = {
   packets: 0,
   bytes: 1,
-  /** Dropped: no room for a header and a byte, several buffers, a GSO type, or a checksum outside the packet. */
+  /** Dropped: no room for a header and a byte, a GSO type, or a checksum outside the packet. */
   droppedInvalid: 2,
   /** SECURITY and SECURITY_ERR: not processed, or failed. */
   securityError: 3,
@@ -115,7 +116,6 @@ export class RxQueue {
       const handles = handle.length | 0;
       const inbound = ResourceType.NET_IPSEC_INB_SA | 0;
       const secured = PacketFlag.secured | 0;
-      const atBuffers = NetHeaderField.numBuffers | 0;
       const atResource = (headerLength - RESOURCE_WORDS_BYTES) | 0;
       let received = 0;
       let dropped = 0;
@@ -141,12 +141,7 @@ export class RxQueue {
           const first1 = u16[at1 >> 1];
           const first2 = u16[at2 >> 1];
           const first3 = u16[at3 >> 1];
-          const odd =
-            ((first0 | first1 | first2 | first3) & unusual) |
-            (u16[(at0 + atBuffers) >> 1] ^ 1) |
-            (u16[(at1 + atBuffers) >> 1] ^ 1) |
-            (u16[(at2 + atBuffers) >> 1] ^ 1) |
-            (u16[(at3 + atBuffers) >> 1] ^ 1);
+          const odd = (first0 | first1 | first2 | first3) & unusual;
           if (odd === 0 && ((size0 - 1) | (size1 - 1) | (size2 - 1) | (size3 - 1)) >= 0) {
             let accepted = ((first0 | first1 | first2 | first3) & security) === 0;
             if ((first0 & first1 & first2 & first3 & security) !== 0) {
@@ -233,7 +228,7 @@ export class RxQueue {
     const layout = this.#layout;
     const at = pool.slot(p) + this.#headerStart;
     const first = u16[at >>> 1];
-    if (size <= 0 || first >>> 8 !== GsoType.NONE || u16[(at + NetHeaderField.numBuffers) >>> 1] !== 1) return false;
+    if (size <= 0 || first >>> 8 !== GsoType.NONE) return false;
     const wire = first & this.#knownFlags;
 
     let flags = 0;
