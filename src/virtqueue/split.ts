@@ -282,6 +282,8 @@ export class SplitVirtqueue implements Virtqueue {
   postChain(token: number, pieces: Uint32Array, readable: number, writable: number): boolean {
     const count = readable + writable;
     if (this.#broken !== null || count === 0) return false;
+    // 2.7.5.3.1: with an indirect table too.
+    if (count > this.size) throw new RangeError(`a chain of ${count} pieces in a queue of ${this.size}`);
     let capacity = 0;
     for (let i = readable; i < count; i++) capacity += pieces[3 * i + 2];
     if (capacity >= 0xffffffff) throw new RangeError(`a buffer of ${capacity} writable bytes`);

@@ -31,7 +31,8 @@ export interface Virtqueue {
   ): number;
   /**
    * Posts one buffer of several pieces: first `readable`, then `writable` ones. Each piece is three numbers: IOVA low, IOVA
-   * high, length. `pieces` holds them in that order. Returns false when there is no room.
+   * high, length. `pieces` holds them in that order. Returns false when there is no room; throws RangeError for more
+   * pieces than the queue has descriptors.
    */
   postChain(token: number, pieces: Uint32Array, readable: number, writable: number): boolean;
   /** hot: makes posted buffers visible to the device; true when the device wants a notification. */

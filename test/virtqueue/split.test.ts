@@ -153,10 +153,15 @@ describe('a split virtqueue', () => {
     const { queue, device } = make({ size: 2, indirectEntries: 2 });
     expect(queue.postChain(1, Uint32Array.of(), 0, 0)).toBe(false);
     expect(queue.postChain(1, Uint32Array.of(16, 0, 4), 1, 0)).toBe(true);
-    const three = Uint32Array.of(16, 0, 4, 32, 0, 4, 48, 0, 4);
-    expect(queue.postChain(2, three, 1, 2)).toBe(false);
+    expect(queue.postChain(2, Uint32Array.of(16, 0, 4, 32, 0, 4), 1, 1)).toBe(true);
+    expect(queue.postChain(3, Uint32Array.of(16, 0, 4), 1, 0)).toBe(false);
     queue.publish();
     expect(fetchAll(device)[0].indirect).toBe(false);
+  });
+
+  it('refuses a chain of more pieces than it has descriptors, even in an indirect table', () => {
+    const { queue } = make({ size: 2, indirectEntries: 4 });
+    expect(() => queue.postChain(1, new Uint32Array(9), 1, 2)).toThrow(RangeError);
   });
 
   it('frees buffers that are out only when it is told that the queue was reset', () => {
