@@ -330,12 +330,7 @@ class ManagedSa implements SaHandle {
   /** What the rules of an inbound SA look at. */
   readonly #way: string;
   readonly #manager: IpsecManager;
-  readonly #listeners: Listeners = {
-    'soft-expiry': new Set(),
-    'hard-expiry': new Set(),
-    'sequence-low': new Set(),
-    'sequence-overflow': new Set(),
-  };
+  #listeners: Listeners | null = null;
   #finalTraffic: SaTraffic | null = null;
 
   constructor(manager: IpsecManager, handle: number, sa: SecurityAssociation, placement: Placement, claim: NonceClaim) {
@@ -368,16 +363,23 @@ class ManagedSa implements SaHandle {
   }
 
   on<E extends keyof SaEvents>(event: E, listener: (...args: SaEvents[E]) => void): this {
+    this.#listeners ??= {
+      'soft-expiry': new Set(),
+      'hard-expiry': new Set(),
+      'sequence-low': new Set(),
+      'sequence-overflow': new Set(),
+    };
     this.#listeners[event].add(listener);
     return this;
   }
 
   off<E extends keyof SaEvents>(event: E, listener: (...args: SaEvents[E]) => void): this {
-    this.#listeners[event].delete(listener);
+    this.#listeners?.[event].delete(listener);
     return this;
   }
 
   tell<E extends keyof SaEvents>(event: E, args: SaEvents[E]): void {
+    if (this.#listeners === null) return;
     for (const listener of this.#listeners[event]) listener(...args);
   }
 

@@ -32,8 +32,12 @@ interface Limits {
   /** Packets until `sequence-low` and until the last number. */
   readonly lowAt: number;
   readonly lastAt: number;
-  readonly told: Set<string>;
+  /** Bits of `Told`. */
+  told: number;
 }
+
+/** What an SA has been said to have reached. */
+const Told = { soft: 1, hard: 2, low: 4, overflow: 8 } as const;
 
 const SEQUENCE_SPACE_32 = 1n << 32n;
 const SEQUENCE_SPACE_64 = 1n << 64n;
@@ -126,22 +130,22 @@ export class SaState {
     }
     if (packets >= limits.softPackets) this.#soft(handle, limits, 'packets');
     if (total >= limits.softBytes) this.#soft(handle, limits, 'bytes');
-    if (packets >= limits.lowAt && first(limits, 'sequence-low')) this.#tell(handle, 'sequence-low');
+    if (packets >= limits.lowAt && first(limits, Told.low)) this.#tell(handle, 'sequence-low');
     this.#arm(handle, limits);
     return Verdict.ok;
   }
 
   #verdict(handle: number, limits: Limits, packets: number, total: number): Verdict {
     if (packets > limits.lastAt) {
-      if (first(limits, 'sequence-overflow')) this.#tell(handle, 'sequence-overflow');
+      if (first(limits, Told.overflow)) this.#tell(handle, 'sequence-overflow');
       return Verdict.sequenceOverflow;
     }
     if (packets > limits.hardPackets) {
-      if (first(limits, 'hard')) this.#tell(handle, 'hard-expiry', 'packets');
+      if (first(limits, Told.hard)) this.#tell(handle, 'hard-expiry', 'packets');
       return Verdict.expired;
     }
     if (total > limits.hardBytes) {
-      if (first(limits, 'hard')) this.#tell(handle, 'hard-expiry', 'bytes');
+      if (first(limits, Told.hard)) this.#tell(handle, 'hard-expiry', 'bytes');
       return Verdict.expired;
     }
     return Verdict.ok;
@@ -149,7 +153,7 @@ export class SaState {
 
   #soft(handle: number, limits: Limits, limit: 'packets' | 'bytes'): void {
     this.#softExpired.add(handle);
-    if (first(limits, 'soft')) this.#tell(handle, 'soft-expiry', limit);
+    if (first(limits, Told.soft)) this.#tell(handle, 'soft-expiry', limit);
   }
 
   /** The device says that an inbound SA has passed its soft limit. */
@@ -197,7 +201,7 @@ export class SaState {
       hardBytes: atLeast(sa.lifetime.hardBytes),
       lowAt: left - Number(SEQUENCE_LOW),
       lastAt: left,
-      told: new Set<string>(),
+      told: 0,
     };
     this.#limits.set(handle, limits);
     this.#arm(handle, limits);
@@ -230,8 +234,8 @@ function atLeast(limit: bigint): number {
 }
 
 /** True the first time. */
-function first(limits: Limits, what: string): boolean {
-  if (limits.told.has(what)) return false;
-  limits.told.add(what);
+function first(limits: Limits, what: number): boolean {
+  if ((limits.told & what) !== 0) return false;
+  limits.told |= what;
   return true;
 }
