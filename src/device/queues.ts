@@ -340,7 +340,8 @@ export class SplitDeviceQueue implements DeviceQueue {
 
   complete(id: number, written: number): void {
     // hot:
-    if (this.broken !== null || !this.#located()) return;
+    // What was taken in this turn of the event loop was taken from where the ring still is.
+    if (this.broken !== null) return;
     const at = (this.#used + Used.ring + (this.#nextUsed & this.#mask) * (USED_ELEMENT / 2)) >>> 1;
     this.#u32[at] = id;
     this.#u32[at + 1] = written;

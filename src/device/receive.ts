@@ -14,7 +14,13 @@ import { PacketFlag, type PacketPool } from '../packet/pool.ts';
 import { ResourceType } from '../virtio/admin-wire.ts';
 import { Feature, type FeatureSet } from '../virtio/features.ts';
 import { FlowFilterAction } from '../virtio-net/flow-filter-wire.ts';
-import { encodeNetHeader, NetHeader, NetHeaderFlag, type NetHeaderLayout } from '../virtio-net/header.ts';
+import {
+  encodeNetHeader,
+  NetHeader,
+  NetHeaderField,
+  NetHeaderFlag,
+  type NetHeaderLayout,
+} from '../virtio-net/header.ts';
 import { NetCounter } from './counters.ts';
 import type { FaultSet } from './faults.ts';
 import type { FlowFilter } from './flow-filter.ts';
@@ -323,6 +329,13 @@ export class Receiver implements FrameSink {
     const pool = this.#pool;
     const header = this.#header;
     const flags = pool.flags[packet];
+    if (flags === 0 && ((at | layout.length) & 3) === 0 && this.#options.faults.size === 0) {
+      // Nothing to say but the number of buffers, which is the upper half of the third word.
+      const u32 = pool.u32;
+      for (let w = at >>> 2; w < (at + layout.length) >>> 2; w++) u32[w] = 0;
+      u32[(at + NetHeaderField.csumOffset) >>> 2] = buffers << 16;
+      return;
+    }
     let wire = 0;
     header.resourceId = 0;
     header.resourceType = 0;

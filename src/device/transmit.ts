@@ -17,6 +17,7 @@ import {
   GsoType,
   isAcceptable,
   NetHeader,
+  NetHeaderField,
   NetHeaderFlag,
   type NetHeaderLayout,
 } from '../virtio-net/header.ts';
@@ -125,6 +126,8 @@ export class Transmitter {
     const headerAt = at - layout.length;
     if (queue.gather(0, queue.readableBytes, headerAt) < 0) return false;
     pool.length[packet] = frame;
+    // Most headers ask for nothing.
+    if (pool.u8[headerAt] === 0 && pool.u8[headerAt + NetHeaderField.gsoType] === GsoType.NONE) return true;
     const header = this.#header;
     decodeNetHeader(layout, pool.u8, headerAt, at, header);
     if (header.gsoType !== GsoType.NONE || !isAcceptable(header.flags, header.gsoType, true)) {
