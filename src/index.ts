@@ -25,14 +25,66 @@ export type {
   SaTraffic,
 } from './ipsec/ipsec.ts';
 export type { Placement, Where } from './ipsec/placement.ts';
-export type { SecurityAssociation } from './ipsec/sa.ts';
+export { OutboundPolicy } from './ipsec/policy.ts';
+// SAs and policies without a NIC.
+export type {
+  Aead,
+  Auth,
+  Cipher,
+  Direction,
+  Lifetime,
+  Mode,
+  Prefix,
+  Protocol,
+  SaOptions,
+  SecurityAssociation,
+  Selector,
+  Tunnel,
+} from './ipsec/sa.ts';
 export { loadSaFile, parseSaDocument, type SaFile } from './ipsec/sa-file.ts';
+export { SecretBytes } from './ipsec/secret.ts';
 export { type SecurityAssociationInput, validateSa, validateSas } from './ipsec/validate.ts';
 export { type Nic, type NicLink, type NicQueue, type NicStatistics, openNic } from './nic.ts';
 export { type IpsecMode, type NicOptions, openFunction } from './nic-options.ts';
 export type { NicRxQueue, NicTxQueue } from './nic-queues.ts';
+// Packets and captures.
+export {
+  formatIp,
+  formatMac,
+  formatPrefix,
+  type ParsedPrefix,
+  parseIp,
+  parseMac,
+  parsePrefix,
+} from './packet/addresses.ts';
+export { type CaptureDecoder, CaptureRecord, MAX_PACKET_LENGTH } from './packet/capture.ts';
+export { CaptureReader, CaptureWriter, type CaptureWriterOptions } from './packet/capture-file.ts';
+export {
+  Ah,
+  Esp,
+  Ethernet,
+  EtherType,
+  IpProtocol,
+  Ipv4,
+  Ipv6,
+  LinkType,
+  Tcp,
+  Udp,
+  Vlan,
+} from './packet/fields.ts';
 export { NO_PACKET, PacketFlag, PacketPool, type PacketPoolOptions } from './packet/pool.ts';
+// The functions of this host, and what a device says about itself.
+export {
+  type ModeReport,
+  type PciReport,
+  type ProbeReport,
+  type Problem,
+  probeFunction,
+} from './probe.ts';
+export { type MappedMemory, mapAnonymous, unmapMemory } from './sys/memory.ts';
+export { type BindOptions, type BindResult, bindFunction, unbindFunction } from './vfio/bind.ts';
 export type { PciFunction } from './vfio/function.ts';
+export { listFunctions, type PciDescription } from './vfio/sysfs.ts';
 export { Feature, FeatureSet, featureName } from './virtio/features.ts';
 export { WIRE_REVISIONS, type WireRevision } from './virtio/revision.ts';
 export {

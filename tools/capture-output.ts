@@ -3,8 +3,7 @@
  * no ordinary file (a pipe, /dev/stdout) is written directly.
  */
 import { renameSync, rmSync, statSync } from 'node:fs';
-import { InputError } from '../src/errors.ts';
-import { CaptureWriter, type CaptureWriterOptions } from '../src/packet/capture-file.ts';
+import { CaptureWriter, type CaptureWriterOptions, InputError } from '../src/index.ts';
 
 export class CaptureOutput {
   readonly #path: string;

@@ -7,7 +7,7 @@
 import { writeSync } from 'node:fs';
 import Table from 'cli-table3';
 import { CommanderError } from 'commander';
-import { InputError, VipsecError } from '../src/errors.ts';
+import { InputError, VipsecError } from '../src/index.ts';
 
 export const ExitCode = {
   done: 0,

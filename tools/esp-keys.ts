@@ -10,8 +10,7 @@
  * The file holds keys: it is made readable by its owner only.
  */
 import { closeSync, fchmodSync, openSync, writeSync } from 'node:fs';
-import type { SecurityAssociation } from '../src/ipsec/sa.ts';
-import { formatIp } from '../src/packet/addresses.ts';
+import { formatIp, type SecurityAssociation } from '../src/index.ts';
 
 const Cipher = {
   null: 'NULL',

@@ -22,6 +22,7 @@ async function addCommands(): Promise<void> {
   const folder = new URL('./commands/', import.meta.url);
   const files = readdirSync(folder).filter((file) => /(?<!\.d)\.[jt]s$/.test(file));
   const called = process.argv[2];
+  if (called === '-V' || called === '--version') return;
   const wanted = files.filter((file) => file.replace(/\.[jt]s$/, '') === called);
   for (const file of (wanted.length > 0 ? wanted : files).sort()) {
     const module: { command?: () => Command | readonly Command[] } = await import(new URL(file, folder).href);

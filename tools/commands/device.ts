@@ -3,8 +3,7 @@
  */
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { type Device, FAULTS, startDevice } from '../../src/device/index.ts';
-import { InputError } from '../../src/errors.ts';
-import { WIRE_REVISIONS, type WireRevision } from '../../src/virtio/revision.ts';
+import { InputError, WIRE_REVISIONS, type WireRevision } from '../../src/index.ts';
 import { note, print, printJson, warn } from '../cli.ts';
 
 interface Flags {

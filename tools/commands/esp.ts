@@ -3,12 +3,15 @@
  */
 import { statSync } from 'node:fs';
 import { Command, Option } from 'commander';
-import { InputError } from '../../src/errors.ts';
-import type { EngineName } from '../../src/fallback/engines/engine.ts';
-import type { SecurityAssociation } from '../../src/ipsec/sa.ts';
-import { loadSaFile } from '../../src/ipsec/sa-file.ts';
-import { CaptureReader, type CaptureWriter } from '../../src/packet/capture-file.ts';
-import { LinkType } from '../../src/packet/fields.ts';
+import {
+  CaptureReader,
+  type CaptureWriter,
+  type EngineName,
+  InputError,
+  LinkType,
+  loadSaFile,
+  type SecurityAssociation,
+} from '../../src/index.ts';
 import { CaptureOutput } from '../capture-output.ts';
 import { ExitCode, ProgressLine, print, printJson, table, untilSignal, warn } from '../cli.ts';
 import { writeEspKeys } from '../esp-keys.ts';

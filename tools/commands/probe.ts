@@ -2,11 +2,16 @@
  * `vipsec probe DEVICE`: what a virtio network function says about itself.
  */
 import { Command, Option } from 'commander';
-import { openFunction } from '../../src/nic-options.ts';
-import type { WireRevision } from '../../src/virtio/revision.ts';
-import { WIRE_REVISIONS } from '../../src/virtio/revision.ts';
+import {
+  type ModeReport,
+  openFunction,
+  type PciReport,
+  type ProbeReport,
+  probeFunction,
+  WIRE_REVISIONS,
+  type WireRevision,
+} from '../../src/index.ts';
 import { ExitCode, print, printJson, table } from '../cli.ts';
-import { type ModeReport, type PciReport, type ProbeReport, probeFunction } from '../probe-report.ts';
 
 interface Options {
   readonly wire: WireRevision | 'auto';

@@ -2,8 +2,7 @@
  * The security associations of the demo: a tunnel in each direction for each family, with fresh random keys.
  */
 import { randomBytes } from 'node:crypto';
-import type { SecurityAssociation } from '../../src/ipsec/sa.ts';
-import { type SecurityAssociationInput, validateSa } from '../../src/ipsec/validate.ts';
+import { type SecurityAssociation, type SecurityAssociationInput, validateSa } from '../../src/index.ts';
 import { Network } from './traffic.ts';
 import type { Side } from './wire.ts';
 

@@ -6,7 +6,7 @@ import { once } from 'node:events';
 import { existsSync, rmSync } from 'node:fs';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
-import { VfioError } from '../../src/errors.ts';
+import { VfioError } from '../../src/index.ts';
 
 /** How long a device may take to listen, and to end when it is asked to. */
 const Deadline = { start: 10_000, stop: 3_000 } as const;

@@ -1,7 +1,7 @@
 /**
  * What the demo found, as data: numbers, and the checks that they must pass.
  */
-import type { Where } from '../../src/ipsec/placement.ts';
+import type { Where } from '../../src/index.ts';
 import type { StationCounters } from './station.ts';
 import type { TsharkVerdict } from './tshark.ts';
 

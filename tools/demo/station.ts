@@ -4,13 +4,15 @@
  * The path keeps the order of frames, so the n-th frame that arrives must be the n-th that was sent, byte for byte, and under
  * the SA that it was sent under. Anything else that arrives is counted as unexpected.
  */
-
-import { Verdict } from '../../src/fallback/verdict.ts';
-import type { SaHandle } from '../../src/ipsec/ipsec.ts';
-import { OutboundPolicy } from '../../src/ipsec/policy.ts';
-import type { SecurityAssociation, Selector } from '../../src/ipsec/sa.ts';
-import type { Nic } from '../../src/nic.ts';
-import { Ethernet } from '../../src/packet/fields.ts';
+import {
+  Ethernet,
+  type Nic,
+  OutboundPolicy,
+  type SaHandle,
+  type SecurityAssociation,
+  type Selector,
+  Verdict,
+} from '../../src/index.ts';
 
 /** Packets in one burst. */
 const BURST = 32;

@@ -3,9 +3,7 @@
  */
 import { readdirSync } from 'node:fs';
 import { join } from 'node:path';
-import { InputError } from '../../src/errors.ts';
-import { CaptureReader } from '../../src/packet/capture-file.ts';
-import { Ethernet } from '../../src/packet/fields.ts';
+import { CaptureReader, Ethernet, InputError } from '../../src/index.ts';
 import { packageRoot } from '../package-root.ts';
 import type { Side } from './wire.ts';
 

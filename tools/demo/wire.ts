@@ -7,8 +7,7 @@
  */
 import { once } from 'node:events';
 import { createServer, type Server, type Socket } from 'node:net';
-import { VfioError } from '../../src/errors.ts';
-import type { CaptureWriter } from '../../src/packet/capture-file.ts';
+import { type CaptureWriter, VfioError } from '../../src/index.ts';
 
 /** Bytes of the length before a frame; and the longest frame that is believed. */
 const LENGTH_SIZE = 4;
@@ -16,6 +15,8 @@ const MAX_FRAME = 65_550;
 
 /** One end of the wire. */
 export type Side = 0 | 1;
+
+export const SIDES: readonly Side[] = [0, 1];
 
 /** Sees each frame before it goes on; may change it in place. `false` takes it off the wire. */
 export type Tap = (from: Side, frame: Uint8Array) => boolean;
@@ -39,7 +40,7 @@ export class Wire {
   /** Listens on one path for each side. */
   static async listen(paths: readonly [string, string], capture: CaptureWriter | null = null): Promise<Wire> {
     const wire = new Wire(capture);
-    for (const side of [0, 1] as const) {
+    for (const side of SIDES) {
       const server = createServer((socket) => wire.#attach(side, socket));
       wire.#servers.push(server);
       server.listen(paths[side]);
@@ -80,7 +81,7 @@ export class Wire {
 
   /** The reader of `to` is slow: take nothing more from the other side until it has caught up. */
   #hold(to: Side, socket: Socket): void {
-    const source = this.#sockets[other(to)];
+    const source = this.#sockets[otherSide(to)];
     if (source === null || source.isPaused()) return;
     source.pause();
     socket.once('drain', () => source.resume());
@@ -105,7 +106,7 @@ export class Wire {
       bytes.set(chunk, kept.length);
     }
     // What came in one piece goes on in one piece.
-    const target = this.#sockets[other(side)];
+    const target = this.#sockets[otherSide(side)];
     target?.cork();
     let at = 0;
     while (bytes.length - at >= LENGTH_SIZE) {
@@ -126,7 +127,7 @@ export class Wire {
   #pass(from: Side, frame: Uint8Array): void {
     this.frames[from]++;
     this.bytes[from] += frame.length;
-    if (this.tap(from, frame)) this.send(other(from), frame);
+    if (this.tap(from, frame)) this.send(otherSide(from), frame);
   }
 
   #record(frame: Uint8Array): void {
@@ -142,6 +143,7 @@ export class Wire {
   }
 }
 
-function other(side: Side): Side {
+/** The far end. */
+export function otherSide(side: Side): Side {
   return side === 0 ? 1 : 0;
 }

@@ -1,15 +1,15 @@
 /**
- * What `vipsec probe` finds out: everything that a virtio network function says about itself, without changing it.
+ * The bring-up report of a device: everything that a virtio network function says about itself, without changing it.
  *
  * The function is reset, brought up far enough to read (features, configuration, administration commands and
  * capabilities; no capability is set, no object created, no packet queue enabled) and reset again. A step that fails is
  * noted in `problems`, and the steps that do not need it go on: the report is for people whose device does not work yet.
  */
-import { VipsecError, VirtioError } from '../src/errors.ts';
-import { algorithmNames, modeName, optionNamesOf } from '../src/ipsec/capability.ts';
-import type { SaLimits } from '../src/ipsec/wire/codec.ts';
-import { ipsecWire } from '../src/ipsec/wire/revisions.ts';
-import { formatMac } from '../src/packet/addresses.ts';
+import { VipsecError, VirtioError } from './errors.ts';
+import { algorithmNames, modeName, optionNamesOf } from './ipsec/capability.ts';
+import type { SaLimits } from './ipsec/wire/codec.ts';
+import { ipsecWire } from './ipsec/wire/revisions.ts';
+import { formatMac } from './packet/addresses.ts';
 import {
   ExtendedCapabilityId,
   type MsixCapability,
@@ -22,17 +22,17 @@ import {
   readVirtioCapabilities,
   walkCapabilities,
   walkExtendedCapabilities,
-} from '../src/vfio/config-space.ts';
-import type { PciFunction } from '../src/vfio/function.ts';
-import { AdminQueue } from '../src/virtio/admin.ts';
-import { AdminOpcode, adminOpcodeName, CapabilityId } from '../src/virtio/admin-wire.ts';
-import { FEATURE_BITS, Feature, FeatureSet, featureName } from '../src/virtio/features.ts';
-import { GENERIC_FEATURES, initializeDevice, resetDevice } from '../src/virtio/initialize.ts';
-import { VirtioCfgType } from '../src/virtio/pci-layout.ts';
-import type { WireRevision } from '../src/virtio/revision.ts';
-import { openStandardTransport, virtioDeviceType } from '../src/virtio/standard.ts';
-import type { VirtioTransport } from '../src/virtio/transport.ts';
-import { type NetConfig, readNetConfig } from '../src/virtio-net/config.ts';
+} from './vfio/config-space.ts';
+import type { PciFunction } from './vfio/function.ts';
+import { AdminQueue } from './virtio/admin.ts';
+import { AdminOpcode, adminOpcodeName, CapabilityId } from './virtio/admin-wire.ts';
+import { FEATURE_BITS, Feature, FeatureSet, featureName } from './virtio/features.ts';
+import { GENERIC_FEATURES, initializeDevice, resetDevice } from './virtio/initialize.ts';
+import { VirtioCfgType } from './virtio/pci-layout.ts';
+import type { WireRevision } from './virtio/revision.ts';
+import { openStandardTransport, virtioDeviceType } from './virtio/standard.ts';
+import type { VirtioTransport } from './virtio/transport.ts';
+import { type NetConfig, readNetConfig } from './virtio-net/config.ts';
 import {
   decodeActionCapability,
   decodeFlowFilterLimits,
@@ -41,7 +41,7 @@ import {
   type FlowFilterLimits,
   SelectorFlag,
   SelectorType,
-} from '../src/virtio-net/flow-filter-wire.ts';
+} from './virtio-net/flow-filter-wire.ts';
 
 /** A step that failed. */
 export interface Problem {
