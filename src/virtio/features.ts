@@ -105,7 +105,9 @@ export class FeatureSet {
   }
 
   has(bit: number): boolean {
-    return bit >= 0 && bit < FEATURE_BITS && ((this.words[bit >>> 5] >>> (bit & 31)) & 1) === 1;
+    return (
+      Number.isInteger(bit) && bit >= 0 && bit < FEATURE_BITS && ((this.words[bit >>> 5] >>> (bit & 31)) & 1) === 1
+    );
   }
 
   /** True when every one of `bits` is in the set. */

@@ -215,7 +215,7 @@ describe('deadlines of administration commands', () => {
   });
 
   it('keep the slot of a late command out of use, so that its answer hits no other', async () => {
-    const { admin, receive } = open({ timeout: 30, slots: 2 });
+    const { admin, receive } = open({ timeout: 250, slots: 2 });
     const lost = failure(admin.queryObject(SA, 1, 8));
     const [late] = receive();
     expect(await lost).toMatchObject({ code: 'ADMIN_TIMEOUT' });
@@ -247,9 +247,9 @@ describe('deadlines of administration commands', () => {
   });
 
   it('do not run for commands that wait while the device answers others', async () => {
-    const { admin, serve } = open({ timeout: 60, slots: 1 });
+    const { admin, serve } = open({ timeout: 400, slots: 1 });
     serve((command) => {
-      setTimeout(() => command.reply(0), 20);
+      setTimeout(() => command.reply(0), 80);
     });
     await Promise.all(Array.from({ length: 8 }, (_, id) => admin.destroyObject(SA, id)));
   });
