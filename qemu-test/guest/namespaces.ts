@@ -1,12 +1,10 @@
 /** Network namespaces of the guest: an application in one of them talks to the other over the wire, never by loopback. */
-import { type ChildProcess, spawn } from 'node:child_process';
 import { join } from 'node:path';
 import type { TrafficAnswer, TrafficRequest } from '../ipsec/traffic.ts';
 import type { Guest } from './guest.ts';
+import { Helper } from './process.ts';
 
 const TRAFFIC = 'qemu-test/ipsec/traffic.js';
-const START_MS = 30_000;
-const ANSWER_MS = 40_000;
 
 /** Makes namespace `name` with its loopback up. */
 export function addNamespace(guest: Guest, name: string): void {
@@ -15,7 +13,7 @@ export function addNamespace(guest: Guest, name: string): void {
 
 /** Sends `count` echo requests from inside a namespace (null: the first one) and needs all the answers. */
 export function ping(guest: Guest, from: string | null, to: string, count = 3, size = 56): string {
-  const command = `ping -c ${count} -i 0.1 -W 5 -s ${size} ${to}`;
+  const command = `ping -c ${count} -i 0.01 -W 5 -s ${size} ${to}`;
   const output = guest.must(from === null ? command : `ip netns exec ${from} ${command}`);
   const summary = /(\d+) packets transmitted, (\d+) packets received/.exec(output);
   if (summary === null || summary[1] !== summary[2]) throw new Error(`ping ${to}: ${output}`);
@@ -24,51 +22,27 @@ export function ping(guest: Guest, from: string | null, to: string, count = 3, s
 
 /** The traffic process of a namespace: it echoes UDP and TCP, and sends on request. */
 export class Traffic {
-  readonly #child: ChildProcess;
+  readonly #helper: Helper;
 
-  private constructor(child: ChildProcess) {
-    this.#child = child;
+  private constructor(helper: Helper) {
+    this.#helper = helper;
   }
 
   static async start(guest: Guest, namespace: string | null): Promise<Traffic> {
     const node = [process.execPath, join(guest.dist, TRAFFIC)];
-    const [command, ...args] = namespace === null ? node : ['ip', 'netns', 'exec', namespace, ...node];
-    const child = spawn(command, args, { stdio: ['ignore', 'inherit', 'inherit', 'ipc'] });
-    const traffic = new Traffic(child);
-    await traffic.#answer(START_MS);
-    return traffic;
+    const command = namespace === null ? node : ['ip', 'netns', 'exec', namespace, ...node];
+    return new Traffic(await Helper.start(`the traffic process of ${namespace ?? 'the first namespace'}`, command));
   }
 
   async request(request: TrafficRequest): Promise<string> {
-    const answer = this.#answer(ANSWER_MS);
-    this.#child.send(request);
-    const { ok, detail } = await answer;
-    if (!ok) throw new Error(`${request.kind} to ${request.to}: ${detail}`);
-    return detail;
+    const answer = await this.#helper.request(request);
+    if (!isAnswer(answer)) throw new Error('the traffic process sent something else');
+    if (!answer.ok) throw new Error(`${request.kind} to ${request.to}: ${answer.detail}`);
+    return answer.detail;
   }
 
   stop(): void {
-    this.#child.disconnect();
-  }
-
-  #answer(timeoutMs: number): Promise<TrafficAnswer> {
-    return new Promise((resolve, reject) => {
-      const timer = setTimeout(
-        () => reject(new Error(`no answer of the traffic process in ${timeoutMs} ms`)),
-        timeoutMs,
-      );
-      const over = (code: number | null) => {
-        clearTimeout(timer);
-        reject(new Error(`the traffic process ended with ${code}`));
-      };
-      this.#child.once('exit', over);
-      this.#child.once('message', (message) => {
-        clearTimeout(timer);
-        this.#child.off('exit', over);
-        if (isAnswer(message)) resolve(message);
-        else reject(new Error('the traffic process sent something else'));
-      });
-    });
+    this.#helper.stop();
   }
 }
 

@@ -1,0 +1,54 @@
+/** A child process that answers each request with one message: the gateway, the traffic ends. */
+import { type ChildProcess, spawn } from 'node:child_process';
+
+const START_MS = 60_000;
+const ANSWER_MS = 40_000;
+
+export class Helper {
+  readonly #child: ChildProcess;
+  readonly #name: string;
+
+  private constructor(child: ChildProcess, name: string) {
+    this.#child = child;
+    this.#name = name;
+  }
+
+  /** Starts it and waits for its first message. */
+  static async start(name: string, command: readonly string[]): Promise<Helper> {
+    const [program, ...args] = command;
+    const child = spawn(program, args, { stdio: ['ignore', 'inherit', 'inherit', 'ipc'] });
+    const helper = new Helper(child, name);
+    await helper.#answer(START_MS);
+    return helper;
+  }
+
+  request(request: object): Promise<unknown> {
+    const answer = this.#answer(ANSWER_MS);
+    this.#child.send(request);
+    return answer;
+  }
+
+  stop(): void {
+    if (this.#child.connected) this.#child.disconnect();
+  }
+
+  #answer(timeoutMs: number): Promise<unknown> {
+    return new Promise((resolve, reject) => {
+      const settle = (act: () => void) => {
+        clearTimeout(timer);
+        this.#child.off('exit', over);
+        this.#child.off('message', heard);
+        act();
+      };
+      const over = (code: number | null, signal: string | null) =>
+        settle(() => reject(new Error(`${this.#name} ended with ${code ?? signal}`)));
+      const heard = (message: unknown) => settle(() => resolve(message));
+      const timer = setTimeout(
+        () => settle(() => reject(new Error(`no answer of ${this.#name} in ${timeoutMs} ms`))),
+        timeoutMs,
+      );
+      this.#child.on('exit', over);
+      this.#child.on('message', heard);
+    });
+  }
+}

@@ -1,0 +1,158 @@
+/**
+ * The application under test: a process that drives a NIC through the public API, with an SA each way, and gives what comes out
+ * of the tunnel to the kernel of a network namespace by a TUN interface, and the other way round.
+ * `node gateway.js DEVICE PEER_MAC`; its parent sets the SAs over the IPC channel.
+ */
+import { type Nic, openNic, type SaHandle, type SecurityAssociationInput } from '../../src/index.ts';
+import { Tun } from './tun.ts';
+
+export const TUN_NAME = 'tun0';
+
+/** A request to the process, and its answers. */
+export type GatewayRequest =
+  | { readonly kind: 'sas'; readonly outbound: SecurityAssociationInput; readonly inbound: SecurityAssociationInput }
+  | { readonly kind: 'report' }
+  | { readonly kind: 'close' };
+export type GatewayAnswer =
+  | { readonly ok: true; readonly placement?: readonly string[]; readonly report?: GatewayReport }
+  | { readonly ok: false; readonly detail: string };
+export interface GatewayReport {
+  /** Packets that reached the application under the SA. */
+  readonly opened: number;
+  readonly protected: number;
+  /** IP packets that arrived in the clear; none of them is passed on. */
+  readonly inTheClear: number;
+  readonly dropped: Readonly<Record<string, number>>;
+}
+
+const HEADER = 14;
+const BURST = 32;
+/** Empty rounds before a pause; a pause lets the other processes of a small machine run. */
+const IDLE_ROUNDS = 100;
+const PAUSE_MS = 1;
+const ETHERTYPE = { 4: [0x08, 0x00], 6: [0x86, 0xdd] } as const;
+
+class Gateway {
+  readonly #nic: Nic;
+  readonly #tun = new Tun(TUN_NAME);
+  readonly #burst = new Uint32Array(BURST);
+  readonly #header: Uint8Array;
+  #outbound: SaHandle | undefined;
+  #inbound: SaHandle | undefined;
+  #opened = 0;
+  #protected = 0;
+  #inTheClear = 0;
+  closed = false;
+
+  constructor(nic: Nic, peerMac: string) {
+    this.#nic = nic;
+    this.#header = new Uint8Array([...Buffer.from(peerMac.replaceAll(':', ''), 'hex'), ...nic.mac, 0, 0]);
+  }
+
+  async setSas(outbound: SecurityAssociationInput, inbound: SecurityAssociationInput): Promise<string[]> {
+    const old = [this.#outbound, this.#inbound];
+    this.#outbound = undefined;
+    this.#inbound = undefined;
+    for (const sa of old) await sa?.remove();
+    this.#opened = 0;
+    this.#protected = 0;
+    this.#inTheClear = 0;
+    this.#inbound = await this.#nic.ipsec.addSa(inbound);
+    this.#outbound = await this.#nic.ipsec.addSa(outbound);
+    return [this.#outbound, this.#inbound].map(({ placement: { where, because } }) => `${where}: ${because}`);
+  }
+
+  report(): GatewayReport {
+    const { rx, tx } = this.#nic.statistics();
+    const dropped = { ...rx.dropped, ...tx.dropped };
+    return { opened: this.#opened, protected: this.#protected, inTheClear: this.#inTheClear, dropped };
+  }
+
+  /** One round each way; false when there was nothing to do. */
+  step(): boolean {
+    if (this.#nic.broken !== null) throw this.#nic.broken;
+    const received = this.#fromNic();
+    return this.#toNic() || received;
+  }
+
+  async close(): Promise<void> {
+    this.closed = true;
+    this.#tun.close();
+    await this.#nic.close();
+  }
+
+  #fromNic(): boolean {
+    const { packets } = this.#nic;
+    const n = this.#nic.queues[0].rx.burst(this.#burst, BURST);
+    for (let i = 0; i < n; i++) {
+      const frame = packets.read(this.#burst[i]);
+      const isIp = (frame[12] === 0x08 && frame[13] === 0x00) || (frame[12] === 0x86 && frame[13] === 0xdd);
+      // The kernel's multicast (router solicitations, group reports) is not for us.
+      if (!isIp || (frame[0] & 1) !== 0) continue;
+      if (packets.sa[this.#burst[i]] !== this.#inbound?.handle) this.#inTheClear++;
+      else if (this.#tun.send(frame.subarray(HEADER))) this.#opened++;
+    }
+    packets.free(this.#burst, n);
+    return n > 0;
+  }
+
+  #toNic(): boolean {
+    const { packets, queues } = this.#nic;
+    const { tx } = queues[0];
+    tx.reclaim();
+    let n = 0;
+    const room = Math.min(BURST, tx.room);
+    while (n < room) {
+      const packet = this.#tun.receive();
+      if (packet === undefined) break;
+      // Without an SA it goes nowhere: never in the clear.
+      if (this.#outbound === undefined || packets.allocate(this.#burst.subarray(n), 1) === 0) continue;
+      const [high, low] = ETHERTYPE[packet[0] >> 4 === 6 ? 6 : 4];
+      const frame = new Uint8Array(HEADER + packet.length);
+      frame.set(this.#header);
+      frame[12] = high;
+      frame[13] = low;
+      frame.set(packet, HEADER);
+      packets.write(this.#burst[n], frame);
+      packets.sa[this.#burst[n]] = this.#outbound.handle;
+      n++;
+    }
+    const taken = tx.burst(this.#burst, n);
+    if (taken < n) packets.free(this.#burst.subarray(taken), n - taken);
+    this.#protected += taken;
+    return n > 0;
+  }
+}
+
+async function run(gateway: Gateway): Promise<void> {
+  for (let idle = 0; !gateway.closed; ) {
+    idle = gateway.step() ? 0 : idle + 1;
+    if (idle < IDLE_ROUNDS) await new Promise((resolve) => setImmediate(resolve));
+    else await new Promise((resolve) => setTimeout(resolve, PAUSE_MS));
+  }
+}
+
+async function answer(gateway: Gateway, request: GatewayRequest): Promise<GatewayAnswer> {
+  try {
+    if (request.kind === 'sas') return { ok: true, placement: await gateway.setSas(request.outbound, request.inbound) };
+    if (request.kind === 'report') return { ok: true, report: gateway.report() };
+    await gateway.close();
+    return { ok: true };
+  } catch (error) {
+    return { ok: false, detail: error instanceof Error ? error.message : String(error) };
+  }
+}
+
+function isRequest(message: unknown): message is GatewayRequest {
+  return typeof message === 'object' && message !== null && 'kind' in message;
+}
+
+const [device = '', peerMac = ''] = process.argv.slice(2);
+const gateway = new Gateway(await openNic(device), peerMac);
+process.on('message', async (message) => {
+  if (!isRequest(message)) return;
+  process.send?.(await answer(gateway, message));
+  if (message.kind === 'close') process.disconnect();
+});
+process.send?.({ ok: true });
+await run(gateway);
