@@ -49,6 +49,8 @@ export interface InlineIpsecOptions {
   readonly receiveQueues: number;
 }
 
+const NO_RULES: SaRules = [];
+
 interface InlineSa {
   readonly id: number;
   readonly type: number;
@@ -151,7 +153,7 @@ export class InlineIpsec {
       throw error;
     }
     if (outbound) {
-      this.#sas.set(handle, { id, type, identity, rules: [] });
+      this.#sas.set(handle, { id, type, identity, rules: NO_RULES });
       this.#options.table.resourceId[handle] = id;
       return;
     }
@@ -161,7 +163,7 @@ export class InlineIpsec {
       const rules = (await this.#options.rules?.add(sa)) ?? [];
       this.#sas.set(handle, { id, type, identity, rules });
     } catch (error) {
-      this.#sas.set(handle, { id, type, identity, rules: [] });
+      this.#sas.set(handle, { id, type, identity, rules: NO_RULES });
       await this.destroy(handle).catch(() => {});
       throw error;
     }

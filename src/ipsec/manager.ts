@@ -343,7 +343,7 @@ class ManagedSa implements SaHandle {
     this.spi = sa.spi;
     this.placement = placement;
     this.claim = claim;
-    this.#way = wayOf(sa);
+    this.#way = sa.direction === 'inbound' ? wayOf(sa) : '';
   }
 
   traffic(): SaTraffic {

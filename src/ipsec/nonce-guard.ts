@@ -136,37 +136,58 @@ export class NonceGuard {
     const fileId = file === null ? '' : fingerprint(file.pepper, material);
     const fileBefore = file?.claim(fileId, (used) => refuseOverlap(sa, where, used.next, used.live)) ?? 0n;
     memory.set(id, { next: before?.next ?? fileBefore, live: true });
-
-    let open = true;
-    const { first } = plannedIvs(sa);
-    const start = sa.initial.sequence;
-    return {
-      covers: (other) => {
-        const otherMaterial = nonceMaterial(other);
-        const same = otherMaterial !== null && memory.fingerprint(otherMaterial) === id;
-        otherMaterial?.fill(0);
-        return same;
-      },
-      release: (nextSequence) => {
-        if (!open) return;
-        open = false;
-        const counted = where === 'software' && nextSequence !== undefined;
-        const end = counted ? first + (nextSequence - start) : IV_END;
-        const next = end > IV_END ? IV_END : end;
-        memory.set(id, { next, live: false });
-        file?.free(fileId, next);
-      },
-      cancel: () => {
-        if (!open) return;
-        open = false;
-        memory.set(id, before);
-        file?.free(fileId, fileBefore);
-      },
-    };
+    const offset = where === 'software' ? plannedIvs(sa).first - sa.initial.sequence : null;
+    return new Claim({ memory, file, id, fileId, before, fileBefore, offset });
   }
 
   close(): void {
     this.#file?.close();
+  }
+}
+
+/** What a claim needs for its end; nothing of the SA, which has keys. */
+interface ClaimState {
+  readonly memory: NonceMemory;
+  readonly file: NonceFile | null;
+  readonly id: string;
+  readonly fileId: string;
+  readonly before: Used | undefined;
+  readonly fileBefore: bigint;
+  /** What the explicit IV is ahead of the sequence number; null when nobody counts. */
+  readonly offset: bigint | null;
+}
+
+class Claim implements NonceClaim {
+  readonly #state: ClaimState;
+  #open = true;
+
+  constructor(state: ClaimState) {
+    this.#state = state;
+  }
+
+  covers(sa: SecurityAssociation): boolean {
+    const material = nonceMaterial(sa);
+    const same = material !== null && this.#state.memory.fingerprint(material) === this.#state.id;
+    material?.fill(0);
+    return same;
+  }
+
+  release(nextSequence?: bigint): void {
+    const { memory, file, id, fileId, offset } = this.#state;
+    if (!this.#open) return;
+    this.#open = false;
+    const end = offset !== null && nextSequence !== undefined ? nextSequence + offset : IV_END;
+    const next = end > IV_END ? IV_END : end;
+    memory.set(id, { next, live: false });
+    file?.free(fileId, next);
+  }
+
+  cancel(): void {
+    const { memory, file, id, fileId, before, fileBefore } = this.#state;
+    if (!this.#open) return;
+    this.#open = false;
+    memory.set(id, before);
+    file?.free(fileId, fileBefore);
   }
 }
 

@@ -10,7 +10,9 @@ export class ObjectIds {
   /** Freed ids, oldest first from `#head` on. */
   #freed: number[] = [];
   #head = 0;
-  readonly #used = new Set<number>();
+  /** By id: 1 while it is in use. Grows with the ids that were handed out. */
+  #taken = new Uint8Array(16);
+  #used = 0;
 
   constructor(limit: number) {
     this.limit = limit;
@@ -18,15 +20,19 @@ export class ObjectIds {
 
   /** Ids in use. */
   get used(): number {
-    return this.#used.size;
+    return this.#used;
   }
 
   /** An id, and whether an earlier object had it; null when all are in use. */
   take(): { readonly id: number; readonly reused: boolean } | null {
     if (this.#fresh < this.limit) {
       const id = this.#fresh++;
-      this.#used.add(id);
-      return { id, reused: false };
+      if (id >= this.#taken.length) {
+        const larger = new Uint8Array(2 * this.#taken.length);
+        larger.set(this.#taken);
+        this.#taken = larger;
+      }
+      return this.#mark(id, false);
     }
     if (this.#head === this.#freed.length) return null;
     const id = this.#freed[this.#head++];
@@ -34,13 +40,20 @@ export class ObjectIds {
       this.#freed = this.#freed.slice(this.#head);
       this.#head = 0;
     }
-    this.#used.add(id);
-    return { id, reused: true };
+    return this.#mark(id, true);
+  }
+
+  #mark(id: number, reused: boolean): { readonly id: number; readonly reused: boolean } {
+    this.#taken[id] = 1;
+    this.#used++;
+    return { id, reused };
   }
 
   /** Gives `id` back; false when it was not in use. */
   give(id: number): boolean {
-    if (!this.#used.delete(id)) return false;
+    if (this.#taken[id] !== 1) return false;
+    this.#taken[id] = 0;
+    this.#used--;
     this.#freed.push(id);
     return true;
   }
