@@ -28,7 +28,7 @@ export class CaptureOutput {
   open(options: CaptureWriterOptions): CaptureWriter {
     if (this.#writer !== undefined) return this.#writer;
     try {
-      this.#writer = new CaptureWriter(this.#written, options);
+      this.#writer = new CaptureWriter(this.#written, { ...options, exclusive: this.#written !== this.#path });
     } catch (error) {
       const what = error instanceof Error ? error.message : 'unknown error';
       throw new InputError('OUTPUT_UNWRITABLE', `cannot write ${this.#path}: ${what}`, { cause: error });

@@ -129,6 +129,8 @@ export interface CaptureWriterOptions {
   readonly linkType: number;
   /** pcap: write the nanosecond variant. pcapng always carries nanoseconds. */
   readonly nanoseconds?: boolean;
+  /** Fail when the file is there already, be it a link to nowhere. */
+  readonly exclusive?: boolean;
 }
 
 /** Writes a pcap or pcapng file, little-endian, through a buffer. */
@@ -141,12 +143,12 @@ export class CaptureWriter {
   #fd: number;
   #used = 0;
 
-  /** Creates or overwrites `path`. Throws the error of the file system. */
+  /** Creates `path`, or overwrites it. Throws the error of the file system. */
   constructor(path: string, options: CaptureWriterOptions) {
     this.#pcapng = options.format === 'pcapng';
     const fine = options.nanoseconds === true;
     this.#divisor = fine ? 1 : 1000;
-    this.#fd = openSync(path, 'w');
+    this.#fd = openSync(path, options.exclusive === true ? 'wx' : 'w');
     this.#used = this.#pcapng
       ? pcapngHeader(this.#buffer, options.linkType, MAX_PACKET_LENGTH)
       : pcapHeader(this.#buffer, options.linkType, MAX_PACKET_LENGTH, fine);

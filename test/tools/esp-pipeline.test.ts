@@ -1,8 +1,10 @@
 import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import fc from 'fast-check';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { InputError } from '../../src/errors.ts';
+import type { SecurityAssociation } from '../../src/ipsec/sa.ts';
 import { validateSas } from '../../src/ipsec/validate.ts';
 import { CaptureReader, CaptureWriter } from '../../src/packet/capture-file.ts';
 import { anyDropped, EspPipeline, type EspReport } from '../../tools/esp-pipeline.ts';
@@ -33,10 +35,10 @@ const transport: Json = { direction: 'outbound', mode: 'transport', spi: 0x1000,
 const receive = (sa: Json): Json => ({ ...sa, direction: 'inbound' });
 
 /** Takes `input` through `sas` and returns the report and the path of the result. */
-function esp(input: string, sas: Json[]): { report: EspReport; output: string } {
+function esp(input: string, sas: Json[] | SecurityAssociation[]): { report: EspReport; output: string } {
   const output = join(folder, `${serial++}.pcap`);
   using reader = new CaptureReader(input);
-  using pipeline = new EspPipeline(validateSas(sas), 'auto');
+  using pipeline = new EspPipeline(isValidated(sas) ? sas : validateSas(sas), 'auto');
   let writer: CaptureWriter | undefined;
   const open = (linkType: number): CaptureWriter => {
     writer ??= new CaptureWriter(output, { linkType, nanoseconds: reader.decoder.nanoseconds });
@@ -49,6 +51,10 @@ function esp(input: string, sas: Json[]): { report: EspReport; output: string } 
     writer?.close();
   }
   return { report: structuredClone(pipeline.report), output };
+}
+
+function isValidated(sas: Json[] | SecurityAssociation[]): sas is SecurityAssociation[] {
+  return sas.every((sa) => 'initial' in sa && 'lifetime' in sa);
 }
 
 interface Packet {
@@ -279,5 +285,73 @@ describe('link types', () => {
     using reader = new CaptureReader(output);
     expect(reader.next()).toBeNull();
     expect(reader.decoder.linkType).toBe(229);
+  });
+});
+
+describe('whatever is in a capture', () => {
+  const all = validateSas([
+    { ...tunnel, selector: { protocol: 17 } },
+    { ...transport, spi: 0x2000, aead: { ...gcm.aead, key: hex(16, 50) }, selector: { destinationPort: 53 } },
+    { ...receive(tunnel), udpEncap: {} },
+    {
+      ...receive({ ...tunnel, tunnel: v6 }),
+      protocol: 'ah',
+      aead: undefined,
+      auth: { name: 'aes-cmac', key: hex(16) },
+    },
+    receive({ ...transport, spi: 0x3000 }),
+  ]);
+
+  /** Real packets, protected or not, with some bytes changed, cut or with more behind them. */
+  const samples = [
+    ...ipv4,
+    ...ipv6,
+    ...[tunnel, { ...tunnel, tunnel: v6 }, { ...tunnel, udpEncap: {} }, { ...transport, spi: 0x3000 }].flatMap((sa) => {
+      folder = mkdtempSync(join(tmpdir(), 'vipsec-esp-'));
+      const made = packets(esp(capture(ipv4, 101), [sa]).output).map(({ bytes }) => bytesOf(bytes));
+      rmSync(folder, { recursive: true });
+      return made;
+    }),
+  ];
+  const packet = fc.oneof(
+    fc.uint8Array({ maxLength: 120 }),
+    fc
+      .record({
+        sample: fc.constantFrom(...samples),
+        changes: fc.array(fc.tuple(fc.nat(80), fc.nat(255)), { maxLength: 4 }),
+        length: fc.nat(400),
+      })
+      .map(({ sample, changes, length }) => {
+        const bytes = new Uint8Array(length < 100 ? length : sample.length + (length > 350 ? length - 350 : 0));
+        bytes.set(sample.subarray(0, bytes.length));
+        for (const [at, value] of changes) if (at < bytes.length) bytes[at] = value;
+        return bytes;
+      }),
+  );
+
+  test.each([1, 101])('every packet is written, dropped or removed, and nothing throws (link type %i)', (linkType) => {
+    fc.assert(
+      fc.property(fc.array(packet, { minLength: 1, maxLength: 80 }), (frames) => {
+        const path = capture(
+          linkType === 1
+            ? frames.map((frame) =>
+                Uint8Array.from([
+                  ...new Uint8Array(12),
+                  frame[0] >> 4 === 6 ? 0x86 : 8,
+                  frame[0] >> 4 === 6 ? 0xdd : 0,
+                  ...frame,
+                ]),
+              )
+            : frames,
+          linkType,
+        );
+        const { report, output } = esp(path, all);
+        expect(report.in).toBe(frames.length);
+        expect(report.out + total(report) + report.dummy).toBe(report.in);
+        expect(report.out).toBe(report.protected + report.verified + report.bypassed - dropped(report, 'link-type'));
+        expect(packets(output).length).toBe(report.out);
+      }),
+      { numRuns: 60 },
+    );
   });
 });

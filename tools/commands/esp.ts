@@ -82,7 +82,7 @@ async function apply(
   const start = performance.now();
   for (let bursts = 1; pipeline.step(reader, open); bursts++) {
     if (bursts % 256 !== 0) continue;
-    progress.update(() => `${Math.floor((100 * reader.bytesRead) / size)} %  ${report.in} packets`);
+    progress.update(() => describe(report.in, reader.bytesRead, size));
     // Signals are seen between turns of the event loop.
     await new Promise(setImmediate);
     if (signal.aborted) throw new InputError('INTERRUPTED', 'interrupted; nothing was written');
@@ -91,6 +91,11 @@ async function apply(
   open(reader.decoder.linkType ?? LinkType.ethernet);
   output.commit();
   return { report, seconds: (performance.now() - start) / 1000, engines: pipeline.engines(sas.length) };
+}
+
+/** A pipe has no size. */
+function describe(packets: number, bytes: number, size: number): string {
+  return size === 0 ? `${packets} packets` : `${Math.floor((100 * bytes) / size)} %  ${packets} packets`;
 }
 
 function createPipeline(sas: readonly SecurityAssociation[], engine: 'auto' | EngineName): EspPipeline {
