@@ -128,6 +128,16 @@ export function checkKeys(transform: Transform, keys: TransformKeys): void {
   }
 }
 
+/**
+ * A place for key bytes: outside of V8's heap, which small typed arrays live in, and which leaves copies behind when the
+ * collector moves them. The caller wipes it.
+ */
+export function keyBytes(content: Uint8Array): Uint8Array<ArrayBuffer> {
+  const bytes = new Uint8Array(new ArrayBuffer(content.length));
+  bytes.set(content);
+  return bytes;
+}
+
 /** Gives out context numbers 1, 2, 3 … and remembers the rules index of each; freed numbers are given out again. */
 export class ContextNumbers {
   /** Rules index of each context; 0 is free. A new array when it grows: read it anew for every burst. */

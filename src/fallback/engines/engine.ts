@@ -120,6 +120,3 @@ export interface CryptoEngine {
   /** Wipes all keys and frees the library's memory. */
   close(): void;
 }
-
-/** How an engine is made: bound to the memory that its offsets refer to. */
-export type EngineFactory = (memory: MappedMemory) => CryptoEngine;

@@ -8,7 +8,7 @@
  *    position in it is the constant part. It stays in the slot: while the library hands out the same slots for the same
  *    transform and burst object, only 10 words a job are written.
  * 3. `submit_burst_nocheck` runs them; `flush_burst` until none is left, so that every burst ends with an empty queue.
- * 4. The status of each slot is read. To decrypt, the tag that the library computed is compared with the one received.
+ * 4. The status of each slot is read; should one not be complete, the run has failed. To decrypt, the tag that the library computed is compared with the one received.
  *
  * The library's own argument checks cost a quarter of the rate at 64 bytes. They are on for the known answers (`checked`),
  * which each transform passes before it is used; every job is checked against the memory here in any case.
@@ -227,7 +227,7 @@ export class IpsecMbEngine implements CryptoEngine {
   /** The library did not answer as it must. What it holds of jobs it may still write: it gets nothing more. */
   #giveUp(burst: CryptoBurst, start: number, n: number): number {
     this.#stuck = true;
-    for (let i = start; i < start + n; i++) burst.status[i] = JobStatus.failed;
+    burst.status.fill(JobStatus.failed, start, start + n);
     return n;
   }
 
@@ -314,17 +314,20 @@ export class IpsecMbEngine implements CryptoEngine {
       if (kinds[c] !== index || from + length > size || icv > lastIcv) return k;
       const key = keyLow[c];
       const keyTop = keyHigh[c];
-      // Which of the two GCM reads to decrypt depends on the version.
       words[q + ENC] = key;
       words[q + ENC + 1] = keyTop;
-      words[q + DEC] = key;
-      words[q + DEC + 1] = keyTop;
       words[q + SRC] = (address + from) | 0;
       words[q + DST] = (address + from) | 0;
       words[q + CLEN] = length;
       words[q + HLEN] = length;
       words[q + STATUS] = 0;
-      if (encrypting) words[q + TAG] = (address + icv) | 0;
+      if (encrypting) {
+        words[q + TAG] = (address + icv) | 0;
+      } else {
+        // Which of the two GCM reads to decrypt depends on the version.
+        words[q + DEC] = key;
+        words[q + DEC + 1] = keyTop;
+      }
       if (crosses) {
         const top = high(this.#memory.address);
         words[q + SRC + 1] = from < carry ? top : top + 1;
@@ -407,20 +410,25 @@ export class IpsecMbEngine implements CryptoEngine {
     const step = this.#jobWords;
     const start = this.#start;
     const { status, icvOffset } = burst;
-    const { encrypting, icvLength } = shape;
-    const { u8, u16, u32 } = this.#memory;
-    const tags = this.#scratch;
     let q = this.#first;
+    let completed: number = IMB_COMPLETED;
     for (let k = 0; k < n; k++) {
-      const i = start + k;
-      if (words[q + STATUS] !== IMB_COMPLETED) status[i] = JobStatus.failed;
-      else if (encrypting) status[i] = JobStatus.ok;
-      else {
-        const tag = Scratch.tags + TAG_STRIDE * k;
-        const wrong = differs(u8, u16, u32, icvOffset[i], tags.u8, tags.u16, tags.u32, tag, icvLength);
-        status[i] = wrong === 0 ? JobStatus.ok : JobStatus.icv;
-      }
+      completed &= words[q + STATUS];
       q = q + step === this.#jobsEnd ? this.#jobsBegin : q + step;
+    }
+    if (completed !== IMB_COMPLETED) {
+      status.fill(JobStatus.failed, start, start + n);
+    } else if (shape.encrypting) {
+      status.fill(JobStatus.ok, start, start + n);
+    } else {
+      const { u8, u16, u32 } = this.#memory;
+      const tags = this.#scratch;
+      const { icvLength } = shape;
+      for (let k = 0; k < n; k++) {
+        const tag = Scratch.tags + TAG_STRIDE * k;
+        const wrong = differs(u8, u16, u32, icvOffset[start + k], tags.u8, tags.u16, tags.u32, tag, icvLength);
+        status[start + k] = wrong === 0 ? JobStatus.ok : JobStatus.icv;
+      }
     }
   }
 }

@@ -3,11 +3,22 @@
  * engines are compared with. 50 to 500 times slower than they are; it allocates per packet, and its AES is not free of
  * cache-timing effects.
  *
+ * noble makes key schedules in JavaScript memory for each packet; it clears them, but the collector may have copied them.
+ *
  * An ICV is checked by computing it again over what was decrypted, which is how one way serves every ICV length.
  * Left out: 3DES, which noble does not have.
  */
 import type { MappedMemory } from '../../sys/memory.ts';
-import { ContextNumbers, checkKeys, differs, EngineUsageError, fittingRun, type JobRules, jobRules } from './checks.ts';
+import {
+  ContextNumbers,
+  checkKeys,
+  differs,
+  EngineUsageError,
+  fittingRun,
+  type JobRules,
+  jobRules,
+  keyBytes,
+} from './checks.ts';
 import {
   BurstOffset,
   type CryptoBurst,
@@ -61,7 +72,7 @@ export class NobleEngine implements CryptoEngine {
     if (!this.supports(transform)) throw new EngineUsageError(`noble has no ${transform.id}`);
     checkKeys(transform, keys);
     const context = this.#contexts.take(this.#shapesOf(transform)[direction].index);
-    this.#keys.set(context, { cipherKey: keys.cipherKey.slice(), authKey: keys.authKey.slice() });
+    this.#keys.set(context, { cipherKey: keyBytes(keys.cipherKey), authKey: keyBytes(keys.authKey) });
     return context;
   }
 

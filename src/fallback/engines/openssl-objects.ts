@@ -3,6 +3,7 @@
  * `openssl.ts` keeps per SA. Raw keys pass through the scratch and are cleansed there at once.
  */
 import { type MappedMemory, unmapMemory } from '../../sys/memory.ts';
+import { keyBytes } from './checks.ts';
 import { EngineError, type Transform } from './engine.ts';
 import { mapUnbroken } from './native-memory.ts';
 import { Control, type Evp, writeParam, writeText } from './openssl-evp.ts';
@@ -136,7 +137,7 @@ export class OpensslObjects {
     const done =
       evp.encryptInit(context, 0, 0, iv, 0) === 1 &&
       evp.encryptUpdate(context, block, scratch.address + Scratch.outLength, block, AES_BLOCK) === 1;
-    const derived = scratch.u8.slice(Scratch.lastBlock, Scratch.lastBlock + AES_BLOCK);
+    const derived = keyBytes(scratch.u8.subarray(Scratch.lastBlock, Scratch.lastBlock + AES_BLOCK));
     scratch.u8.fill(0, Scratch.lastBlock, Scratch.lastBlock + AES_BLOCK);
     evp.freeContext(context);
     if (!done) throw unsupported('AES-128-CBC failed');
