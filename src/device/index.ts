@@ -6,18 +6,16 @@
  */
 import { createHash } from 'node:crypto';
 import { InputError } from '../errors.ts';
-import { ipsecWire } from '../ipsec/wire/revisions.ts';
-import { PacketPool } from '../packet/pool.ts';
-import { Feature } from '../virtio/features.ts';
+import type { PacketPool } from '../packet/pool.ts';
 import { WIRE_REVISIONS, type WireRevision } from '../virtio/revision.ts';
 import { ARENA_MAX, Arena } from './arena.ts';
+import { makeFunction, makePool, maxFrameOf } from './assemble.ts';
 import { faultSet } from './faults.ts';
-import { VirtioFunction } from './function.ts';
-import { GuestMemory } from './guest-memory.ts';
+import type { VirtioFunction } from './function.ts';
 import type { Link } from './links/link.ts';
 import { makeLinks } from './links/parse.ts';
-import { NetDevice } from './net.ts';
-import { MAX_QUEUE_PAIRS, offeredFeatures, pciLayout, QueueSize } from './personalities/standard.ts';
+import type { NetDevice } from './net.ts';
+import { MAX_QUEUE_PAIRS } from './personalities/standard.ts';
 import { type Pollable, Pump } from './pump.ts';
 import { VfioUserServer } from './vfio-user-server.ts';
 
@@ -68,12 +66,6 @@ export interface Device {
 
 const DEFAULT_MTU = 1500;
 const MTU_RANGE = { min: 68, max: 9000 } as const;
-/** Space in a slot before and behind the largest frame: outer headers, ESP header and IV, link header; padding, trailer, ICV. */
-const HEADROOM = 192;
-const TAILROOM = 320;
-/** Ethernet with two VLAN tags. */
-const FRAME_OVERHEAD = 22;
-const SLOT_ALIGNMENT = 64;
 /** Packets for each queue pair: backlogs, bursts, frames on their way through a link. */
 const PACKETS_PER_PAIR = 4096;
 
@@ -178,13 +170,12 @@ class RunningDevice implements Device {
     this.queuePairs = options.queuePairs;
     this.mtu = options.mtu;
     const count = options.sockets.length;
-    const maxFrame = options.mtu + FRAME_OVERHEAD;
-    const stride = Math.ceil((HEADROOM + maxFrame + TAILROOM) / SLOT_ALIGNMENT) * SLOT_ALIGNMENT;
+    const maxFrame = maxFrameOf(options.mtu);
     const slots = PACKETS_PER_PAIR * count * options.queuePairs;
     this.#arena = new Arena(ARENA_MAX);
     this.#pump = new Pump((error) => this.#survive(error, options.onWarning));
     try {
-      const pool = makePool(this.#arena, slots, stride);
+      const pool = makePool(this.#arena, slots, maxFrame);
       this.#pool = pool;
       this.#links = makeLinks(options.link, { arena: this.#arena, pool, functions: count, maxFrame });
       this.functions = options.sockets.map((_, i) => this.#addFunction(options, i, pool, this.#links[i]));
@@ -197,36 +188,18 @@ class RunningDevice implements Device {
 
   #addFunction(options: Resolved, i: number, pool: PacketPool, link: Link): DeviceFunction {
     const ipsec = options.ipsec[i];
-    const { queuePairs, wire } = options;
-    const offered = offeredFeatures({ queuePairs, ipsec, wire });
-    const features = options.faults[i].has('no-version-1') ? offered.without(VERSION_1) : offered;
-    const hasControl = queuePairs > 1;
-    const wake = () => this.#pump.wake();
-    const fn = new VirtioFunction(new GuestMemory(this.#arena), {
-      layout: pciLayout({ queuePairs, ipsec, wire }),
-      offered: features,
-      queues: 2 * queuePairs + (hasControl ? 1 : 0),
-      adminQueues: ipsec ? 1 : 0,
-      maxQueueSize: (index) => {
-        if (index < 2 * queuePairs) return QueueSize.net;
-        return hasControl && index === 2 * queuePairs ? QueueSize.control : QueueSize.admin;
-      },
-      faults: options.faults[i],
-      wake,
-    });
-    const device = new NetDevice(fn, {
+    const { fn, device } = makeFunction({
       arena: this.#arena,
       pool,
-      queuePairs,
+      link,
+      queuePairs: options.queuePairs,
+      wire: options.wire,
+      ipsec,
       mac: options.macs[i],
       mtu: options.mtu,
-      offered: features,
-      revision: wire,
-      wire: ipsec ? ipsecWire(wire) : null,
-      link,
-      wake,
+      faults: options.faults[i],
+      wake: () => this.#pump.wake(),
     });
-    fn.model = device;
     this.#virtio.push(fn);
     this.#devices.push(device);
     this.#pump.add(device);
@@ -270,18 +243,6 @@ class RunningDevice implements Device {
     this.#arena.close();
   }
 }
-
-/** VIRTIO_F_VERSION_1, for the fault that leaves it out. */
-const VERSION_1 = Feature.VERSION_1;
-
-/** The pool at the start of the arena: its offsets are offsets of the arena. */
-function makePool(arena: Arena, slots: number, stride: number): PacketPool {
-  const size = Math.ceil((slots * stride) / PAGE) * PAGE;
-  if (arena.allocate(size) !== 0) throw new Error('the pool is not at the start of the arena');
-  const { address, u8, u16, u32 } = arena;
-  return new PacketPool({ address, size, u8, u16, u32 }, { stride, headroom: HEADROOM });
-}
-const PAGE = 4096;
 
 function pollableLink(link: Link): Pollable {
   return {

@@ -31,6 +31,8 @@ export interface NetDeviceOptions {
   /** 6 bytes. */
   readonly mac: Uint8Array;
   readonly mtu: number;
+  /** Bytes of the largest frame that is sent. */
+  readonly maxFrame: number;
   readonly offered: FeatureSet;
   readonly revision: WireRevision;
   /** Null for a function without IPsec. */
@@ -41,8 +43,6 @@ export interface NetDeviceOptions {
 
 /** Mbit/s, as the configuration says. */
 const SPEED = 40000;
-/** Ethernet with two VLAN tags. */
-const FRAME_OVERHEAD = 22;
 /** Virtqueues of a pair (5.1.2): receive, then transmit. */
 const PAIR = 2;
 
@@ -53,7 +53,8 @@ export class NetDevice implements DeviceModel {
   readonly #config: NetConfig;
   readonly #ipsec: DeviceIpsec | null;
   readonly #flowFilter: FlowFilter | null;
-  readonly #admin: AdminProcessor | null;
+  /** Executes administration commands; null without IPsec. */
+  readonly admin: AdminProcessor | null;
   readonly #control: ControlProcessor;
   readonly #steering = new Steering();
   readonly #receiver: Receiver;
@@ -86,8 +87,8 @@ export class NetDevice implements DeviceModel {
       },
       queuePairs,
     );
-    this.#transmitter = new Transmitter({ ...shared, link, maxFrame: options.mtu + FRAME_OVERHEAD });
-    this.#admin =
+    this.#transmitter = new Transmitter({ ...shared, link, maxFrame: options.maxFrame });
+    this.admin =
       wire === null || this.#ipsec === null || this.#flowFilter === null
         ? null
         : new AdminProcessor({
@@ -149,12 +150,12 @@ export class NetDevice implements DeviceModel {
     this.#receiver.stop();
     this.#transmitter.stop();
     this.#steering.pairs = 1;
-    this.#admin?.clear();
+    this.admin?.clear();
   }
 
   close(): void {
     this.stop();
-    this.#admin?.close();
+    this.admin?.close();
     this.#control.close();
     this.#ipsec?.close();
     this.#options.link.close();
@@ -197,10 +198,10 @@ export class NetDevice implements DeviceModel {
   /** hot: administration and control commands. */
   #pollCommands(): number {
     let work = 0;
-    if (this.#admin !== null) {
+    if (this.admin !== null) {
       for (let index = this.#adminIndex; index < this.#queues.length; index++) {
         const queue = this.#queues[index];
-        if (queue !== null) work += this.#finish(queue, this.#admin.poll(queue));
+        if (queue !== null) work += this.#finish(queue, this.admin.poll(queue));
       }
     }
     const control = this.#controlIndex < 0 ? null : this.#queues[this.#controlIndex];
