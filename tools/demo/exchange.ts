@@ -8,8 +8,10 @@ import type { OwnedSa, Station } from './station.ts';
 import type { Traffic } from './traffic.ts';
 import { otherSide, SIDES, type Side, type Wire } from './wire.ts';
 
-/** Frames on their way in one direction, at most: half of what the rings hold. */
-const WINDOW = 128;
+/** Descriptors of each ring. A notification costs a message and its answer: the more frames for each, the better. */
+export const RING = 1024;
+/** Frames on their way in one direction, at most: half of what the rings hold, so that none is dropped. */
+const WINDOW = RING / 2;
 /** Milliseconds without any frame after which the demo gives up. */
 const SILENCE = 5_000;
 /** A byte of the ICV of AES-GCM. */

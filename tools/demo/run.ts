@@ -18,7 +18,7 @@ import { CaptureWriter, LinkType, type Nic, openNic, VfioError, validateSa } fro
 import { writeEspKeys } from '../esp-keys.ts';
 import { makeTunnels, type Tunnel, validated, wipeTunnels } from './associations.ts';
 import { DeviceProcess } from './device-process.ts';
-import { Exchange, type ExchangeOptions, type Measured } from './exchange.ts';
+import { Exchange, type ExchangeOptions, type Measured, RING } from './exchange.ts';
 import { type Check, type DemoReport, judge } from './report.ts';
 import { type OwnedSa, Station } from './station.ts';
 import { loadTraffic, type Traffic } from './traffic.ts';
@@ -94,7 +94,7 @@ async function withNics(
 ): Promise<Measured> {
   const nics: Nic[] = [];
   try {
-    for (const device of devices) nics.push(await openNic(`vfio-user:${device.socket}`));
+    for (const device of devices) nics.push(await openNic(`vfio-user:${device.socket}`, { queueSize: RING }));
     const [east, west] = await Promise.all(SIDES.map((side) => station(nics[side], side, tunnels)));
     return await new Exchange([east, west], wire, devices[0], options).run(traffic);
   } finally {
