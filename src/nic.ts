@@ -12,7 +12,7 @@
  * bursts give 0, whatever is pending rejects, and `broken` says why. Left out: packed rings, GSO, the control queue but for the
  * number of queue pairs.
  */
-import { VfioError, VipsecError, VirtioError } from './errors.ts';
+import { AdminCommandError, VfioError, VipsecError, VirtioError } from './errors.ts';
 import { SoftwareIpsec } from './fallback/software.ts';
 import { VERDICTS } from './fallback/verdict.ts';
 import { InboundRules } from './ipsec/inbound-rules.ts';
@@ -31,10 +31,12 @@ import { AdminQueue } from './virtio/admin.ts';
 import { AdminOpcode, adminOpcodeName } from './virtio/admin-wire.ts';
 import { Feature, type FeatureSet } from './virtio/features.ts';
 import { initializeDevice, resetDevice } from './virtio/initialize.ts';
+import { findObjectOpcodes } from './virtio/objects.ts';
 import { openStandardTransport } from './virtio/standard.ts';
 import type { VirtioTransport } from './virtio/transport.ts';
 import { type NetConfig, readNetConfig } from './virtio-net/config.ts';
-import { FlowFilter } from './virtio-net/flow-filter.ts';
+import { FlowFilter, type FlowGroupHandle } from './virtio-net/flow-filter.ts';
+import { encodeGroup, FlowFilterObject } from './virtio-net/flow-filter-wire.ts';
 import { RxCounter } from './virtio-net/rx.ts';
 import { TxCounter } from './virtio-net/tx.ts';
 
@@ -51,6 +53,9 @@ const OBJECT_COMMANDS: readonly number[] = [
   AdminOpcode.RESOURCE_OBJ_QUERY,
   AdminOpcode.RESOURCE_OBJ_DESTROY,
 ];
+
+/** Priority of the group that tells which opcodes the device means; any but 0. */
+const PROBE_PRIORITY = 0xffff;
 
 /** A receive and a transmit queue. */
 export interface NicQueue {
@@ -269,6 +274,7 @@ export class Nic implements AsyncDisposable {
     await admin.listUse([AdminOpcode.LIST_QUERY, AdminOpcode.LIST_USE, ...OBJECT_COMMANDS]);
     const ids = await admin.capabilityIds();
     this.#flowFilter = await FlowFilter.open(admin, ids);
+    if (this.#flowFilter !== null) await learnObjectOpcodes(admin, this.#flowFilter);
     return InlineIpsec.open(admin, ids, {
       wire: ipsecWire(options.wire, { tunnelTypeBase: options.tunnelTypeBase }),
       rules: this.#flowFilter === null ? null : new InboundRules(this.#flowFilter),
@@ -391,6 +397,23 @@ export class Nic implements AsyncDisposable {
       for (const listener of this.#listeners) listener(error);
       this.#listeners.clear();
     });
+  }
+}
+
+/**
+ * The standard contradicts itself about the opcodes of QUERY and MODIFY: a group that nobody uses yet tells what this device means. One that
+ * does not answer is taken by the text.
+ */
+async function learnObjectOpcodes(admin: AdminQueue, filter: FlowFilter): Promise<void> {
+  let group: FlowGroupHandle | null = null;
+  try {
+    group = await filter.addGroup(PROBE_PRIORITY);
+    await findObjectOpcodes(admin, FlowFilterObject.group, group.id, encodeGroup(group));
+  } catch (error) {
+    if (!(error instanceof AdminCommandError || (error instanceof VirtioError && error.code === 'FLOW_LIMIT')))
+      throw error;
+  } finally {
+    if (group !== null) await filter.removeGroup(group);
   }
 }
 
