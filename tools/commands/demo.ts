@@ -71,6 +71,7 @@ function printReport(report: DemoReport): void {
       ]),
     ),
   );
+  print('Each way one packet was replayed and one corrupted on the wire: what was refused was not delivered.');
   print('\nSecurity associations');
   print(
     table(
