@@ -102,10 +102,8 @@ export class TxQueue {
     const { free } = queue;
     if (free < n || queue.size - free >= RECLAIM_AT) this.reclaim();
     const count = Math.min(n, queue.free);
-    if (count < n) {
-      this.counters[TxCounter.ringFull]++;
-      if (count <= 0 || queue.broken !== null) return 0;
-    }
+    if (count < n) this.counters[TxCounter.ringFull]++;
+    if (count <= 0 || queue.broken !== null) return 0;
     const { pool } = this;
     const { offset, length, sa, flags, next } = pool;
     const { f64, u32 } = this.#memory;
