@@ -23,7 +23,7 @@ const PACKET_BYTES = 64;
 const BURSTS = 64;
 const IOVA = 0x10000;
 const SA_HANDLE = 5;
-const SA_OBJECT = 0x12345;
+const SA_OBJECT = 0x1234;
 
 function memory(size: number, iova: number): DmaMemory {
   const bytes = new ArrayBuffer(Math.ceil(size / 4096) * 4096);

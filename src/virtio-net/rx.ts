@@ -114,7 +114,7 @@ export class RxQueue {
       const security = this.#layout.security | 0;
       const unusual = this.#unusual | 0;
       const handles = handle.length | 0;
-      const inbound = ResourceType.NET_IPSEC_INB_SA | 0;
+      const inbound = ResourceType.NET_IPSEC_INB_SA << 16;
       const secured = PacketFlag.secured | 0;
       const atResource = (headerLength - RESOURCE_WORDS_BYTES) | 0;
       let received = 0;
@@ -153,20 +153,13 @@ export class RxQueue {
               const high1 = u32[((at1 + atResource) >> 2) + 1] | 0;
               const high2 = u32[((at2 + atResource) >> 2) + 1] | 0;
               const high3 = u32[((at3 + atResource) >> 2) + 1] | 0;
-              const id0 = (low0 | (high0 << 16)) >>> 0;
-              const id1 = (low1 | (high1 << 16)) >>> 0;
-              const id2 = (low2 | (high2 << 16)) >>> 0;
-              const id3 = (low3 | (high3 << 16)) >>> 0;
-              const sa0 = id0 < handles ? handle[id0] : 0;
-              const sa1 = id1 < handles ? handle[id1] : 0;
-              const sa2 = id2 < handles ? handle[id2] : 0;
-              const sa3 = id3 < handles ? handle[id3] : 0;
-              const types =
-                ((high0 >>> 16) ^ inbound) |
-                ((high1 >>> 16) ^ inbound) |
-                ((high2 >>> 16) ^ inbound) |
-                ((high3 >>> 16) ^ inbound);
-              if (types === 0 && sa0 !== 0 && sa1 !== 0 && sa2 !== 0 && sa3 !== 0) {
+              // An id of more than 16 bits goes the long way, like another type.
+              const other = (high0 ^ inbound) | (high1 ^ inbound) | (high2 ^ inbound) | (high3 ^ inbound);
+              const sa0 = low0 < handles ? handle[low0] : 0;
+              const sa1 = low1 < handles ? handle[low1] : 0;
+              const sa2 = low2 < handles ? handle[low2] : 0;
+              const sa3 = low3 < handles ? handle[low3] : 0;
+              if (other === 0 && sa0 !== 0 && sa1 !== 0 && sa2 !== 0 && sa3 !== 0) {
                 sa[p0] = sa0;
                 sa[p1] = sa1;
                 sa[p2] = sa2;

@@ -192,14 +192,12 @@ export class TxQueue {
             i += 4;
             continue;
           }
-          // SA 0 is never inline, so four packets of which some are in the clear go the long way.
+          // SA 0 is not in the table, so four packets of which some are in the clear go the long way.
           const id0 = handle0 >>> 0 < handles ? resourceId[handle0] | 0 : notInline;
           const id1 = handle1 >>> 0 < handles ? resourceId[handle1] | 0 : notInline;
           const id2 = handle2 >>> 0 < handles ? resourceId[handle2] | 0 : notInline;
           const id3 = handle3 >>> 0 < handles ? resourceId[handle3] | 0 : notInline;
-          const inline = id0 !== notInline && id1 !== notInline && id2 !== notInline && id3 !== notInline;
-          const tagged = handle0 !== 0 && handle1 !== 0 && handle2 !== 0 && handle3 !== 0;
-          if (inline && tagged && security !== 0) {
+          if (security !== 0 && id0 !== notInline && id1 !== notInline && id2 !== notInline && id3 !== notInline) {
             writeSecurityHeader(u32, f64, at0, security, id0, type);
             writeSecurityHeader(u32, f64, at1, security, id1, type);
             writeSecurityHeader(u32, f64, at2, security, id2, type);

@@ -16,6 +16,8 @@ export interface Options {
   packets?: number;
   checksum?: boolean;
   maxLength?: number;
+  /** Size of the table of inbound SAs. */
+  inbound?: number;
 }
 
 export interface Sent {
@@ -29,7 +31,7 @@ export function queues(options: Options = {}) {
   const memory = new TestMemory(0x3_2000_0000);
   const pool = new PacketPool(memory.allocateDma(packets * 2048));
   const layout = netHeaderLayout(FeatureSet.of(...features), revision);
-  const sas = createSaTable(100, 50);
+  const sas = createSaTable(100, options.inbound ?? 50);
   const { iovaLow, iovaHigh } = pool;
   const common = { size, iovaLow, iovaHigh, headroom: layout.length };
   const txRing = allocateSplitVirtqueue(memory, { index: 1, ...common });

@@ -204,6 +204,16 @@ describe('security of a received packet', () => {
     expect(q.rx.counters[RxCounter.packets]).toBe(4);
   });
 
+  it('is found for ids of more than 16 bits too', () => {
+    const q = open({ inbound: 0x10010 });
+    q.sas.handle[7] = 1;
+    q.sas.handle[0x10007] = 2;
+    for (const resourceId of [7, 0x10007, 7, 0x10007, 7]) {
+      q.receive(packet(q.layout, content(60), { flags: SECURITY, resourceId, resourceType: INBOUND }));
+    }
+    expect(q.burst().map(({ sa }) => sa)).toEqual([1, 2, 1, 2, 1]);
+  });
+
   it('is nothing that a device can claim without IPSEC', () => {
     for (const features of [[], [Feature.OUT_NET_HEADER]]) {
       const q = open({ features });
