@@ -84,9 +84,11 @@ async function run(flags: Flags): Promise<void> {
   });
   const report = () => note(JSON.stringify(device.functions.map((fn) => ({ socket: fn.socket, ...fn.statistics() }))));
   process.on('SIGUSR1', report);
+  // Whoever reads the ready line may send a signal at once.
+  const end = stopped();
   try {
     announce(device, flags.json === true);
-    await stopped();
+    await end;
   } finally {
     process.removeListener('SIGUSR1', report);
     device.close();
