@@ -108,6 +108,8 @@ interface Sides {
 
 async function runCase(guest: Guest, item: InteropCase, index: number, sides: Sides): Promise<string> {
   const { gateway, kernelSide, ourSide } = sides;
+  // Our side falls silent first, so that no packet of the case before meets the kernel's new states.
+  await ask(gateway, { kind: 'clear' });
   const errorsBefore = guest.read('/proc/net/xfrm_stat');
   guest.must('ip -batch -', `${xfrmCommands(item, index).join('\n')}\n`);
   const { placement = [] } = await ask(gateway, {
@@ -119,14 +121,16 @@ async function runCase(guest: Guest, item: InteropCase, index: number, sides: Si
   const kernel = applicationAddress('kernel', item);
   ping(guest, APPLICATION, kernel, PINGS);
   ping(guest, null, ours, PINGS);
-  await ourSide.request({ kind: 'udp', to: kernel, sizes: UDP_SIZES });
-  await kernelSide.request({ kind: 'udp', to: ours, sizes: UDP_SIZES });
-  await ourSide.request({ kind: 'tcp', to: kernel, bytes: TCP_BYTES });
-  await kernelSide.request({ kind: 'tcp', to: ours, bytes: TCP_BYTES });
+  const results = [
+    await ourSide.request({ kind: 'udp', to: kernel, sizes: UDP_SIZES }),
+    await kernelSide.request({ kind: 'udp', to: ours, sizes: UDP_SIZES }),
+    await ourSide.request({ kind: 'tcp', to: kernel, bytes: TCP_BYTES }),
+    await kernelSide.request({ kind: 'tcp', to: ours, bytes: TCP_BYTES }),
+  ];
 
   const errors = guest.read('/proc/net/xfrm_stat');
   if (errors !== errorsBefore) throw new Error(`the kernel counts errors: ${changes(errorsBefore, errors)}`);
-  await settle(guest, gateway);
+  await settle(guest, gateway, results.join(', '));
   return [...new Set(placement)].join('; ');
 }
 
@@ -134,7 +138,7 @@ async function runCase(guest: Guest, item: InteropCase, index: number, sides: Si
  * Every packet that one side protected, the other has opened, and none came in the clear. The last ones (an acknowledgement, a
  * FIN) may still be on their way.
  */
-async function settle(guest: Guest, gateway: Helper): Promise<void> {
+async function settle(guest: Guest, gateway: Helper, traffic: string): Promise<void> {
   for (let waited = 0; ; waited += SETTLE_STEP_MS) {
     const { report } = await ask(gateway, { kind: 'report' });
     if (report === undefined) throw new Error('the gateway reports nothing');
@@ -143,7 +147,7 @@ async function settle(guest: Guest, gateway: Helper): Promise<void> {
     const counts = JSON.stringify({ ...report, kernel });
     if (inTheClear !== 0 || Object.keys(dropped).length > 0) throw new Error(`not all went well: ${counts}`);
     if (opened > 0 && sent > 0 && kernel.includes(opened) && kernel.includes(sent)) return;
-    if (waited >= SETTLE_MS) throw new Error(`the counts of both sides differ: ${counts}`);
+    if (waited >= SETTLE_MS) throw new Error(`the counts of both sides differ: ${counts} (${traffic})`);
     await sleep(SETTLE_STEP_MS);
   }
 }

@@ -11,6 +11,8 @@ export const TUN_NAME = 'tun0';
 /** A request to the process, and its answers. */
 export type GatewayRequest =
   | { readonly kind: 'sas'; readonly outbound: SecurityAssociationInput; readonly inbound: SecurityAssociationInput }
+  /** Ends both SAs: nothing goes either way until there are new ones. */
+  | { readonly kind: 'clear' }
   | { readonly kind: 'report' }
   | { readonly kind: 'close' };
 export type GatewayAnswer =
@@ -49,11 +51,14 @@ class Gateway {
     this.#header = new Uint8Array([...Buffer.from(peerMac.replaceAll(':', ''), 'hex'), ...nic.mac, 0, 0]);
   }
 
-  async setSas(outbound: SecurityAssociationInput, inbound: SecurityAssociationInput): Promise<string[]> {
+  async clear(): Promise<void> {
     const old = [this.#outbound, this.#inbound];
     this.#outbound = undefined;
     this.#inbound = undefined;
     for (const sa of old) await sa?.remove();
+  }
+
+  async setSas(outbound: SecurityAssociationInput, inbound: SecurityAssociationInput): Promise<string[]> {
     this.#opened = 0;
     this.#protected = 0;
     this.#inTheClear = 0;
@@ -64,7 +69,8 @@ class Gateway {
 
   report(): GatewayReport {
     const { rx, tx } = this.#nic.statistics();
-    const dropped = { ...rx.dropped, ...tx.dropped };
+    const invalid = rx.invalid + tx.invalid;
+    const dropped = { ...rx.dropped, ...tx.dropped, ...(invalid === 0 ? {} : { invalid }) };
     return { opened: this.#opened, protected: this.#protected, inTheClear: this.#inTheClear, dropped };
   }
 
@@ -135,8 +141,9 @@ async function run(gateway: Gateway): Promise<void> {
 async function answer(gateway: Gateway, request: GatewayRequest): Promise<GatewayAnswer> {
   try {
     if (request.kind === 'sas') return { ok: true, placement: await gateway.setSas(request.outbound, request.inbound) };
+    if (request.kind === 'clear') await gateway.clear();
     if (request.kind === 'report') return { ok: true, report: gateway.report() };
-    await gateway.close();
+    if (request.kind === 'close') await gateway.close();
     return { ok: true };
   } catch (error) {
     return { ok: false, detail: error instanceof Error ? error.message : String(error) };

@@ -13,6 +13,9 @@ import {
 } from './cases.ts';
 
 const REQUEST_ID = 1;
+const IPPROTO_UDP = 17;
+/** The lower one is looked at first. */
+const Priority = { first: 1, second: 2 } as const;
 const NO_ADDRESS = { 4: '0.0.0.0', 6: '::' } as const;
 
 /** Names of the kernel's crypto API, and where a nonce is part of the key it is appended to it. */
@@ -48,14 +51,24 @@ export function xfrmCommands(item: InteropCase, index: number): string[] {
     state(item, index, 'kernel'),
     policy(item, 'in', 'ours'),
     policy(item, 'out', 'kernel'),
+    ...(item.natTraversal && item.mode === 'transport' ? [encapsulationPolicy(item)] : []),
   ];
+}
+
+/** The encapsulating UDP packets themselves need no protection: what an IKE daemon says for its socket. */
+function encapsulationPolicy(item: InteropCase): string {
+  const { source, destination } = ends(item, 'ours');
+  const ports = `proto ${IPPROTO_UDP} sport ${NAT_T_PORT} dport ${NAT_T_PORT}`;
+  return `xfrm policy add dir in src ${source} dst ${destination} ${ports} priority ${Priority.first}`;
 }
 
 /** The state for packets that `from` sends. */
 function state(item: InteropCase, index: number, from: End): string {
   const { mode, outer, natTraversal, replayWindow, esn } = item;
   const { source, destination } = ends(item, from);
-  const flags = [...(esn ? ['esn'] : []), ...(mode === 'tunnel' ? ['af-unspec'] : [])];
+  // RFC 4302, 3.3.3.2.1: over IPv4 an AH header is a multiple of 4 bytes. Linux makes it one of 8 unless told so.
+  const align = item.algorithms.protocol === 'ah' && outer === 4 ? ['align4'] : [];
+  const flags = [...(esn ? ['esn'] : []), ...(mode === 'tunnel' ? ['af-unspec'] : []), ...align];
   return [
     `xfrm state add src ${source} dst ${destination} proto ${item.algorithms.protocol ?? 'esp'}`,
     `spi ${spiOf(index, from)} reqid ${REQUEST_ID} mode ${mode} replay-window ${replayWindow}`,
@@ -73,6 +86,7 @@ function policy(item: InteropCase, direction: 'in' | 'out', from: End): string {
   const template = item.mode === 'tunnel' ? `src ${source} dst ${destination} ` : '';
   return [
     `xfrm policy add dir ${direction} src ${applicationAddress(from, item)}/${bits} dst ${applicationAddress(to, item)}/${bits}`,
+    `priority ${Priority.second}`,
     `tmpl ${template}proto ${item.algorithms.protocol ?? 'esp'} reqid ${REQUEST_ID} mode ${item.mode}`,
   ].join(' ');
 }
