@@ -44,9 +44,10 @@ export type {
 export { loadSaFile, parseSaDocument, type SaFile } from './ipsec/sa-file.ts';
 export { SecretBytes } from './ipsec/secret.ts';
 export { type SecurityAssociationInput, validateSa, validateSas } from './ipsec/validate.ts';
-export { type Nic, type NicLink, type NicQueue, type NicStatistics, openNic } from './nic.ts';
+export { type Nic, type NicLink, openNic } from './nic.ts';
 export { type IpsecMode, type NicOptions, openFunction } from './nic-options.ts';
 export type { NicRxQueue, NicTxQueue } from './nic-queues.ts';
+export type { NicQueue, NicStatistics } from './nic-statistics.ts';
 // Packets and captures.
 export {
   formatIp,

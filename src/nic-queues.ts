@@ -37,15 +37,18 @@ export class NicTxQueue {
   readonly #ring: TxRing;
   readonly #pool: PacketPool;
   readonly #ipsec: IpsecManager;
+  readonly #onBroken: () => void;
   readonly #send = new Uint32Array(CHUNK);
   readonly #software = new Uint32Array(CHUNK);
   readonly #drop = new Uint32Array(CHUNK);
   readonly #verdicts = new Uint8Array(CHUNK);
 
-  constructor(ring: TxRing, pool: PacketPool, ipsec: IpsecManager) {
+  /** `onBroken` is called whenever a burst finds the ring broken. */
+  constructor(ring: TxRing, pool: PacketPool, ipsec: IpsecManager, onBroken: () => void = () => {}) {
     this.#ring = ring;
     this.#pool = pool;
     this.#ipsec = ipsec;
+    this.#onBroken = onBroken;
   }
 
   /** By `TxCounter`: packets and bytes that entered the ring, and what the ring dropped. */
@@ -64,7 +67,10 @@ export class NicTxQueue {
   burst(packets: Uint32Array, n: number): number {
     // hot:
     const ring = this.#ring;
-    if (ring.broken !== null) return 0;
+    if (ring.broken !== null) {
+      this.#onBroken();
+      return 0;
+    }
     if (this.#ipsec.state.outbound === 0) return ring.burst(packets, n);
     if (ring.room < n) ring.reclaim();
     const count = Math.min(n, ring.room, packets.length);
@@ -198,15 +204,18 @@ export class NicRxQueue {
   readonly #ring: RxRing;
   readonly #pool: PacketPool;
   readonly #ipsec: IpsecManager;
+  readonly #onBroken: () => void;
   readonly #candidates = new Uint32Array(CHUNK);
   readonly #drop = new Uint32Array(CHUNK);
   readonly #verdicts = new Uint8Array(CHUNK);
 
-  constructor(index: number, ring: RxRing, pool: PacketPool, ipsec: IpsecManager) {
+  /** `onBroken` is called whenever a burst finds the ring broken. */
+  constructor(index: number, ring: RxRing, pool: PacketPool, ipsec: IpsecManager, onBroken: () => void = () => {}) {
     this.index = index;
     this.#ring = ring;
     this.#pool = pool;
     this.#ipsec = ipsec;
+    this.#onBroken = onBroken;
   }
 
   /** By `RxCounter`: what the ring delivered and dropped. */
@@ -229,7 +238,11 @@ export class NicRxQueue {
     const n = this.#ring.burst(out, max);
     const { state } = ipsec;
     if (ipsec.device?.awaitsDrain === true && n < max) ipsec.device.drained(this.index);
-    if (n === 0 || (state.inlineInbound | state.softwareInbound) === 0) return n;
+    if (n === 0) {
+      if (this.#ring.broken !== null) this.#onBroken();
+      return 0;
+    }
+    if ((state.inlineInbound | state.softwareInbound) === 0) return n;
     let kept = 0;
     for (let from = 0; from < n; from += CHUNK) kept = this.#chunk(out, from, Math.min(from + CHUNK, n), kept);
     return kept;

@@ -12,90 +12,35 @@
  * bursts give 0, whatever is pending rejects, and `broken` says why. Left out: packed rings, GSO, the control queue but for the
  * number of queue pairs.
  */
-import { AdminCommandError, VfioError, VipsecError, VirtioError } from './errors.ts';
+import { type VipsecError, VirtioError } from './errors.ts';
 import { SoftwareIpsec } from './fallback/software.ts';
-import { VERDICTS } from './fallback/verdict.ts';
-import { InboundRules } from './ipsec/inbound-rules.ts';
-import { InlineIpsec, type MutableSaTable } from './ipsec/inline.ts';
+import type { MutableSaTable } from './ipsec/inline.ts';
 import type { Ipsec } from './ipsec/ipsec.ts';
 import { IpsecManager } from './ipsec/manager.ts';
 import { NonceGuard } from './ipsec/nonce-guard.ts';
-import { namedCounters } from './ipsec/sa-state.ts';
-import { ipsecWire } from './ipsec/wire/revisions.ts';
+import { openInline } from './nic-inline.ts';
 import { featuresFor, type NicOptions, openFunction, type ResolvedOptions, resolveOptions } from './nic-options.ts';
 import { NicRxQueue, NicTxQueue } from './nic-queues.ts';
 import { NicRings } from './nic-rings.ts';
+import { type NicQueue, type NicStatistics, sumStatistics } from './nic-statistics.ts';
 import type { PacketPool } from './packet/pool.ts';
 import type { PciFunction } from './vfio/function.ts';
 import { AdminQueue } from './virtio/admin.ts';
-import { AdminOpcode, adminOpcodeName } from './virtio/admin-wire.ts';
 import { Feature, type FeatureSet } from './virtio/features.ts';
 import { initializeDevice, resetDevice } from './virtio/initialize.ts';
-import { findObjectOpcodes } from './virtio/objects.ts';
 import { openStandardTransport } from './virtio/standard.ts';
 import type { VirtioTransport } from './virtio/transport.ts';
 import { type NetConfig, readNetConfig } from './virtio-net/config.ts';
-import { FlowFilter, type FlowGroupHandle } from './virtio-net/flow-filter.ts';
-import { encodeGroup, FlowFilterObject } from './virtio-net/flow-filter-wire.ts';
-import { RxCounter } from './virtio-net/rx.ts';
-import { TxCounter } from './virtio-net/tx.ts';
+import type { FlowFilter } from './virtio-net/flow-filter.ts';
 
 /** Virtio device type of a network device (5). */
 const NETWORK_DEVICE = 1;
-
-/** Commands that inline IPsec and the flow filter need. */
-const OBJECT_COMMANDS: readonly number[] = [
-  AdminOpcode.CAP_ID_LIST_QUERY,
-  AdminOpcode.DEVICE_CAP_GET,
-  AdminOpcode.DRIVER_CAP_SET,
-  AdminOpcode.RESOURCE_OBJ_CREATE,
-  AdminOpcode.RESOURCE_OBJ_MODIFY,
-  AdminOpcode.RESOURCE_OBJ_QUERY,
-  AdminOpcode.RESOURCE_OBJ_DESTROY,
-];
-
-/** Priority of the group that tells which opcodes the device means; any but 0. */
-const PROBE_PRIORITY = 0xffff;
-
-/** A receive and a transmit queue. */
-export interface NicQueue {
-  readonly rx: NicRxQueue;
-  readonly tx: NicTxQueue;
-}
 
 export interface NicLink {
   readonly up: boolean;
   /** Mbit/s; null when the device does not say. */
   readonly speed: number | null;
   readonly duplex: 'half' | 'full' | null;
-}
-
-/** Sums over all queues since the NIC was opened. */
-export interface NicStatistics {
-  readonly rx: {
-    readonly packets: number;
-    readonly bytes: number;
-    /** Dropped because the device wrote something impossible. */
-    readonly invalid: number;
-    /** Not processed, or failed, in the device's IPsec; delivered unless software dropped them. */
-    readonly securityError: number;
-    /** Marked as secured by an SA that does not exist; delivered as not secured. */
-    readonly unknownSa: number;
-    /** Refills that found too few free packets. */
-    readonly poolExhausted: number;
-    /** Dropped by software IPsec, or by an SA's selector; by reason. */
-    readonly dropped: Readonly<Record<string, number>>;
-  };
-  readonly tx: {
-    readonly packets: number;
-    readonly bytes: number;
-    /** Dropped because they were not packets that can be sent. */
-    readonly invalid: number;
-    /** Times that a burst was not taken as a whole. */
-    readonly ringFull: number;
-    /** Dropped because the SA that was asked for does not exist or could not carry them; by reason. */
-    readonly dropped: Readonly<Record<string, number>>;
-  };
 }
 
 /**
@@ -221,7 +166,8 @@ export class Nic implements AsyncDisposable {
     const { fn, rings, options, guard } = this.#parts;
     rings.onLost = (error) => this.#lost(error);
     fn.onGone?.((error) => this.#lost(error));
-    const { inline, obstacle } = await this.#openInline();
+    const { inline, obstacle, flowFilter } = await openInline(this.#parts);
+    this.#flowFilter = flowFilter;
     const software = options.ipsec === 'auto' || options.ipsec === 'software';
     this.#ipsec = new IpsecManager({
       inline,
@@ -233,57 +179,14 @@ export class Nic implements AsyncDisposable {
       ...(options.ipsec === 'inline' ? { require: 'inline' as const } : {}),
     });
     const manager = this.#ipsec;
+    const onBroken = () => void this.broken;
     this.#queues = rings.pairs.map(({ rx, tx }, i) => ({
-      rx: new NicRxQueue(i, rx, this.packets, manager),
-      tx: new NicTxQueue(tx, this.packets, manager),
+      rx: new NicRxQueue(i, rx, this.packets, manager, onBroken),
+      tx: new NicTxQueue(tx, this.packets, manager, onBroken),
     }));
     await rings.setQueuePairs(options.queuePairs);
     rings.start();
     if (this.#broken !== null) throw this.#broken;
-  }
-
-  /** In `auto` mode a device whose IPsec cannot be used is a device without. A device that is lost is lost. */
-  async #openInline(): Promise<{ inline: InlineIpsec | null; obstacle: string | null }> {
-    const { admin, options, features } = this.#parts;
-    if (options.ipsec === 'software' || options.ipsec === 'off')
-      return { inline: null, obstacle: 'inline IPsec is not wanted' };
-    if (!features.has(Feature.IPSEC)) {
-      return { inline: null, obstacle: 'the device does not offer VIRTIO_NET_F_IPSEC' };
-    }
-    if (admin === null) return { inline: null, obstacle: 'the device does not offer VIRTIO_F_ADMIN_VQ' };
-    try {
-      const inline = await this.#useCapabilities(admin);
-      if (inline !== null) return { inline, obstacle: null };
-      throw new VirtioError('CAPABILITY_MISSING', 'the device has no usable IPsec capabilities');
-    } catch (error) {
-      const gone = error instanceof VfioError || this.#parts.fn.gone;
-      if (options.ipsec === 'inline' || gone || !(error instanceof VipsecError)) throw error;
-      return { inline: null, obstacle: `${error.message} [${error.code}]` };
-    }
-  }
-
-  /** In the order of the standard: LIST_QUERY, LIST_USE, CAP_ID_LIST_QUERY, then each capability. */
-  async #useCapabilities(admin: AdminQueue): Promise<InlineIpsec | null> {
-    const { options, table, rings } = this.#parts;
-    const offered = await admin.listQuery();
-    const missing = OBJECT_COMMANDS.filter((opcode) => !offered.includes(opcode));
-    if (missing.length > 0) {
-      const names = missing.map((opcode) => adminOpcodeName(opcode)).join(', ');
-      throw new VirtioError('ADMIN_COMMANDS_MISSING', `the device does not offer ${names}`);
-    }
-    await admin.listUse([AdminOpcode.LIST_QUERY, AdminOpcode.LIST_USE, ...OBJECT_COMMANDS]);
-    const ids = await admin.capabilityIds();
-    this.#flowFilter = await FlowFilter.open(admin, ids);
-    if (this.#flowFilter !== null) await learnObjectOpcodes(admin, this.#flowFilter);
-    return InlineIpsec.open(admin, ids, {
-      wire: ipsecWire(options.wire, { tunnelTypeBase: options.tunnelTypeBase }),
-      rules: this.#flowFilter === null ? null : new InboundRules(this.#flowFilter),
-      table,
-      handles: 2 * options.maxSas,
-      maxSas: options.maxSas,
-      quiesceTransmit: () => rings.quiesceTransmit(),
-      receiveQueues: rings.pairs.length,
-    });
   }
 
   /** Queue pairs. */
@@ -326,39 +229,9 @@ export class Nic implements AsyncDisposable {
     return { up: linkUp, speed, duplex };
   }
 
+  /** Sums over all queues since the NIC was opened. */
   statistics(): NicStatistics {
-    const sum = (counters: readonly Float64Array[], index: number) =>
-      counters.reduce((all, one) => all + one[index], 0);
-    const rx = this.#queues.map((queue) => queue.rx.counters);
-    const tx = this.#queues.map((queue) => queue.tx.counters);
-    const dropped = (of: readonly { dropped: Float64Array }[]) => {
-      const all = new Float64Array(VERDICTS);
-      for (const one of of)
-        one.dropped.forEach((count, i) => {
-          all[i] += count;
-        });
-      return namedCounters(all);
-    };
-    const txDropped = dropped(this.#queues.map((queue) => queue.tx));
-    const noSa = sum(tx, TxCounter.droppedSa) + (txDropped['no-sa'] ?? 0);
-    return {
-      rx: {
-        packets: sum(rx, RxCounter.packets),
-        bytes: sum(rx, RxCounter.bytes),
-        invalid: sum(rx, RxCounter.droppedInvalid),
-        securityError: sum(rx, RxCounter.securityError),
-        unknownSa: sum(rx, RxCounter.unknownSa),
-        poolExhausted: sum(rx, RxCounter.poolExhausted),
-        dropped: dropped(this.#queues.map((queue) => queue.rx)),
-      },
-      tx: {
-        packets: sum(tx, TxCounter.packets),
-        bytes: sum(tx, TxCounter.bytes),
-        invalid: sum(tx, TxCounter.droppedInvalid),
-        ringFull: sum(tx, TxCounter.ringFull),
-        dropped: noSa === 0 ? txDropped : { ...txDropped, 'no-sa': noSa },
-      },
-    };
+    return sumStatistics(this.#queues);
   }
 
   /**
@@ -397,23 +270,6 @@ export class Nic implements AsyncDisposable {
       for (const listener of this.#listeners) listener(error);
       this.#listeners.clear();
     });
-  }
-}
-
-/**
- * The standard contradicts itself about the opcodes of QUERY and MODIFY: a group that nobody uses yet tells what this device means. One that
- * does not answer is taken by the text.
- */
-async function learnObjectOpcodes(admin: AdminQueue, filter: FlowFilter): Promise<void> {
-  let group: FlowGroupHandle | null = null;
-  try {
-    group = await filter.addGroup(PROBE_PRIORITY);
-    await findObjectOpcodes(admin, FlowFilterObject.group, group.id, encodeGroup(group));
-  } catch (error) {
-    if (!(error instanceof AdminCommandError || (error instanceof VirtioError && error.code === 'FLOW_LIMIT')))
-      throw error;
-  } finally {
-    if (group !== null) await filter.removeGroup(group);
   }
 }
 

@@ -15,9 +15,10 @@ import { ObjectIds } from '../virtio/object-ids.ts';
 import { type InlineCapability, whyNotInline } from './capability.ts';
 import type { InlineIpsec } from './inline.ts';
 import type { AddSaOptions, Ipsec, RedactedSaObject, SaEvents, SaHandle, SaTraffic } from './ipsec.ts';
+import { ManagedSa } from './managed-sa.ts';
 import type { NonceClaim, NonceGuard } from './nonce-guard.ts';
 import { type Placement, place, type Where } from './placement.ts';
-import type { Direction, Mode, Protocol, SecurityAssociation } from './sa.ts';
+import type { SecurityAssociation } from './sa.ts';
 import { SaPlace, SaState } from './sa-state.ts';
 import { type SecurityAssociationInput, validateSa } from './validate.ts';
 
@@ -315,99 +316,8 @@ export class IpsecManager implements Ipsec {
   }
 }
 
-type Listeners = { [E in keyof SaEvents]: Set<(...args: SaEvents[E]) => void> };
-
-/** An SA as the application holds it. It knows no key. */
-class ManagedSa implements SaHandle {
-  readonly handle: number;
-  readonly name: string | undefined;
-  readonly direction: Direction;
-  readonly protocol: Protocol;
-  readonly mode: Mode;
-  readonly spi: number;
-  readonly placement: Placement;
-  claim: NonceClaim;
-  /** What the rules of an inbound SA look at. */
-  readonly #way: string;
-  readonly #manager: IpsecManager;
-  #listeners: Listeners | null = null;
-  #finalTraffic: SaTraffic | null = null;
-
-  constructor(manager: IpsecManager, handle: number, sa: SecurityAssociation, placement: Placement, claim: NonceClaim) {
-    this.#manager = manager;
-    this.handle = handle;
-    this.name = sa.name;
-    this.direction = sa.direction;
-    this.protocol = sa.protocol;
-    this.mode = sa.mode;
-    this.spi = sa.spi;
-    this.placement = placement;
-    this.claim = claim;
-    this.#way = sa.direction === 'inbound' ? wayOf(sa) : '';
-  }
-
-  traffic(): SaTraffic {
-    return this.#finalTraffic ?? this.#manager.traffic(this);
-  }
-
-  query(): Promise<RedactedSaObject | null> {
-    return this.#manager.query(this);
-  }
-
-  modify(sa: SecurityAssociationInput): Promise<void> {
-    return this.#manager.modify(this, sa);
-  }
-
-  remove(): Promise<void> {
-    return this.#manager.remove(this);
-  }
-
-  on<E extends keyof SaEvents>(event: E, listener: (...args: SaEvents[E]) => void): this {
-    this.#listeners ??= {
-      'soft-expiry': new Set(),
-      'hard-expiry': new Set(),
-      'sequence-low': new Set(),
-      'sequence-overflow': new Set(),
-    };
-    this.#listeners[event].add(listener);
-    return this;
-  }
-
-  off<E extends keyof SaEvents>(event: E, listener: (...args: SaEvents[E]) => void): this {
-    this.#listeners?.[event].delete(listener);
-    return this;
-  }
-
-  tell<E extends keyof SaEvents>(event: E, args: SaEvents[E]): void {
-    if (this.#listeners === null) return;
-    for (const listener of this.#listeners[event]) listener(...args);
-  }
-
-  keepTraffic(traffic: SaTraffic): void {
-    this.#finalTraffic = traffic;
-  }
-
-  /** Throws unless `sa` is this SA with other parameters. */
-  refuseOther(sa: SecurityAssociation): void {
-    if (this.#finalTraffic !== null) throw new IpsecError('NO_SUCH_SA', 'the SA was removed');
-    for (const field of ['direction', 'protocol', 'mode', 'spi'] as const) {
-      if (sa[field] === this[field]) continue;
-      throw new IpsecError('SA_MODIFY', `a modify cannot change the ${field} of an SA`, { path: `sa.${field}` });
-    }
-    if (sa.direction === 'inbound' && wayOf(sa) !== this.#way) {
-      throw new IpsecError('SA_MODIFY', 'a modify cannot change how packets find an inbound SA', { path: 'sa.tunnel' });
-    }
-  }
-}
-
 function identityOf(sa: Pick<SecurityAssociation, 'protocol' | 'spi'>): string {
   return `${sa.protocol} ${sa.spi}`;
-}
-
-/** How packets find an inbound SA: destination and UDP encapsulation. */
-function wayOf(sa: SecurityAssociation): string {
-  const destination = sa.tunnel?.destination ?? sa.selector.destination?.address ?? [];
-  return `${[...destination]} ${sa.udpEncap?.sourcePort} ${sa.udpEncap?.destinationPort}`;
 }
 
 /** The selector that decapsulated packets of an inline inbound SA must fit: the device does not check it. */

@@ -1,0 +1,108 @@
+/**
+ * An SA as the application holds it: its number, its listeners, its last counters.
+ */
+import { IpsecError } from '../errors.ts';
+import type { RedactedSaObject, SaEvents, SaHandle, SaTraffic } from './ipsec.ts';
+import type { NonceClaim } from './nonce-guard.ts';
+import type { Placement } from './placement.ts';
+import type { Direction, Mode, Protocol, SecurityAssociation } from './sa.ts';
+import type { SecurityAssociationInput } from './validate.ts';
+
+/** Who does what an SA is asked to do: the manager. */
+export interface SaOwner {
+  traffic(sa: ManagedSa): SaTraffic;
+  query(sa: ManagedSa): Promise<RedactedSaObject | null>;
+  modify(sa: ManagedSa, input: SecurityAssociationInput): Promise<void>;
+  remove(sa: ManagedSa): Promise<void>;
+}
+
+type Listeners = { [E in keyof SaEvents]: Set<(...args: SaEvents[E]) => void> };
+
+/** An SA as the application holds it. It knows no key. */
+export class ManagedSa implements SaHandle {
+  readonly handle: number;
+  readonly name: string | undefined;
+  readonly direction: Direction;
+  readonly protocol: Protocol;
+  readonly mode: Mode;
+  readonly spi: number;
+  readonly placement: Placement;
+  claim: NonceClaim;
+  /** What the rules of an inbound SA look at. */
+  readonly #way: string;
+  readonly #owner: SaOwner;
+  #listeners: Listeners | null = null;
+  #finalTraffic: SaTraffic | null = null;
+
+  constructor(owner: SaOwner, handle: number, sa: SecurityAssociation, placement: Placement, claim: NonceClaim) {
+    this.#owner = owner;
+    this.handle = handle;
+    this.name = sa.name;
+    this.direction = sa.direction;
+    this.protocol = sa.protocol;
+    this.mode = sa.mode;
+    this.spi = sa.spi;
+    this.placement = placement;
+    this.claim = claim;
+    this.#way = sa.direction === 'inbound' ? wayOf(sa) : '';
+  }
+
+  traffic(): SaTraffic {
+    return this.#finalTraffic ?? this.#owner.traffic(this);
+  }
+
+  query(): Promise<RedactedSaObject | null> {
+    return this.#owner.query(this);
+  }
+
+  modify(sa: SecurityAssociationInput): Promise<void> {
+    return this.#owner.modify(this, sa);
+  }
+
+  remove(): Promise<void> {
+    return this.#owner.remove(this);
+  }
+
+  on<E extends keyof SaEvents>(event: E, listener: (...args: SaEvents[E]) => void): this {
+    this.#listeners ??= {
+      'soft-expiry': new Set(),
+      'hard-expiry': new Set(),
+      'sequence-low': new Set(),
+      'sequence-overflow': new Set(),
+    };
+    this.#listeners[event].add(listener);
+    return this;
+  }
+
+  off<E extends keyof SaEvents>(event: E, listener: (...args: SaEvents[E]) => void): this {
+    this.#listeners?.[event].delete(listener);
+    return this;
+  }
+
+  tell<E extends keyof SaEvents>(event: E, args: SaEvents[E]): void {
+    if (this.#listeners === null) return;
+    for (const listener of this.#listeners[event]) listener(...args);
+  }
+
+  keepTraffic(traffic: SaTraffic): void {
+    this.#finalTraffic = traffic;
+  }
+
+  /** Throws unless `sa` is this SA with other parameters. */
+  refuseOther(sa: SecurityAssociation): void {
+    if (this.#finalTraffic !== null) throw new IpsecError('NO_SUCH_SA', 'the SA was removed');
+    for (const field of ['direction', 'protocol', 'mode', 'spi'] as const) {
+      if (sa[field] === this[field]) continue;
+      throw new IpsecError('SA_MODIFY', `a modify cannot change the ${field} of an SA`, { path: `sa.${field}` });
+    }
+    if (sa.direction === 'inbound' && wayOf(sa) !== this.#way) {
+      throw new IpsecError('SA_MODIFY', 'a modify cannot change how packets find an inbound SA', { path: 'sa.tunnel' });
+    }
+  }
+}
+
+/** How packets find an inbound SA: destination and UDP encapsulation. */
+function wayOf(sa: SecurityAssociation): string {
+  const destination = sa.tunnel?.destination ?? sa.selector.destination?.address ?? [];
+  return `${[...destination]} ${sa.udpEncap?.sourcePort} ${sa.udpEncap?.destinationPort}`;
+}
