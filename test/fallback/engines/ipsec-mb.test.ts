@@ -1,4 +1,4 @@
-import { describe, expect, it } from 'vitest';
+import { describe, expect, it, vi } from 'vitest';
 import { CryptoBurst, EngineError, JobStatus } from '../../../src/fallback/engines/engine.ts';
 import { IpsecMbEngine } from '../../../src/fallback/engines/ipsec-mb.ts';
 import { LAYOUTS } from '../../../src/fallback/engines/ipsec-mb-layout.ts';
@@ -9,6 +9,8 @@ import { MapFlag, mmap, munmap, Prot } from '../../../src/sys/libc.ts';
 import { type MappedMemory, mapAnonymous, unmapMemory } from '../../../src/sys/memory.ts';
 import { NodeEngine, plainMemory } from '../node-engine.ts';
 import { layOut, Random, randomKeys, randomNonces, TYPICAL, usable } from './suites/support.ts';
+
+vi.setConfig({ testTimeout: 30_000 });
 
 const STRIDE = 2048;
 const GIB4 = 2 ** 32;

@@ -1,4 +1,4 @@
-import { describe, expect, it } from 'vitest';
+import { describe, expect, it, vi } from 'vitest';
 import { CryptoBurst, type CryptoEngine, JobStatus, type Transform } from '../../../src/fallback/engines/engine.ts';
 import {
   answerKeys,
@@ -12,6 +12,8 @@ import { OpensslEngine } from '../../../src/fallback/engines/openssl.ts';
 import { TRANSFORMS, transformById } from '../../../src/fallback/engines/transform.ts';
 import type { MappedMemory } from '../../../src/sys/memory.ts';
 import { NodeEngine, plainMemory } from '../node-engine.ts';
+
+vi.setConfig({ testTimeout: 30_000 });
 
 describe('known answers', () => {
   it.each(TRANSFORMS.map((transform) => [transform.id, transform] as const))(

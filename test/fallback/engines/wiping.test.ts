@@ -1,13 +1,15 @@
 /** Where a key is in the memory of this process, by searching all of it. */
 import { randomFillSync } from 'node:crypto';
 import { closeSync, openSync, readFileSync, readSync } from 'node:fs';
-import { describe, expect, it } from 'vitest';
+import { describe, expect, it, vi } from 'vitest';
 import { CryptoBurst, type CryptoEngine, EngineError, JobStatus } from '../../../src/fallback/engines/engine.ts';
 import { IpsecMbEngine } from '../../../src/fallback/engines/ipsec-mb.ts';
 import { OpensslEngine } from '../../../src/fallback/engines/openssl.ts';
 import { transformById } from '../../../src/fallback/engines/transform.ts';
 import { type MappedMemory, mapAnonymous, unmapMemory } from '../../../src/sys/memory.ts';
 import { layOut } from './suites/support.ts';
+
+vi.setConfig({ testTimeout: 30_000 });
 
 const CHUNK = 1 << 20;
 /** Words of the key that are looked for: AES schedules and ChaCha20 states begin with the key. */
