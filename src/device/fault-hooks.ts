@@ -100,8 +100,8 @@ export class FaultyQueue implements DeviceQueue {
   suppress(): void {
     this.#inner.suppress();
   }
-  arm(): boolean {
-    return this.#inner.arm();
+  arm(seen: number): boolean {
+    return this.#inner.arm(seen);
   }
   close(): void {
     this.#inner.close();

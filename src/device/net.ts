@@ -228,9 +228,10 @@ export class NetDevice implements DeviceModel {
     for (const [index, queue] of this.#queues.entries()) {
       if (queue === null) continue;
       if (this.#isReceive(index)) {
-        // New receive buffers matter only when frames wait for them.
-        if (this.#receiver.waiting(index / PAIR) > 0 && queue.arm()) ready = true;
-      } else if (queue.arm() && !this.blocked) {
+        // New receive buffers matter only when frames wait for them, and those that are too few for a frame do not count.
+        const pair = index / PAIR;
+        if (this.#receiver.waiting(pair) > 0 && queue.arm(this.#receiver.tooFew(pair))) ready = true;
+      } else if (queue.arm(0) && !this.blocked) {
         ready = true;
       }
     }

@@ -75,8 +75,8 @@ export interface DeviceQueue {
   scatter(skip: number, bytes: number, from: number): number;
   /** Asks the driver not to notify. */
   suppress(): void;
-  /** Asks the driver to notify; true when a buffer is there already. */
-  arm(): boolean;
+  /** Asks the driver to notify of buffers to come; true when more than `seen` are there already. */
+  arm(seen: number): boolean;
   /** Lets go of the ring. */
   close(): void;
 }
@@ -370,11 +370,13 @@ export class SplitDeviceQueue implements DeviceQueue {
     this.#u16[this.#used + Used.flags] = UsedFlag.NO_NOTIFY;
   }
 
-  arm(): boolean {
-    if (this.broken !== null || !this.#located()) return false;
-    if (this.#eventIdx) Atomics.store(this.#u16, this.#eventAt(), this.#nextAvail);
+  arm(seen: number): boolean {
+    this.available();
+    if (this.broken !== null || this.#pins.length === 0) return false;
+    // The event is the first buffer that we have not seen, which is not the first that we have not taken.
+    if (this.#eventIdx) Atomics.store(this.#u16, this.#eventAt(), this.#availIdx);
     else Atomics.store(this.#u16, this.#used + Used.flags, 0);
-    return this.available() > 0;
+    return this.available() > seen;
   }
 
   /** Where `avail_event` is. */

@@ -76,6 +76,8 @@ export class Receiver implements FrameSink {
   readonly #verdicts = new Uint8Array(LINK_BURST);
   readonly #dropped = new Uint32Array(LINK_BURST);
   readonly #done = new Uint32Array(BURST);
+  /** By queue pair: how many buffers were there when they were too few for the next frame. */
+  readonly #tooFew: Uint16Array;
   #drops = 0;
   #layout: NetHeaderLayout | null = null;
   #mergeable = false;
@@ -87,6 +89,7 @@ export class Receiver implements FrameSink {
     this.#counters = options.counters;
     this.#queues = new Array<DeviceQueue | null>(pairs).fill(null);
     this.#backlogs = Array.from({ length: pairs }, () => new Backlog());
+    this.#tooFew = new Uint16Array(pairs);
   }
 
   start(layout: NetHeaderLayout, features: FeatureSet): void {
@@ -107,6 +110,11 @@ export class Receiver implements FrameSink {
   attach(pair: number, queue: DeviceQueue | null): void {
     this.#queues[pair] = queue;
     if (queue === null) this.#empty(this.#backlogs[pair]);
+  }
+
+  /** How many buffers of a queue are not enough for the frame that waits. */
+  tooFew(pair: number): number {
+    return this.#tooFew[pair];
   }
 
   /** Frames that wait for buffers of a queue. */
@@ -256,7 +264,8 @@ export class Receiver implements FrameSink {
     let moved = 0;
     while (moved < BURST && backlog.count > 0) {
       const packet = backlog.packets[backlog.head];
-      if (!this.#place(queue, layout, packet)) break;
+      this.#tooFew[pair] = 0;
+      if (!this.#place(queue, layout, packet, pair)) break;
       backlog.head = (backlog.head + 1) & (BACKLOG - 1);
       backlog.count--;
       this.#done[moved++] = packet;
@@ -266,7 +275,7 @@ export class Receiver implements FrameSink {
   }
 
   /** hot: puts a frame into the next buffers; false when there are none, or the queue is broken. True also when it had to be dropped. */
-  #place(queue: DeviceQueue, layout: NetHeaderLayout, packet: number): boolean {
+  #place(queue: DeviceQueue, layout: NetHeaderLayout, packet: number, pair: number): boolean {
     const pool = this.#pool;
     const length = pool.length[packet];
     const total = layout.length + length;
@@ -282,13 +291,20 @@ export class Receiver implements FrameSink {
       this.#count(length);
       return true;
     }
-    if (this.#mergeable) return this.#placeMerged(queue, layout, packet, at, total);
+    if (this.#mergeable) return this.#placeMerged(queue, layout, packet, pair, at, total);
     queue.putBack(1);
     return this.#refuse(NetCounter.rxTooLong);
   }
 
   /** hot: spreads a frame over several buffers (MRG_RXBUF, 5.1.9.4); one has been taken and is too small. */
-  #placeMerged(queue: DeviceQueue, layout: NetHeaderLayout, packet: number, at: number, total: number): boolean {
+  #placeMerged(
+    queue: DeviceQueue,
+    layout: NetHeaderLayout,
+    packet: number,
+    pair: number,
+    at: number,
+    total: number,
+  ): boolean {
     // Their number must be in the header, which is in the first one: count, put back, and take them again.
     let room = queue.writableBytes;
     let count = 1;
@@ -304,6 +320,7 @@ export class Receiver implements FrameSink {
       }
       if (queue.take() === NO_BUFFER) {
         queue.putBack(count);
+        this.#tooFew[pair] = count;
         return false;
       }
       room += queue.writableBytes;

@@ -44,7 +44,7 @@ export interface TransmitterOptions {
 }
 
 export class Transmitter {
-  /** Set when frames were left in a queue because the link has no room. */
+  /** Set when frames were left in a queue because the link has no room, or the pool no packet. */
   blocked = false;
   readonly #options: TransmitterOptions;
   readonly #pool: PacketPool;
@@ -87,6 +87,7 @@ export class Transmitter {
     }
     const want = Math.min(waiting, room, BURST);
     const got = this.#pool.allocate(this.#fresh, want);
+    if (got < want) this.blocked = true;
     let taken = 0;
     let used = 0;
     let drops = 0;

@@ -26,7 +26,7 @@ const MAX_DATA_TRANSFER = 1048576;
 const PAGE_SIZES = 4096;
 /** Milliseconds until a client must have sent VERSION, and until it must take a reply. */
 const HANDSHAKE_TIMEOUT = 5000;
-const REPLY_TIMEOUT = 5000;
+const REPLY_TIMEOUT = 2000;
 /** Messages in a row before others get their turn. */
 const MESSAGES_PER_TURN = 64;
 

@@ -237,7 +237,7 @@ describe('the device side of a split virtqueue', () => {
     expect(queue.publish()).toBe(false);
     expect(ring.usedIndex).toBe(0);
     expect(queue.available()).toBe(0);
-    expect(queue.arm()).toBe(false);
+    expect(queue.arm(0)).toBe(false);
   });
 
   it('is broken by an indirect descriptor that was not negotiated', () => {
@@ -328,7 +328,7 @@ describe('the device side of a split virtqueue', () => {
     expect(use()).toBe(false);
     queue.suppress();
     expect(shared.u16[ring.used >>> 1]).toBe(1);
-    expect(queue.arm()).toBe(false);
+    expect(queue.arm(0)).toBe(false);
     expect(shared.u16[ring.used >>> 1]).toBe(0);
   });
 
@@ -355,7 +355,7 @@ describe('the device side of a split virtqueue', () => {
     shared.u16[ring.avail >>> 1] = 1;
     shared.u16[usedEvent] = 10;
     expect(use(1)).toBe(true);
-    expect(queue.arm()).toBe(false);
+    expect(queue.arm(0)).toBe(false);
     expect(shared.u16[availEvent]).toBe(11);
     queue.suppress();
     expect(shared.u16[availEvent]).toBe(11);
@@ -366,7 +366,19 @@ describe('the device side of a split virtqueue', () => {
     const { ring, queue } = make();
     ring.descriptor(0, DATA, 4, WRITE);
     ring.offer(0);
-    expect(queue.arm()).toBe(true);
+    expect(queue.arm(0)).toBe(true);
+    expect(queue.arm(1)).toBe(false);
+  });
+
+  it('asks to be notified of the first buffer that it has not seen, though it has not taken those before', () => {
+    const { ring, queue } = make({ eventIdx: true });
+    for (let i = 0; i < 3; i++) {
+      ring.descriptor(i, DATA, 4, WRITE);
+      ring.offer(i);
+    }
+    queue.take();
+    expect(queue.arm(2)).toBe(false);
+    expect(shared.u16[(ring.used >>> 1) + 2 + 4 * SIZE]).toBe(3);
   });
 
   it('finds its ring again after the driver has mapped it elsewhere, and is broken without it', () => {
