@@ -21,8 +21,8 @@ export interface Pollable {
 const ROUNDS = 64;
 /** Turns without work before going to sleep. */
 const IDLE_TURNS = 200;
-/** Milliseconds between looks while something is held back. */
-const BLOCKED_DELAY = 1;
+/** Milliseconds between looks while something is held back: doubled each time in vain. */
+const BLOCKED_DELAY = { min: 1, max: 16 } as const;
 
 export class Pump {
   readonly #pollables: Pollable[] = [];
@@ -31,6 +31,7 @@ export class Pump {
   #awake = false;
   #closed = false;
   #idleTurns = 0;
+  #delay: number = BLOCKED_DELAY.min;
   #timer: NodeJS.Timeout | null = null;
   readonly #turn = (): void => this.#run();
 
@@ -70,6 +71,7 @@ export class Pump {
     try {
       if (this.#poll() > 0) {
         this.#idleTurns = 0;
+        this.#delay = BLOCKED_DELAY.min;
       } else if (++this.#idleTurns > IDLE_TURNS && !this.#arm()) {
         this.#sleep();
         return;
@@ -104,7 +106,12 @@ export class Pump {
   #sleep(): void {
     this.#awake = false;
     if (this.#pollables.some((pollable) => pollable.blocked)) {
-      this.#timer = setTimeout(() => this.wake(), BLOCKED_DELAY);
+      this.#timer = setTimeout(() => {
+        this.wake();
+        // One look, and back to sleep if it was in vain.
+        this.#idleTurns = IDLE_TURNS;
+      }, this.#delay);
+      this.#delay = Math.min(2 * this.#delay, BLOCKED_DELAY.max);
     }
   }
 }
