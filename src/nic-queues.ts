@@ -83,14 +83,20 @@ export class NicTxQueue {
   #chunk(packets: Uint32Array, from: number, to: number): void {
     const { sa, length } = this.#pool;
     const { state } = this.#ipsec;
-    const { place, packetsAlert, bytesAlert, longest } = state;
-    const counted = state.packets;
-    const countedBytes = state.bytes;
+    const { place } = state;
     const send = this.#send;
     const software = this.#software;
     let sending = 0;
     let inSoftware = 0;
     let dropped = 0;
+    // Packets of one SA come in runs: what is known of the SA, and counted for it, is kept here until the run ends.
+    let current = 0;
+    let where: number = SaPlace.none;
+    let longest = 0;
+    let run = 0;
+    let runBytes = 0;
+    let packetsLeft = 0;
+    let bytesLeft = 0;
     for (let i = from; i < to; i++) {
       const p = packets[i];
       const handle = sa[p];
@@ -98,27 +104,41 @@ export class NicTxQueue {
         send[sending++] = p;
         continue;
       }
-      const where = handle < place.length ? place[handle] : SaPlace.none;
+      if (handle !== current) {
+        if (run !== 0) state.count(current, run, runBytes);
+        current = handle;
+        where = handle < place.length ? place[handle] : SaPlace.none;
+        run = 0;
+        runBytes = 0;
+        longest = where === SaPlace.inlineOutbound ? state.longest[handle] : 0;
+        packetsLeft = state.packetsUntilAlert(handle);
+        bytesLeft = state.bytesUntilAlert(handle);
+      }
       if (where === SaPlace.softwareOutbound) {
         software[inSoftware++] = p;
         send[sending++] = p;
         continue;
       }
-      let verdict: number = Verdict.noSa;
-      if (where === SaPlace.inlineOutbound) {
-        const bytes = length[p] - LINK_HEADER;
-        verdict = bytes > 0 && bytes <= longest[handle] ? Verdict.ok : Verdict.tooBig;
-        if (verdict === Verdict.ok) {
-          counted[handle]++;
-          countedBytes[handle] += bytes;
-          if (counted[handle] >= packetsAlert[handle] || countedBytes[handle] >= bytesAlert[handle]) {
-            verdict = state.check(handle, bytes);
-          }
+      const bytes = length[p] - LINK_HEADER;
+      let verdict: number = where === SaPlace.inlineOutbound ? Verdict.tooBig : Verdict.noSa;
+      if (bytes > 0 && bytes <= longest) {
+        run++;
+        runBytes += bytes;
+        if (run < packetsLeft && runBytes < bytesLeft) {
+          send[sending++] = p;
+          continue;
         }
+        state.count(handle, run, runBytes);
+        run = 0;
+        runBytes = 0;
+        verdict = state.check(handle, bytes);
+        packetsLeft = state.packetsUntilAlert(handle);
+        bytesLeft = state.bytesUntilAlert(handle);
       }
       if (verdict === Verdict.ok) send[sending++] = p;
       else this.#drop[dropped++] = this.#refuse(p, handle, verdict);
     }
+    if (run !== 0) state.count(current, run, runBytes);
     if (inSoftware !== 0) {
       const kept = this.#protect(inSoftware, sending, dropped);
       dropped += sending - kept;
@@ -250,52 +270,75 @@ export class NicRxQueue {
 
   /** hot: examines `out[from..to)` and moves what is delivered to `out[kept…)`. Returns the new `kept`. */
   #chunk(out: Uint32Array, from: number, to: number, kept: number): number {
-    const pool = this.#pool;
-    const { sa, flags, length, offset, u8 } = pool;
-    const { state, software } = this.#ipsec;
+    const { sa, flags, length } = this.#pool;
+    const { state } = this.#ipsec;
+    const { selective } = state;
     const candidates = this.#candidates;
-    const verdicts = this.#verdicts;
-    let offered = 0;
-    if (software !== null && state.softwareInbound !== 0) {
-      for (let i = from; i < to; i++) {
-        if ((flags[out[i]] & PacketFlag.secured) === 0) candidates[offered++] = out[i];
-      }
-      if (offered !== 0) software.unprotect(candidates, offered, LINK_HEADER, verdicts);
-    }
+    const offered = this.#openInSoftware(out, from, to);
     let next = 0;
     let dropped = 0;
     let end = kept;
+    // Packets of one SA come in runs: they are counted when the run ends.
+    let current = 0;
+    let run = 0;
+    let runBytes = 0;
     for (let i = from; i < to; i++) {
       const p = out[i];
       let verdict: number = Verdict.ok;
       if (next < offered && candidates[next] === p) {
-        verdict = verdicts[next++];
+        verdict = this.#verdicts[next++];
         if (verdict === Verdict.ok) flags[p] &= ~PacketFlag.securityError;
         else if (verdict === Verdict.notIpsec) verdict = Verdict.ok;
         else this.dropped[verdict]++;
       } else if ((flags[p] & PacketFlag.secured) !== 0) {
         const handle = sa[p];
-        const at = offset[p] + LINK_HEADER;
-        if (state.selective[handle] !== 0 && !this.#fits(handle, u8, at, offset[p] + length[p])) {
-          verdict = Verdict.selector;
-          this.dropped[verdict]++;
-          state.drop(handle, verdict);
-        } else {
-          state.packets[handle]++;
-          state.bytes[handle] += length[p] - LINK_HEADER;
+        if (selective[handle] === 0 || this.#fits(p, handle)) {
+          if (handle !== current) {
+            if (run !== 0) state.count(current, run, runBytes);
+            current = handle;
+            run = 0;
+            runBytes = 0;
+          }
+          run++;
+          runBytes += length[p] - LINK_HEADER;
           if ((flags[p] & PacketFlag.softExpiry) !== 0) state.deviceSoftExpiry(handle);
+        } else {
+          verdict = Verdict.selector;
         }
       }
       if (verdict === Verdict.ok) out[end++] = p;
       else this.#drop[dropped++] = p;
     }
-    if (dropped !== 0) pool.free(this.#drop, dropped);
+    if (run !== 0) state.count(current, run, runBytes);
+    if (dropped !== 0) this.#pool.free(this.#drop, dropped);
     return end;
   }
 
-  #fits(handle: number, u8: Uint8Array, at: number, end: number): boolean {
-    const selector = this.#ipsec.state.selector(handle);
-    return selector !== undefined && at < end && selectorMatches(selector, u8, at, end);
+  /** hot: has the software side open what the device has not secured; says how many packets are in `#candidates` and `#verdicts`. */
+  #openInSoftware(out: Uint32Array, from: number, to: number): number {
+    const { state, software } = this.#ipsec;
+    if (software === null || state.softwareInbound === 0) return 0;
+    const { flags } = this.#pool;
+    const candidates = this.#candidates;
+    let offered = 0;
+    for (let i = from; i < to; i++) {
+      if ((flags[out[i]] & PacketFlag.secured) === 0) candidates[offered++] = out[i];
+    }
+    if (offered !== 0) software.unprotect(candidates, offered, LINK_HEADER, this.#verdicts);
+    return offered;
+  }
+
+  /** Whether a packet that the device has secured is one that its SA may carry (RFC 4301, 5.2, step 4); counts it if not. */
+  #fits(p: number, handle: number): boolean {
+    const pool = this.#pool;
+    const { state } = this.#ipsec;
+    const selector = state.selector(handle);
+    const at = pool.offset[p] + LINK_HEADER;
+    const end = pool.offset[p] + pool.length[p];
+    if (selector !== undefined && at < end && selectorMatches(selector, pool.u8, at, end)) return true;
+    this.dropped[Verdict.selector]++;
+    state.drop(handle, Verdict.selector);
+    return false;
   }
 
   /** Asks for an interrupt at the next packet; true when one is there already. */

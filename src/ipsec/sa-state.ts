@@ -36,6 +36,9 @@ interface Limits {
   told: number;
 }
 
+/** More than a burst can count; a small integer. */
+const FAR = 0x3fffffff;
+
 /** What an SA has been said to have reached. */
 const Told = { soft: 1, hard: 2, low: 4, overflow: 8 } as const;
 
@@ -111,6 +114,24 @@ export class SaState {
 
   selector(handle: number): Selector | undefined {
     return this.#selectors.get(handle);
+  }
+
+  /** hot: counts what an inline SA has carried. */
+  count(handle: number, packets: number, bytes: number): void {
+    this.packets[handle] += packets;
+    this.bytes[handle] += bytes;
+  }
+
+  /** The how-manieth packet from now on is the one for which `check` is to be asked; far away is `FAR`. */
+  packetsUntilAlert(handle: number): number {
+    const left = this.packetsAlert[handle] - this.packets[handle];
+    return Math.min(left, FAR);
+  }
+
+  /** With how many more bytes `check` is to be asked; far away is `FAR`. */
+  bytesUntilAlert(handle: number): number {
+    const left = this.bytesAlert[handle] - this.bytes[handle];
+    return Math.min(left, FAR);
   }
 
   /**

@@ -1,0 +1,136 @@
+/**
+ * A NIC's queues with all that is in front of the rings, against the loop device of `ring.ts`: bursts of 32 packets of 64 bytes that are
+ * received and sent again. One packet forwarded counts once; a loop device is included, as in `ring.split.tx_rx.mpps`.
+ *
+ * `forward` has no SAs; `forward_inline` has one each way on the device, so each packet is counted, held against limits and
+ * tagged on the way out, and counted on the way in. What software SAs cost is measured by `esp.ts`.
+ */
+import { IpsecManager } from '../../src/ipsec/manager.ts';
+import { NonceGuard, NonceMemory } from '../../src/ipsec/nonce-guard.ts';
+import { SaPlace } from '../../src/ipsec/sa-state.ts';
+import { validateSa } from '../../src/ipsec/validate.ts';
+import { NicRxQueue, NicTxQueue } from '../../src/nic-queues.ts';
+import { PacketPool } from '../../src/packet/pool.ts';
+import { type DmaMemory, mapAnonymous, unmapMemory } from '../../src/sys/memory.ts';
+import { ResourceType } from '../../src/virtio/admin-wire.ts';
+import { Feature, FeatureSet } from '../../src/virtio/features.ts';
+import { netHeaderLayout } from '../../src/virtio-net/header.ts';
+import { RxQueue } from '../../src/virtio-net/rx.ts';
+import { createSaTable } from '../../src/virtio-net/sa-table.ts';
+import { TxQueue } from '../../src/virtio-net/tx.ts';
+import { SplitVirtqueue, type SplitVirtqueueOptions, splitVirtqueueBytes } from '../../src/virtqueue/split.ts';
+import { type BenchSuite, rate, ratio, type Workload } from '../harness.ts';
+import { LoopDevice } from '../loop-device.ts';
+
+const BURST = 32;
+const RING = 256;
+const PACKETS = 1024;
+const PACKET_BYTES = 64;
+/** Bursts per call of `run`. */
+const BURSTS = 64;
+const IOVA = 0x10000;
+const OBJECT = 0x1234;
+const HANDLES = 64;
+const MTU = 1500;
+
+function memory(size: number, iova: number): DmaMemory {
+  return { ...mapAnonymous(size), iova, iovaLow: iova, iovaHigh: 0 };
+}
+
+/** An Ethernet frame of 64 bytes with an IPv4 UDP packet. */
+function frame(): Uint8Array {
+  const bytes = new Uint8Array(PACKET_BYTES);
+  bytes.set([2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 0x08, 0x00, 0x45, 0, 0, PACKET_BYTES - 14, 0, 1, 0, 0, 64, 17]);
+  bytes.set([0x66, 0xb9, 10, 0, 0, 1, 10, 0, 0, 2, 0x30, 0x39, 0, 9, 0, PACKET_BYTES - 34], 24);
+  return bytes;
+}
+
+const association = (direction: 'outbound' | 'inbound') =>
+  ({
+    direction,
+    mode: 'tunnel',
+    spi: 0x1000,
+    aead: { name: 'aes-gcm', key: '000102030405060708090a0b0c0d0e0f', salt: '10111213' },
+    tunnel: { source: '192.0.2.1', destination: '192.0.2.2' },
+  }) as const;
+
+function forward(inline: boolean): Workload {
+  const maps: DmaMemory[] = [];
+  const allocate = (size: number, iova: number) => {
+    const map = memory(size, iova);
+    maps.push(map);
+    return map;
+  };
+  const pool = new PacketPool(allocate(PACKETS * 2048, IOVA));
+  const layout = netHeaderLayout(FeatureSet.of(Feature.VERSION_1, Feature.IPSEC), 'virtio-1.4');
+  const sas = createSaTable(HANDLES + 1, 0x20000);
+  const ring = (index: number) => {
+    const options: SplitVirtqueueOptions = { index, size: RING, iovaLow: IOVA, headroom: layout.length };
+    return new SplitVirtqueue(allocate(splitVirtqueueBytes(options), 0), options);
+  };
+  const [rxRing, txRing] = [ring(0), ring(1)];
+  const notifier = { notify() {} };
+  const manager = new IpsecManager({
+    inline: null,
+    inlineObstacle: 'no device',
+    software: null,
+    guard: new NonceGuard({ memory: new NonceMemory() }),
+    mtu: MTU,
+    handles: HANDLES,
+  });
+  const rings = { notifier, pool, layout, sas };
+  const rxQueue = new RxQueue({ ...rings, queue: rxRing });
+  const rx = new NicRxQueue(0, rxQueue, pool, manager);
+  const tx = new NicTxQueue(new TxQueue({ ...rings, queue: txRing }), pool, manager);
+  const out = inline ? addSas(manager, sas) : 0;
+  const device = new LoopDevice(txRing, rxRing, pool.memory, IOVA, {
+    length: layout.length,
+    flags: inline ? layout.security : 0,
+    resourceId: inline ? OBJECT : 0,
+    resourceType: inline ? ResourceType.NET_IPSEC_INB_SA : 0,
+  });
+  rxQueue.refill();
+  const burst = new Uint32Array(BURST);
+  pool.allocate(burst, BURST);
+  for (const p of burst) pool.write(p, frame());
+  return {
+    operations: BURST * BURSTS * 1e-6,
+    run: () => {
+      for (let round = 0; round < BURSTS; round++) {
+        for (let i = 0; i < BURST; i++) pool.sa[burst[i]] = out;
+        const sent = tx.burst(burst, BURST);
+        device.run();
+        if (rx.burst(burst, BURST) !== sent || sent !== BURST) throw new Error('packets were lost');
+      }
+    },
+    close: () => {
+      const last = burst[BURST - 1];
+      if (pool.length[last] !== PACKET_BYTES || pool.sa[last] !== (inline ? 2 : 0))
+        throw new Error('packets were changed');
+      if (inline && manager.state.packets[1] !== manager.state.packets[2]) throw new Error('packets were not counted');
+      for (const map of maps) unmapMemory(map);
+    },
+  };
+}
+
+/** Makes an inline SA each way, as the data path knows them; returns the handle to send under. */
+function addSas(manager: IpsecManager, table: ReturnType<typeof createSaTable>): number {
+  manager.state.add(1, validateSa(association('outbound')), SaPlace.inlineOutbound, MTU, null);
+  manager.state.add(2, validateSa(association('inbound')), SaPlace.inlineInbound, 0, null);
+  table.resourceId[1] = OBJECT;
+  table.handle[OBJECT] = 2;
+  return 1;
+}
+
+export const suite: BenchSuite = {
+  name: 'nic',
+  *benchmarks() {
+    yield rate('nic.forward.64B.mpps', 'Mpps', () => forward(false));
+    yield rate('nic.forward_inline.64B.mpps', 'Mpps', () => forward(true));
+    yield ratio(
+      'nic.forward_inline.64B.ratio',
+      () => forward(true),
+      () => forward(false),
+    );
+  },
+};
