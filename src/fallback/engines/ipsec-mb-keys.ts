@@ -12,6 +12,7 @@
  * ```
  */
 import { type MappedMemory, unmapMemory } from '../../sys/memory.ts';
+import { grown } from './checks.ts';
 import type { Transform, TransformKeys } from './engine.ts';
 import type { ImbManager } from './ipsec-mb-library.ts';
 import { high, low, mapUnbroken } from './native-memory.ts';
@@ -43,13 +44,8 @@ export function maxAuthKey(auth: Transform['auth']): number {
   return auth !== undefined && auth in HASH_BLOCK ? HASH_BLOCK[auth as keyof typeof HASH_BLOCK] : 16;
 }
 
-/** Bytes of a key slot, a multiple of 64. */
-export function keySlotSize(manager: ImbManager): number {
-  return Math.ceil(Math.max(manager.layout.gcmKeySize, KeySlot.end) / 64) * 64;
-}
-
 /** Makes key schedules; holds nothing of a key between two calls. */
-export class KeyScheduler {
+class KeyScheduler {
   readonly #manager: ImbManager;
   readonly #scratch: MappedMemory;
 
@@ -150,5 +146,60 @@ export class KeyScheduler {
   #pad(key: Uint8Array, block: number, pad: number): void {
     const bytes = this.#scratch.u8;
     for (let i = 0; i < block; i++) bytes[Scratch.key + i] = (i < key.length ? key[i] : 0) ^ pad;
+  }
+}
+
+const SLOTS_PER_SLAB = 64;
+
+/** The key slots of the contexts of one engine: slot `n` belongs to context `n`. Slots never move. */
+export class KeySlots {
+  /** Address of each slot in two words. New arrays when they grow: read them anew for every burst. */
+  low = new Uint32Array(SLOTS_PER_SLAB);
+  high = new Uint32Array(SLOTS_PER_SLAB);
+  readonly #scheduler: KeyScheduler;
+  readonly #slotSize: number;
+  readonly #slabs: MappedMemory[] = [];
+
+  constructor(manager: ImbManager) {
+    this.#scheduler = new KeyScheduler(manager);
+    this.#slotSize = Math.ceil(Math.max(manager.layout.gcmKeySize, KeySlot.end) / 64) * 64;
+  }
+
+  write(context: number, transform: Transform, keys: TransformKeys): void {
+    while (this.#slabs.length * SLOTS_PER_SLAB <= context) {
+      this.#slabs.push(mapUnbroken(SLOTS_PER_SLAB * this.#slotSize));
+    }
+    if (context >= this.low.length) {
+      const length = Math.max(2 * this.low.length, context + 1);
+      this.low = grown(this.low, length);
+      this.high = grown(this.high, length);
+    }
+    const slab = this.#slabOf(context);
+    const offset = this.#offsetOf(context);
+    this.#scheduler.write(transform, keys, slab, offset);
+    this.low[context] = low(slab.address + offset);
+    this.high[context] = high(slab.address + offset);
+  }
+
+  wipe(context: number): void {
+    const offset = this.#offsetOf(context);
+    this.#slabOf(context).u8.fill(0, offset, offset + this.#slotSize);
+  }
+
+  close(): void {
+    this.#scheduler.close();
+    for (const slab of this.#slabs) {
+      slab.u8.fill(0);
+      unmapMemory(slab);
+    }
+    this.#slabs.length = 0;
+  }
+
+  #slabOf(context: number): MappedMemory {
+    return this.#slabs[Math.floor(context / SLOTS_PER_SLAB)];
+  }
+
+  #offsetOf(context: number): number {
+    return (context % SLOTS_PER_SLAB) * this.#slotSize;
   }
 }

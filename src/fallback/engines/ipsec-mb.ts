@@ -17,7 +17,7 @@
  */
 import type { NativeFunction } from '../../sys/ffi/provider.ts';
 import { type MappedMemory, unmapMemory } from '../../sys/memory.ts';
-import { ContextNumbers, checkKeys, differs, EngineUsageError, fittingRun, grown } from './checks.ts';
+import { ContextNumbers, checkKeys, differs, EngineUsageError, fittingRun } from './checks.ts';
 import {
   BurstOffset,
   type CryptoBurst,
@@ -26,7 +26,7 @@ import {
   type Transform,
   type TransformKeys,
 } from './engine.ts';
-import { KeyScheduler, KeySlot, keySlotSize, maxAuthKey } from './ipsec-mb-keys.ts';
+import { KeySlot, KeySlots, maxAuthKey } from './ipsec-mb-keys.ts';
 import { IMB_COMPLETED, type ImbLayout, ImbLimit } from './ipsec-mb-layout.ts';
 import { acquireManager, type ImbManager, releaseManager } from './ipsec-mb-library.ts';
 import { FAMILY, type ImbShapes, type Shape, shapesOf, writeShape } from './ipsec-mb-shape.ts';
@@ -36,7 +36,6 @@ import { MAX_ICV } from './transform.ts';
 const TAG_STRIDE = MAX_ICV;
 /** Scratch: the list of job pointers, then computed tags. */
 const Scratch = { list: 0, tags: 8 * ImbLimit.burst, size: (8 + TAG_STRIDE) * ImbLimit.burst } as const;
-const SLOTS_PER_SLAB = 64;
 /** Bytes of AAD that a burst has room for. */
 const MAX_AAD = 16;
 
@@ -46,7 +45,7 @@ export class IpsecMbEngine implements CryptoEngine {
   readonly #layout: ImbLayout;
   readonly #memory: MappedMemory;
   readonly #scratch: MappedMemory;
-  readonly #scheduler: KeyScheduler;
+  readonly #keys: KeySlots;
   readonly #shapes: ImbShapes;
   readonly #getNextBurst: NativeFunction;
   readonly #submit: NativeFunction;
@@ -61,12 +60,7 @@ export class IpsecMbEngine implements CryptoEngine {
   readonly #list: Uint32Array;
   /** Where the memory crosses a multiple of 4 GiB, if it does. */
   readonly #place: { readonly carry: number; readonly crosses: boolean };
-  readonly #slotSize: number;
-  readonly #slabs: MappedMemory[] = [];
   readonly #contexts = new ContextNumbers();
-  /** Address of the key slot of each context, in two words. */
-  #keyLow = new Uint32Array(64);
-  #keyHigh = new Uint32Array(64);
   /** For what the constant part of the slots was last written, from which slot (a word index) and job on, for how many. */
   #shape: Shape | undefined;
   #burst: CryptoBurst | undefined;
@@ -87,7 +81,7 @@ export class IpsecMbEngine implements CryptoEngine {
     this.version = `libipsec-mb ${manager.layout.name}`;
     this.#memory = memory;
     this.#scratch = mapUnbroken(Scratch.size);
-    this.#scheduler = new KeyScheduler(manager);
+    this.#keys = new KeySlots(manager);
     this.#shapes = shapesOf(manager);
     this.#getNextBurst = manager.getNextBurst;
     this.#submit = options.checked === true ? manager.submitBurst : manager.submitBurstNoCheck;
@@ -101,7 +95,6 @@ export class IpsecMbEngine implements CryptoEngine {
     this.#list = this.#scratch.u32.subarray(Scratch.list >> 2, (Scratch.list >> 2) + 2 * ImbLimit.burst);
     const carry = untilCarry(memory.address);
     this.#place = { carry, crosses: memory.size > carry };
-    this.#slotSize = keySlotSize(manager);
   }
 
   supports(transform: Transform): boolean {
@@ -115,15 +108,7 @@ export class IpsecMbEngine implements CryptoEngine {
     checkKeys(transform, keys);
     const context = this.#contexts.take(this.#shapes.of(transform)[direction].index);
     try {
-      const slab = this.#slabOf(context);
-      const offset = (context % SLOTS_PER_SLAB) * this.#slotSize;
-      this.#scheduler.write(transform, keys, slab, offset);
-      if (this.#contexts.capacity > this.#keyLow.length) {
-        this.#keyLow = grown(this.#keyLow, this.#contexts.capacity);
-        this.#keyHigh = grown(this.#keyHigh, this.#contexts.capacity);
-      }
-      this.#keyLow[context] = low(slab.address + offset);
-      this.#keyHigh[context] = high(slab.address + offset);
+      this.#keys.write(context, transform, keys);
     } catch (error) {
       this.#contexts.give(context);
       throw error;
@@ -133,8 +118,7 @@ export class IpsecMbEngine implements CryptoEngine {
 
   destroyContext(context: number): void {
     this.#contexts.give(context);
-    const offset = (context % SLOTS_PER_SLAB) * this.#slotSize;
-    this.#slabOf(context).u8.fill(0, offset, offset + this.#slotSize);
+    this.#keys.wipe(context);
   }
 
   encrypt(transform: Transform, burst: CryptoBurst): void {
@@ -161,21 +145,10 @@ export class IpsecMbEngine implements CryptoEngine {
     if (this.#closed) return;
     this.#closed = true;
     for (const context of [...this.#contexts.taken()]) this.#contexts.give(context);
-    this.#scheduler.close();
+    this.#keys.close();
     this.#scratch.u8.fill(0);
     unmapMemory(this.#scratch);
-    for (const slab of this.#slabs) {
-      slab.u8.fill(0);
-      unmapMemory(slab);
-    }
-    this.#slabs.length = 0;
     releaseManager();
-  }
-
-  #slabOf(context: number): MappedMemory {
-    const slab = Math.floor(context / SLOTS_PER_SLAB);
-    while (this.#slabs.length <= slab) this.#slabs.push(mapUnbroken(SLOTS_PER_SLAB * this.#slotSize));
-    return this.#slabs[slab];
   }
 
   /** Does all jobs of the burst that fit, in runs of as many as the library takes at once. */
@@ -295,8 +268,8 @@ export class IpsecMbEngine implements CryptoEngine {
     const { context, cipherOffset, cipherLength, icvOffset } = burst;
     const { index, encrypting } = shape;
     const { kinds } = this.#contexts;
-    const keyLow = this.#keyLow;
-    const keyHigh = this.#keyHigh;
+    const keyLow = this.#keys.low;
+    const keyHigh = this.#keys.high;
     const address = this.#memory.address | 0;
     const { size } = this.#memory;
     const lastIcv = size - shape.icvLength;
@@ -364,11 +337,13 @@ export class IpsecMbEngine implements CryptoEngine {
     const fitting = fittingRun(burst, start, start + n, shape, this.#contexts.kinds, this.#memory.size) - start;
     const address = this.#memory.address | 0;
     const { carry, crosses } = this.#place;
+    const keyLow = this.#keys.low;
+    const keyHigh = this.#keys.high;
     let q = this.#first;
     for (let k = 0; k < fitting; k++) {
       const i = start + k;
-      const key = this.#keyLow[context[i]];
-      const keyTop = this.#keyHigh[context[i]];
+      const key = keyLow[context[i]];
+      const keyTop = keyHigh[context[i]];
       const auth = authOffset[i];
       const cipher = cipherOffset[i];
       words[q + SRC] = (address + auth) | 0;
