@@ -2,7 +2,7 @@
  * DMA memory: where it comes from and which I/O virtual addresses it gets.
  *
  * Memory is cut from a memfd that grows as needed, so that a vfio-user server can map it; each allocation has its own
- * mapping here, and views of it can be detached alone. How an allocation is made known to the device is a callback: a
+ * mapping here, and it can be unmapped alone. How an allocation is made known to the device is a callback: a
  * DMA_MAP message, or an ioctl of kernel VFIO.
  */
 import { SystemError, VfioError } from '../errors.ts';
@@ -119,8 +119,8 @@ export class DmaArena {
   }
 
   /**
-   * Withdraws memory from the device, detaches its views and releases it; after `close` that is done already. Throws
-   * RangeError for memory that is not ours or was freed. When the device does not confirm, the views are detached all
+   * Withdraws memory from the device, unmaps and releases it; after `close` that is done already. Throws
+   * RangeError for memory that is not ours or was freed. When the device does not confirm, it is unmapped all
    * the same, the error is passed on, and addresses and pages are never used again.
    */
   free(memory: DmaMemory): void {

@@ -43,8 +43,7 @@ export interface PciFunction {
   /** Allocates zeroed memory and maps it for DMA, both ways. `size` is rounded up to pages. */
   allocateDma(size: number): DmaMemory;
   /**
-   * Unmaps and frees memory of `allocateDma`. Its views are detached: later accesses read undefined, never foreign
-   * memory.
+   * Unmaps and frees memory of `allocateDma`. Views of it that are left read zeros, never foreign memory.
    */
   freeDma(memory: DmaMemory): void;
   /** Number of MSI-X vectors; 0 without MSI-X. */

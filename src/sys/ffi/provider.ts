@@ -41,7 +41,7 @@ export interface Ffi {
   funcAt(address: number, result: CType, args: readonly CType[]): NativeFunction;
   /**
    * The `length` bytes at `address` as an ArrayBuffer, not copied and not owned: whoever mapped the memory must keep it
-   * mapped until the buffer is detached (see `memory.ts`).
+   * mapped, with something, until the buffer is garbage (see `memory.ts`).
    */
   view(address: number, length: number): ArrayBuffer;
   /** `errno` as the last call through this provider in this thread left it; only meaningful when that call failed. */
