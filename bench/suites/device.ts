@@ -1,8 +1,8 @@
 /**
  * The software device: bursts of 32 packets through the driver's queues into the device and, over its loopback, back;
- * everything in one thread, without event loop and socket. `plain` is copying; `inline` also protects each packet on the
- * way out and opens it on the way in (AES-128-GCM tunnel, a flow filter rule). A packet that came back counts once;
- * Gbit/s are of the inner frame.
+ * everything in one thread, without event loop and socket. `plain` is copying; `inline` also protects each packet on
+ * the way out and opens it on the way in (AES-128-GCM tunnel, a flow filter rule). A packet that came back counts
+ * once; Gbit/s are of the inner frame.
  */
 import { Arena } from '../../src/device/arena.ts';
 import { makeFunction, makePool, maxFrameOf } from '../../src/device/assemble.ts';

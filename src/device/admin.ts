@@ -1,11 +1,13 @@
 /**
- * The administration virtqueue (Virtio 1.4, 2.12.1, 2.13): commands of the self group, capabilities, resource objects.
+ * The administration virtqueue (Virtio 1.4, 2.12.1, 2.13): commands of the self group, capabilities, resource
+ * objects.
  *
- * Readable and writable parts may have any length, zero too: what is missing reads as zero, what is too much is ignored, what does not fit is not
- * written, and the used length is exactly what was written. A command that fails changes nothing. The order of checks is the standard's:
- * group type, opcode, member, then the command itself.
+ * Readable and writable parts may have any length, zero too: what is missing reads as zero, what is too much is
+ * ignored, what does not fit is not written, and the used length is exactly what was written. A command that fails
+ * changes nothing. The order of checks is the standard's: group type, opcode, member, then the command itself.
  *
- * Opcodes of MODIFY and QUERY are those of the text (spec-notes, 2). The SR-IOV group does not exist: the function has no such capability.
+ * Opcodes of MODIFY and QUERY are those of the text (spec-notes, 2). The SR-IOV group does not exist: the function
+ * has no such capability.
  */
 
 import { VirtioError } from '../errors.ts';
@@ -224,10 +226,10 @@ export class AdminProcessor {
 }
 
 const INVALID_FIELD = failed(AdminStatus.EINVAL, AdminQualifier.INVALID_FIELD);
-/** A capability that the object depends on is disabled (5.1.6.5.7.4, 5.1.6.5.8.4; spec-notes, 12). */
+/** A capability that the object depends on is disabled (5.1.9.6.4, 5.1.9.7.4; spec-notes, 12). */
 const DISABLED = failed(AdminStatus.EINVAL, AdminQualifier.INVALID_OPCODE);
 
-/** EEXIST for a CREATE of what is there, ENXIO for anything else of what is not (2.12.1.4.5). */
+/** EEXIST for a CREATE of what is there, ENXIO for anything else of what is not (2.12.1.3). */
 function existence(opcode: number, exists: boolean): CommandResult | null {
   const create = opcode === AdminOpcode.RESOURCE_OBJ_CREATE;
   if (create && exists) return failed(AdminStatus.EEXIST, AdminQualifier.INVALID_FIELD);
@@ -250,7 +252,7 @@ function flowObjectLength(type: number, object: Uint8Array): number {
   return length;
 }
 
-/** The lengths in `struct virtio_net_resource_obj_ff_group`, `…_rule` and `…_classifier` (5.1.6.5.7.3). */
+/** The lengths in `struct virtio_net_resource_obj_ff_group`, `…_rule` and `…_classifier` (5.1.9.6.3). */
 const GROUP_LENGTH = 2;
 const Rule = { fixed: 16, keyLength: 9 } as const;
 const Selectors = { fixed: 8, count: 0, entryFixed: 8, entryLength: 4 } as const;

@@ -1,12 +1,14 @@
 /**
- * One piece of address space that holds all memory the device works on: its packet pool and every piece of guest memory
- * that a driver has mapped for DMA.
+ * One piece of address space that holds all memory the device works on: its packet pool and every piece of guest
+ * memory that a driver has mapped for DMA.
  *
  * Because it is one ArrayBuffer, a byte anywhere in it is one number, every ring loop sees the same three views, and
- * a packet is copied with `copyWithin`: 30 ns for 64 bytes and 95 ns for 1400 on the machine where a loop over words takes 30
- * and 650, and `set` of a fresh `subarray` 75 and 110. It stays below 2 GiB so that offsets are small integers.
+ * a packet is copied with `copyWithin`: 30 ns for 64 bytes and 95 ns for 1400 on the machine where a loop over words
+ * takes 30 and 650, and `set` of a fresh `subarray` 75 and 110. It stays below 2 GiB so that offsets are small
+ * integers.
  *
- * Address space that holds nothing is anonymous zero pages: a slip of this program reads zeros, not a fault that ends the process.
+ * Address space that holds nothing is anonymous zero pages: a slip of this program reads zeros, not a fault that ends
+ * the process.
  */
 import { MapFlag, mmap, PAGE_SIZE, Prot } from '../sys/libc.ts';
 import { type MappedMemory, mapAnonymous, unmapMemory } from '../sys/memory.ts';
@@ -49,8 +51,8 @@ export class Arena implements MappedMemory {
   }
 
   /**
-   * Offset of `size` bytes of address space, a multiple of `align` (which is a power of two). Throws `ARENA_FULL`. The first hole
-   * that fits is taken, so the arena stays dense.
+   * Offset of `size` bytes of address space, a multiple of `align` (which is a power of two). Throws `ARENA_FULL`.
+   * The first hole that fits is taken, so the arena stays dense.
    */
   allocate(size: number, align: number = PAGE_SIZE): number {
     for (const [i, hole] of this.#holes.entries()) {

@@ -1,6 +1,6 @@
 /**
- * Puts the parts of a network function together: PCI function, network device, packet pool. Sockets and the event loop are not its
- * business, so that tests and benchmarks can do without.
+ * Puts the parts of a network function together: PCI function, network device, packet pool. Sockets and the event
+ * loop are not its business, so that tests and benchmarks can do without.
  */
 import { ipsecWire } from '../ipsec/wire/revisions.ts';
 import { PacketPool } from '../packet/pool.ts';
@@ -15,7 +15,10 @@ import type { Link } from './links/link.ts';
 import { NetDevice } from './net.ts';
 import { offeredFeatures, pciLayout, QueueSize } from './personalities/standard.ts';
 
-/** Space in a slot before and behind the largest frame: outer headers, ESP header and IV, link header; padding, trailer, ICV. */
+/**
+ * Space in a slot before and behind the largest frame: outer headers, ESP header and IV, link header; padding,
+ * trailer, ICV.
+ */
 const HEADROOM = 192;
 const TAILROOM = 320;
 const SLOT_ALIGNMENT = 64;

@@ -2,12 +2,12 @@
  * The files behind guest memory, each mapped once.
  *
  * A vfio-user client passes a new descriptor with every DMA_MAP, hundreds of them for one memory backend: descriptors
- * of the same file (device and inode) share one mapping. A file is mapped in chunks of up to 256 MiB, so that a
- * guest may be larger than the arena as long as it does not map all of itself at once. Chunks that nothing refers to stay
+ * of the same file (device and inode) share one mapping. A file is mapped in chunks of up to 256 MiB, so that a guest
+ * may be larger than the arena as long as it does not map all of itself at once. Chunks that nothing refers to stay
  * for a while, because a virtual IOMMU maps and unmaps the same memory all the time.
  *
- * A client that makes its file shorter after it was mapped ends this process with SIGBUS, as it does with every vfio-user
- * and vhost-user server; only the size at the time of the mapping is checked.
+ * A client that makes its file shorter after it was mapped ends this process with SIGBUS, as it does with every
+ * vfio-user and vhost-user server; only the size at the time of the mapping is checked.
  */
 import { close, fstat, PAGE_SIZE } from '../sys/libc.ts';
 import type { Arena } from './arena.ts';
@@ -49,8 +49,8 @@ export class BackingFiles {
   }
 
   /**
-   * The backing of the file that `fd` names, which is this object's from now on, whatever happens. Null when the file does not
-   * hold `end` bytes.
+   * The backing of the file that `fd` names, which is this object's from now on, whatever happens. Null when the file
+   * does not hold `end` bytes.
    */
   open(fd: number, writable: boolean, end: number): Backing | null {
     let keep = false;
@@ -69,7 +69,10 @@ export class BackingFiles {
     }
   }
 
-  /** The chunk that holds byte `at` of a file of at least `end` bytes, referenced once more. Throws `SystemError` or `ARENA_FULL`. */
+  /**
+   * The chunk that holds byte `at` of a file of at least `end` bytes, referenced once more. Throws `SystemError` or
+   * `ARENA_FULL`.
+   */
   reference(backing: Backing, at: number, end: number): Chunk {
     const fileOffset = at - (at % CHUNK_SIZE);
     const needed = Math.min(end - fileOffset, CHUNK_SIZE);

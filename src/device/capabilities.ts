@@ -1,8 +1,9 @@
 /**
- * Device and driver capabilities (Virtio 1.4, 2.12.1.3, 5.1.5): what the device offers, and what the driver has said that it uses.
+ * Device and driver capabilities (Virtio 1.4, 2.12.1.2, 5.1.6): what the device offers, and what the driver has said
+ * that it uses.
  *
- * A capability that the driver has not set, or has set to nothing, is disabled: limits count as zero, and commands on its objects fail. All
- * of a group (flow filter; IPsec) must be enabled for any of its objects.
+ * A capability that the driver has not set, or has set to nothing, is disabled: limits count as zero, and commands on
+ * its objects fail. All of a group (flow filter; IPsec) must be enabled for any of its objects.
  */
 import { VirtioError } from '../errors.ts';
 import type { IpsecWire, ModeCapability } from '../ipsec/wire/codec.ts';
@@ -114,8 +115,8 @@ export class CapabilityTable {
   }
 
   /**
-   * DRIVER_CAP_SET. `data` is followed by enough zeros for any capability. `inUse`: objects that depend on the capability exist, so that
-   * it may be set again, but not to anything else.
+   * DRIVER_CAP_SET. `data` is followed by enough zeros for any capability. `inUse`: objects that depend on the
+   * capability exist, so that it may be set again, but not to anything else.
    */
   set(id: number, data: Uint8Array, inUse: boolean): CommandResult {
     if (!this.#offered.has(id)) return NO_SUCH;

@@ -1,11 +1,11 @@
 /**
- * The common configuration structure: device status, feature negotiation and the configuration of queues (Virtio 1.4, 2.1, 2.2, 3.1,
- * 4.1.4.3).
+ * The common configuration structure: device status, feature negotiation and the configuration of queues (Virtio 1.4,
+ * 2.1, 2.2, 3.1, 4.1.4.3).
  *
- * A register answers to accesses of its own width, at its own offset, and 64-bit ones to two 32-bit halves; any other access reads as
- * ones and writes nothing. What a driver must not write is ignored, so that it reads back what holds: the status bits only
- * ever grow, features do not change after FEATURES_OK, a queue size that is not a power of two is not taken, and a queue
- * is not enabled before FEATURES_OK or at misaligned addresses.
+ * A register answers to accesses of its own width, at its own offset, and 64-bit ones to two 32-bit halves; any other
+ * access reads as ones and writes nothing. What a driver must not write is ignored, so that it reads back what holds:
+ * the status bits only ever grow, features do not change after FEATURES_OK, a queue size that is not a power of two
+ * is not taken, and a queue is not enabled before FEATURES_OK or at misaligned addresses.
  */
 import { FEATURE_WORDS, Feature, FeatureSet } from '../virtio/features.ts';
 import { CommonCfgField, DeviceStatus, NO_VECTOR } from '../virtio/pci-layout.ts';
@@ -225,7 +225,10 @@ export class CommonConfig {
     return value < this.options.vectors ? value : NO_VECTOR;
   }
 
-  /** The selected queue; undefined when there is none, or when it is an administration queue and those were not negotiated. */
+  /**
+   * The selected queue; undefined when there is none, or when it is an administration queue and those were not
+   * negotiated.
+   */
   #selected(): QueueConfig | undefined {
     const queue = this.queues[this.#queueSelect];
     if (queue === undefined || queue.maxSize === 0) return undefined;

@@ -1,15 +1,15 @@
 /**
- * The control virtqueue of a network device (Virtio 1.4, 5.1.6.5): the number of queue pairs in use.
+ * The control virtqueue of a network device (Virtio 1.4, 5.1.9.5): the number of queue pairs in use.
  *
  * Left out: all other classes, whose features are not offered; they are answered with VIRTIO_NET_ERR.
  */
 import type { Arena } from './arena.ts';
 import { type DeviceQueue, NO_BUFFER } from './queues.ts';
 
-/** `struct virtio_net_ctrl` (5.1.6.5). */
+/** `struct virtio_net_ctrl` (5.1.9.5). */
 const ControlField = { class: 0, command: 1, data: 2 } as const;
 const Ack = { OK: 0, ERR: 1, size: 1 } as const;
-/** Class and command of automatic receive steering (5.1.6.5.6). */
+/** Class and command of automatic receive steering (5.1.9.5.6). */
 const Mq = { class: 4, pairsSet: 0 } as const;
 
 /** Bytes of a command that are read. */

@@ -1,8 +1,8 @@
 /**
  * The ways in which the device can be told to misbehave: `vipsec device --fault NAME`.
  *
- * A test that cannot fail proves nothing: each check of a driver, and each check of the conformance suite, has a fault here
- * that trips it. The table says what each does; the places that do it ask `faults.has('name')`.
+ * A test that cannot fail proves nothing: each check of a driver, and each check of the conformance suite, has a
+ * fault here that trips it. The table says what each does; the places that do it ask `faults.has('name')`.
  */
 import { InputError } from '../errors.ts';
 

@@ -1,8 +1,9 @@
 /**
- * The flow filter of the device: groups, classifiers, rules, and matching packets against them (Virtio 1.4, 5.1.6.5.7).
+ * The flow filter of the device: groups, classifiers, rules, and matching packets against them (Virtio 1.4,
+ * 5.1.9.6).
  *
- * `FlowFilter` holds the objects and checks what the standard says a device refuses; the administration queue calls it. Matching is in
- * `flow-matcher.ts`.
+ * `FlowFilter` holds the objects and checks what the standard says a device refuses; the administration queue calls
+ * it. Matching is in `flow-matcher.ts`.
  */
 
 import { Ethernet, Ipv4, Ipv6 } from '../packet/fields.ts';
@@ -64,7 +65,10 @@ export class FlowFilter {
     this.#matcher = null;
   }
 
-  /** Creates or, when `replace`, modifies an object; `bytes` may be of any length. Throws VirtioError for bytes that are malformed. */
+  /**
+   * Creates or, when `replace`, modifies an object; `bytes` may be of any length. Throws VirtioError for bytes that
+   * are malformed.
+   */
   set(type: number, id: number, bytes: Uint8Array, use: FlowFilterUse, replace: boolean): CommandResult {
     const result = this.#set(type, id, bytes, use, replace);
     if (result.status === AdminStatus.OK) this.#matcher = null;
@@ -75,7 +79,7 @@ export class FlowFilter {
     return this.#table(type).has(id);
   }
 
-  /** EBUSY for a group or classifier that rules depend on (2.12.1.4.5). */
+  /** EBUSY for a group or classifier that rules depend on (2.12.1.3). */
   destroy(type: number, id: number): CommandResult {
     if (this.#isNeeded(type, id)) return failed(AdminStatus.EBUSY, AdminQualifier.INVALID_COMMAND);
     this.#table(type).delete(id);
@@ -164,7 +168,10 @@ export class FlowFilter {
     return this.#matcher === null ? 0 : this.#matcher.queues[rule];
   }
 
-  /** hot: the first rule that matches the frame of `length` bytes at `at`, or `NO_MATCH`. Reads nothing beyond the frame. */
+  /**
+   * hot: the first rule that matches the frame of `length` bytes at `at`, or `NO_MATCH`. Reads nothing beyond the
+   * frame.
+   */
   match(u8: Uint8Array, at: number, length: number): number {
     if (this.#rules.size === 0) return NO_MATCH;
     const matcher = this.#matcher ?? this.#compile();
@@ -178,7 +185,10 @@ const INVALID_FIELD = failed(AdminStatus.EINVAL, AdminQualifier.INVALID_FIELD);
 const NO_SUCH = failed(AdminStatus.ENXIO, AdminQualifier.INVALID_FIELD);
 const NO_SPACE = failed(AdminStatus.ENOSPC, AdminQualifier.NORESOURCE);
 
-/** ETH, then IPV4 or IPV6, then TCP, UDP or ESP; only bits that the capability has; EtherType and protocol whole (5.1.6.5.7.3). */
+/**
+ * ETH, then IPV4 or IPV6, then TCP, UDP or ESP; only bits that the capability has; EtherType and protocol whole
+ * (5.1.9.6.3).
+ */
 function isClassifierAllowed(classifier: FlowClassifier, use: FlowFilterUse): boolean {
   const { selectors } = classifier;
   const count = selectors.length;
@@ -208,7 +218,10 @@ function isAllOnes(mask: Uint8Array, at: number, length: number): boolean {
   return true;
 }
 
-/** Bits of each field of a header, in order: without partial masks a field is matched whole or not at all. TCP control bits are single fields. */
+/**
+ * Bits of each field of a header, in order: without partial masks a field is matched whole or not at all. TCP control
+ * bits are single fields.
+ */
 const FIELD_BITS: Readonly<Record<number, readonly number[]>> = {
   [SelectorType.eth]: [48, 48, 16],
   [SelectorType.ipv4]: [4, 4, 6, 2, 16, 16, 3, 13, 8, 8, 16, 32, 32],

@@ -1,9 +1,10 @@
 /**
- * Matching packets against flow filter rules (Virtio 1.4, 5.1.6.5.7).
+ * Matching packets against flow filter rules (Virtio 1.4, 5.1.9.6).
  *
- * From the group with the highest priority to the lowest, within a group from the rule with the highest priority, until one matches. The
- * IPv6 next-header field is that of the last extension header, as the standard says. Neighbouring rules of one classifier differ only in
- * their keys: such a run is looked up in a hash table, so that a rule for each of thousands of SAs costs no more than one.
+ * From the group with the highest priority to the lowest, within a group from the rule with the highest priority,
+ * until one matches. The IPv6 next-header field is that of the last extension header, as the standard says.
+ * Neighbouring rules of one classifier differ only in their keys: such a run is looked up in a hash table, so that a
+ * rule for each of thousands of SAs costs no more than one.
  *
  * Left out: VLAN tags are not skipped, so a tagged frame matches as what its outer EtherType says.
  */
@@ -90,7 +91,10 @@ export class RuleMatcher {
     return table;
   }
 
-  /** hot: the first rule that matches the frame of `length` bytes at `at`, or `NO_MATCH`. Reads nothing beyond the frame. */
+  /**
+   * hot: the first rule that matches the frame of `length` bytes at `at`, or `NO_MATCH`. Reads nothing beyond the
+   * frame.
+   */
   match(u8: Uint8Array, at: number, length: number): number {
     const end = at + length;
     const found = locate(u8, at, end);

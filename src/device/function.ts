@@ -1,9 +1,9 @@
 /**
- * A virtio function as a PCI device shows it: configuration space, BARs, interrupts, reset. What it is a function of is the
- * `DeviceModel` behind it.
+ * A virtio function as a PCI device shows it: configuration space, BARs, interrupts, reset. What it is a function of
+ * is the `DeviceModel` behind it.
  *
- * Everything a driver can reach comes in through `readConfig`, `writeConfig`, `readBar`, `writeBar` and guest memory; none of them
- * throws for anything a driver does.
+ * Everything a driver can reach comes in through `readConfig`, `writeConfig`, `readBar`, `writeBar` and guest memory;
+ * none of them throws for anything a driver does.
  */
 
 import { Feature, type FeatureSet } from '../virtio/features.ts';
@@ -108,7 +108,10 @@ export class VirtioFunction {
     return this.common.isLive && (this.config.bytes[COMMAND_BYTE] & Command.busMaster) !== 0;
   }
 
-  /** Function-level reset, DEVICE_RESET, or the end of a session: everything as it was made. Guest memory stays mapped. */
+  /**
+   * Function-level reset, DEVICE_RESET, or the end of a session: everything as it was made. Guest memory stays
+   * mapped.
+   */
   reset(): void {
     this.common.clear();
     this.#stop();

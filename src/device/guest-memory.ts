@@ -1,12 +1,12 @@
 /**
  * What a driver has mapped for DMA: I/O virtual addresses (IOVA) to offsets in the arena.
  *
- * Nothing the driver says is an address until it has been through `translate`: an address outside every window, or a write to a
- * window that is only readable, is -1, and whoever asked turns that into an error of the device. An address is two 32-bit
- * halves, because a 64-bit number is slow. Windows are whole pages, at most 2^53.
+ * Nothing the driver says is an address until it has been through `translate`: an address outside every window, or a
+ * write to a window that is only readable, is -1, and whoever asked turns that into an error of the device. An
+ * address is two 32-bit halves, because a 64-bit number is slow. Windows are whole pages, at most 2^53.
  *
- * Memory that a client maps without a descriptor (it wants DMA_READ and DMA_WRITE messages) cannot be reached: it has no
- * window, and a driver that points at it gets a device error.
+ * Memory that a client maps without a descriptor (it wants DMA_READ and DMA_WRITE messages) cannot be reached: it has
+ * no window, and a driver that points at it gets a device error.
  */
 import { VfioError } from '../errors.ts';
 import { PAGE_SIZE } from '../sys/libc.ts';
@@ -81,9 +81,9 @@ export class GuestMemory {
   }
 
   /**
-   * Maps `size` bytes at `iova` to the file behind `fd` from `fileOffset`. The descriptor is closed or kept, in any case taken.
-   * Throws VfioError `DMA_INVALID` (not whole pages, too large, file too short), `DMA_EXISTS` (overlaps), `DMA_LIMIT`; SystemError
-   * and `ARENA_FULL` when it cannot be mapped. On an error nothing has changed.
+   * Maps `size` bytes at `iova` to the file behind `fd` from `fileOffset`. The descriptor is closed or kept, in any
+   * case taken. Throws VfioError `DMA_INVALID` (not whole pages, too large, file too short), `DMA_EXISTS` (overlaps),
+   * `DMA_LIMIT`; SystemError and `ARENA_FULL` when it cannot be mapped. On an error nothing has changed.
    */
   map(iova: number, size: number, fd: number, fileOffset: number, writable: boolean): void {
     const end = fileOffset + size;
@@ -128,7 +128,8 @@ export class GuestMemory {
   }
 
   /**
-   * Unmaps `size` bytes at `iova`: any number of windows, none too, and parts of windows. Returns the bytes that were mapped.
+   * Unmaps `size` bytes at `iova`: any number of windows, none too, and parts of windows. Returns the bytes that were
+   * mapped.
    */
   unmap(iova: number, size: number): number {
     const last = iova + size;
@@ -163,8 +164,8 @@ export class GuestMemory {
   }
 
   /**
-   * hot: arena offset of the byte at IOVA (`high`, `low`), or -1. `run` then says how many bytes follow it in one piece. `write`:
-   * the device wants to write there.
+   * hot: arena offset of the byte at IOVA (`high`, `low`), or -1. `run` then says how many bytes follow it in one
+   * piece. `write`: the device wants to write there.
    */
   translate(low: number, high: number, write: boolean): number {
     const at = high * 0x100000000 + low;
@@ -201,7 +202,10 @@ export class GuestMemory {
     return from;
   }
 
-  /** hot: copies `length` bytes from the guest to arena offset `to`. False, with part of it done, when some are not mapped. */
+  /**
+   * hot: copies `length` bytes from the guest to arena offset `to`. False, with part of it done, when some are not
+   * mapped.
+   */
   read(low: number, high: number, length: number, to: number): boolean {
     let at = low;
     let upper = high;
@@ -223,7 +227,10 @@ export class GuestMemory {
     return true;
   }
 
-  /** hot: copies `length` bytes from arena offset `from` to the guest. False, with part of it done, when some cannot be written. */
+  /**
+   * hot: copies `length` bytes from arena offset `from` to the guest. False, with part of it done, when some cannot
+   * be written.
+   */
   write(low: number, high: number, length: number, from: number): boolean {
     let at = low;
     let upper = high;
@@ -246,8 +253,9 @@ export class GuestMemory {
   }
 
   /**
-   * Holds on to `size` bytes at an IOVA as one piece of the arena: a ring. Pages that are scattered over the guest's memory are
-   * mapped a second time, side by side. Null when some of it is not mapped, or not writable when it must be.
+   * Holds on to `size` bytes at an IOVA as one piece of the arena: a ring. Pages that are scattered over the guest's
+   * memory are mapped a second time, side by side. Null when some of it is not mapped, or not writable when it must
+   * be.
    */
   pin(low: number, high: number, size: number, writable: boolean): Pin | null {
     const start = high * 0x100000000 + low;

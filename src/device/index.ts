@@ -1,8 +1,8 @@
 /**
  * The software device: virtio-net functions with IPsec behind vfio-user sockets.
  *
- * `startDevice` serves from the event loop of the calling thread until it is closed. The driver must be in another process or
- * thread: its calls block until the device answers.
+ * `startDevice` serves from the event loop of the calling thread until it is closed. The driver must be in another
+ * process or thread: its calls block until the device answers.
  */
 import { createHash } from 'node:crypto';
 import { InputError } from '../errors.ts';
@@ -69,7 +69,10 @@ const MTU_RANGE = { min: 68, max: 9000 } as const;
 /** Packets for each queue pair: backlogs, bursts, frames on their way through a link. */
 const PACKETS_PER_PAIR = 4096;
 
-/** Starts the device. Throws InputError `DEVICE_OPTION`; DeviceError and SystemError when sockets or links cannot be set up. */
+/**
+ * Starts the device. Throws InputError `DEVICE_OPTION`; DeviceError and SystemError when sockets or links cannot be
+ * set up.
+ */
 export function startDevice(options: DeviceOptions): Device {
   return new RunningDevice(resolve(options));
 }

@@ -1,9 +1,11 @@
 /**
- * IPsec of the device: SA objects, and packets through them (Virtio 1.4, 5.1.6.5.8 and the crypto device's "IPsec Service Operation").
+ * IPsec of the device: SA objects, and packets through them (Virtio 1.4, 5.1.9.7 and the crypto device's "IPsec
+ * Service Operation").
  *
- * The arithmetic is `SoftwareIpsec`. Here are the rules of the standard around it: an outbound packet names an SA object by id; an inbound
- * one, which a flow filter rule has sent here, finds its SA by SPI alone among those of its protocol, so two inbound SAs of one
- * protocol and SPI are refused; objects are kept as they were set, because QUERY returns them, keys included, and wiped when they go.
+ * The arithmetic is `SoftwareIpsec`. Here are the rules of the standard around it: an outbound packet names an SA
+ * object by id; an inbound one, which a flow filter rule has sent here, finds its SA by SPI alone among those of its
+ * protocol, so two inbound SAs of one protocol and SPI are refused; objects are kept as they were set, because QUERY
+ * returns them, keys included, and wiped when they go.
  */
 import { IpsecError, VirtioError } from '../errors.ts';
 import { SoftwareIpsec } from '../fallback/software.ts';
@@ -103,7 +105,10 @@ export class DeviceIpsec {
     return this.#table(type).stored.get(id);
   }
 
-  /** Creates or, when `replace`, modifies an SA. `bytes` holds at least a whole object, zeros where the driver sent less. */
+  /**
+   * Creates or, when `replace`, modifies an SA. `bytes` holds at least a whole object, zeros where the driver sent
+   * less.
+   */
   set(type: number, id: number, bytes: Uint8Array, use: IpsecUse, replace: boolean): CommandResult {
     const outbound = type === ResourceType.NET_IPSEC_OUTB_SA;
     if (id >= Math.min(outbound ? use.limits.outbound : use.limits.inbound, SA_LIMIT)) return INVALID_FIELD;

@@ -1,9 +1,10 @@
 /**
- * MSI-X: the vector table and the pending bits in their BAR, and the eventfds that stand for the messages (PCI 3.0, 6.8.2).
+ * MSI-X: the vector table and the pending bits in their BAR, and the eventfds that stand for the messages (PCI 3.0,
+ * 6.8.2).
  *
- * Addresses and data of the table are kept for whoever reads them back, but the message that goes out is the eventfd that
- * the client has set for the vector. As with VFIO in the kernel, setting one also unmasks the vector: a client that
- * virtualises the table itself (QEMU) never writes to this one.
+ * Addresses and data of the table are kept for whoever reads them back, but the message that goes out is the eventfd
+ * that the client has set for the vector. As with VFIO in the kernel, setting one also unmasks the vector: a client
+ * that virtualises the table itself (QEMU) never writes to this one.
  */
 import { EventFd } from '../sys/eventfd.ts';
 
@@ -63,7 +64,10 @@ export class Msix {
     return this.#pending[offset];
   }
 
-  /** Connects a vector to an eventfd, whose descriptor is this object's from now on; null disconnects. Throws SystemError when it is no eventfd. */
+  /**
+   * Connects a vector to an eventfd, whose descriptor is this object's from now on; null disconnects. Throws
+   * SystemError when it is no eventfd.
+   */
   connect(vector: number, fd: number | null): void {
     const next = fd === null ? null : EventFd.adopt(fd);
     this.#eventfds[vector]?.close();
@@ -94,7 +98,10 @@ export class Msix {
     for (let v = 0; v < this.vectors; v++) this.#flush(v);
   }
 
-  /** Sends the message of `vector`, or notes it as pending while it is masked. Nothing happens for a vector that does not exist. */
+  /**
+   * Sends the message of `vector`, or notes it as pending while it is masked. Nothing happens for a vector that does
+   * not exist.
+   */
   fire(vector: number): void {
     if (vector >= this.vectors || !this.enabled) return;
     if (this.#isMasked(vector)) this.#pending[vector >>> 3] |= 1 << (vector & 7);

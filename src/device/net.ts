@@ -1,6 +1,6 @@
 /**
- * The network device behind a virtio function (Virtio 1.4, 5.1): its virtqueues, configuration, and what it does in a turn of the event
- * loop.
+ * The network device behind a virtio function (Virtio 1.4, 5.1): its virtqueues, configuration, and what it does in a
+ * turn of the event loop.
  */
 
 import { verdictNames } from '../fallback/verdict.ts';
@@ -228,7 +228,8 @@ export class NetDevice implements DeviceModel {
     for (const [index, queue] of this.#queues.entries()) {
       if (queue === null) continue;
       if (this.#isReceive(index)) {
-        // New receive buffers matter only when frames wait for them, and those that are too few for a frame do not count.
+        // New receive buffers matter only when frames wait for them, and those that are too few for a frame do not
+        // count.
         const pair = index / PAIR;
         if (this.#receiver.waiting(pair) > 0 && queue.arm(this.#receiver.tooFew(pair))) ready = true;
       } else if (queue.arm(0) && !this.blocked) {

@@ -1,8 +1,9 @@
 /**
- * PCI configuration space of the function: 4096 bytes, what of them a driver may write, and the capability list
- * (PCI Local Bus 3.0, 6; PCI Express Base 5.0, 7; Virtio 1.4, 4.1.4).
+ * PCI configuration space of the function: 4096 bytes, what of them a driver may write, and the capability list (PCI
+ * Local Bus 3.0, 6; PCI Express Base 5.0, 7; Virtio 1.4, 4.1.4).
  *
- * Left out: extended capabilities (the extended space reads as zeros: none), power management, INTx, I/O BARs, an expansion ROM.
+ * Left out: extended capabilities (the extended space reads as zeros: none), power management, INTx, I/O BARs, an
+ * expansion ROM.
  */
 
 import { PCI_CAP_VENDOR, VirtioCapField, VirtioCapLength, VirtioCfgType } from '../virtio/pci-layout.ts';
@@ -51,7 +52,10 @@ const BarType = { memory32: 0x0, memory64: 0x4 } as const;
 /** Capability ids (PCI Code and ID Assignment). */
 export const CapabilityKind = { vendor: PCI_CAP_VENDOR, pcie: 0x10, msix: 0x11 } as const;
 
-/** Behind the 16 bytes of a virtio capability: `notify_off_multiplier`, or `pci_cfg_data` (Virtio 1.4, 4.1.4.4 and 4.1.4.9). */
+/**
+ * Behind the 16 bytes of a virtio capability: `notify_off_multiplier`, or `pci_cfg_data` (Virtio 1.4, 4.1.4.4 and
+ * 4.1.4.9).
+ */
 const CAP_EXTRA = VirtioCapField.notifyOffMultiplier;
 
 /** MSI-X capability (PCI 3.0, 6.8.2). */
@@ -96,7 +100,9 @@ export interface PciLayout {
   readonly classCode: number;
   readonly subsystemVendorId: number;
   readonly subsystemId: number;
-  /** Bytes of each BAR; a power of two of at least 4096, or 0. 64-bit BARs take two indices, the second of which is 0. */
+  /**
+   * Bytes of each BAR; a power of two of at least 4096, or 0. 64-bit BARs take two indices, the second of which is 0.
+   */
   readonly bars: readonly { readonly size: number; readonly wide: boolean }[];
   readonly structures: readonly StructureLocation[];
   readonly msix: { readonly vectors: number; readonly bar: number; readonly table: number; readonly pba: number };

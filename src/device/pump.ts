@@ -1,8 +1,9 @@
 /**
  * The device's share of the event loop: polls functions and links while there is work, and sleeps when there is none.
  *
- * While awake, drivers are asked not to notify. Going to sleep: ask them to notify, look once more, and only then stop, so that no
- * notification is lost. Between bursts the event loop gets its turn (setImmediate), for messages and other links.
+ * While awake, drivers are asked not to notify. Going to sleep: ask them to notify, look once more, and only then
+ * stop, so that no notification is lost. Between bursts the event loop gets its turn (setImmediate), for messages and
+ * other links.
  */
 
 /** A function, or a link. */

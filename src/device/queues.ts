@@ -1,9 +1,10 @@
 /**
  * The device side of a split virtqueue (Virtio 1.4, 2.7).
  *
- * The ring belongs to a driver that is not trusted: each field of it is read once, into locals, and checked; chains are bounded by
- * the queue size, whatever their `next` says; tables of indirect descriptors are copied before they are walked. A queue whose
- * driver broke a rule is `broken` and does nothing any more; the function then needs a reset.
+ * The ring belongs to a driver that is not trusted: each field of it is read once, into locals, and checked; chains
+ * are bounded by the queue size, whatever their `next` says; tables of indirect descriptors are copied before they
+ * are walked. A queue whose driver broke a rule is `broken` and does nothing any more; the function then needs a
+ * reset.
  *
  * `DeviceQueue` is what the rest of the device knows, so that packed virtqueues (2.8) can be put beside it.
  */
@@ -49,7 +50,10 @@ export interface DeviceQueue {
   /** What the driver did wrong; nothing works after that. */
   readonly broken: string | null;
 
-  /** The pieces of the buffer that was taken last, as IOVA and length: first `readable` device-readable ones, then device-writable ones. */
+  /**
+   * The pieces of the buffer that was taken last, as IOVA and length: first `readable` device-readable ones, then
+   * device-writable ones.
+   */
   readonly low: Uint32Array;
   readonly high: Uint32Array;
   readonly length: Uint32Array;
@@ -65,13 +69,22 @@ export interface DeviceQueue {
   take(): number;
   /** hot: puts back the last `count` buffers taken. None of them may have been completed. */
   putBack(count: number): void;
-  /** hot: notes that buffer `id` is used and that `written` bytes were written to it. The driver sees it after `publish`. */
+  /**
+   * hot: notes that buffer `id` is used and that `written` bytes were written to it. The driver sees it after
+   * `publish`.
+   */
   complete(id: number, written: number): void;
   /** hot: shows completed buffers to the driver; true when it wants a notification. */
   publish(): boolean;
-  /** hot: copies readable bytes of the buffer taken last, from byte `skip` on, to arena offset `to`; returns how many, or -1 when one is unmapped. */
+  /**
+   * hot: copies readable bytes of the buffer taken last, from byte `skip` on, to arena offset `to`; returns how many,
+   * or -1 when one is unmapped.
+   */
   gather(skip: number, max: number, to: number): number;
-  /** hot: copies from arena offset `from` to the writable pieces, from their byte `skip` on; returns how many fitted, or -1. */
+  /**
+   * hot: copies from arena offset `from` to the writable pieces, from their byte `skip` on; returns how many fitted,
+   * or -1.
+   */
   scatter(skip: number, bytes: number, from: number): number;
   /** Asks the driver not to notify. */
   suppress(): void;
@@ -118,7 +131,9 @@ export class SplitDeviceQueue implements DeviceQueue {
   #descriptors = 0;
   #avail = 0;
   #used = 0;
-  /** Free-running, 16 bits: next available entry to take, next used entry to write, used index that the driver knows. */
+  /**
+   * Free-running, 16 bits: next available entry to take, next used entry to write, used index that the driver knows.
+   */
   #nextAvail = 0;
   #nextUsed = 0;
   #published = 0;
@@ -139,7 +154,10 @@ export class SplitDeviceQueue implements DeviceQueue {
     this.#limit = Math.min(options.size, MAX_SEGMENTS);
   }
 
-  /** Finds the ring in guest memory again if the driver has unmapped a part of it since. False when it is not all there. */
+  /**
+   * Finds the ring in guest memory again if the driver has unmapped a part of it since. False when it is not all
+   * there.
+   */
   #located(): boolean {
     // hot:
     const pins = this.#pins;
@@ -353,7 +371,8 @@ export class SplitDeviceQueue implements DeviceQueue {
     const before = this.#published;
     const now = this.#nextUsed;
     if (before === now || this.broken !== null || !this.#located()) return false;
-    // One store that no other side can see in halves; as an atomic one it also keeps the order: entries, index, then the read below.
+    // One store that no other side can see in halves; as an atomic one it also keeps the order: entries, index, then
+    // the read below.
     Atomics.store(this.#u16, this.#used + Used.idx, now);
     this.#published = now;
     if (this.#eventIdx) {

@@ -1,10 +1,10 @@
 /**
- * The receive side of a network function (Virtio 1.4, 5.1.9.3 and 5.1.9.4): from the link through flow filter and IPsec into receive
- * buffers.
+ * The receive side of a network function (Virtio 1.4, 5.1.9.3 and 5.1.9.4): from the link through flow filter and
+ * IPsec into receive buffers.
  *
- * The order is the standard's: flow filter rules, and only for packets to which no rule applied, receive steering. The header is written
- * into the headroom of the packet, so that header and frame are one copy into the driver's buffer. Frames for which there is no buffer wait in
- * a short backlog.
+ * The order is the standard's: flow filter rules, and only for packets to which no rule applied, receive steering.
+ * The header is written into the headroom of the packet, so that header and frame are one copy into the driver's
+ * buffer. Frames for which there is no buffer wait in a short backlog.
  *
  * Left out: MAC and VLAN filters (not offered: the function is promiscuous), GSO, hash reports.
  */
@@ -204,7 +204,7 @@ export class Receiver implements FrameSink {
     }
     const filter = this.#options.flowFilter;
     const pair = filter === null ? 0 : filter.queueIndex(rule) >>> 1;
-    // "if the receive virtqueue is reset, the device MUST drop such packets" (5.1.6.5.7.4).
+    // "if the receive virtqueue is reset, the device MUST drop such packets" (5.1.9.6.4).
     if (pair >= this.#queues.length || this.#queues[pair] === null) this.#drop(i, packet, NetCounter.rxNoQueue);
     else this.#targets[i] = pair;
   }
@@ -231,7 +231,7 @@ export class Receiver implements FrameSink {
         flags[packet] = PacketFlag.secured | soft;
         if (this.#recirculate[j] === 0) continue;
         const rule = flowFilter.match(u8, offset[packet], length[packet]);
-        // A second IPsec action is not taken: recirculation happens once (5.1.6.5.8.1).
+        // A second IPsec action is not taken: recirculation happens once (5.1.9.7.1).
         if (rule !== NO_MATCH) this.#apply(i, packet, flowFilter.action(rule), rule);
       } else if (isUntouched(verdict)) {
         flags[packet] = PacketFlag.securityError;
@@ -255,7 +255,9 @@ export class Receiver implements FrameSink {
     backlog.count++;
   }
 
-  /** hot: moves waiting frames into the buffers of one queue; returns how many left the backlog. The caller publishes. */
+  /**
+   * hot: moves waiting frames into the buffers of one queue; returns how many left the backlog. The caller publishes.
+   */
   poll(pair: number): number {
     const queue = this.#queues[pair];
     const backlog = this.#backlogs[pair];
@@ -274,7 +276,10 @@ export class Receiver implements FrameSink {
     return moved;
   }
 
-  /** hot: puts a frame into the next buffers; false when there are none, or the queue is broken. True also when it had to be dropped. */
+  /**
+   * hot: puts a frame into the next buffers; false when there are none, or the queue is broken. True also when it had
+   * to be dropped.
+   */
   #place(queue: DeviceQueue, layout: NetHeaderLayout, packet: number, pair: number): boolean {
     const pool = this.#pool;
     const length = pool.length[packet];

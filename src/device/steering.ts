@@ -1,9 +1,9 @@
 /**
- * Automatic receive steering (Virtio 1.4, 5.1.6.5.6): frames of a flow come in on the receive queue whose transmit queue the flow last went
- * out on; frames of other flows on a queue that their hash picks.
+ * Automatic receive steering (Virtio 1.4, 5.1.9.5.6): frames of a flow come in on the receive queue whose transmit
+ * queue the flow last went out on; frames of other flows on a queue that their hash picks.
  *
- * A flow is a pair of addresses and a pair of ports, whichever direction. The table has no collision handling: two flows that share an
- * entry share a queue, which the standard allows.
+ * A flow is a pair of addresses and a pair of ports, whichever direction. The table has no collision handling: two
+ * flows that share an entry share a queue, which the standard allows.
  */
 import { Ethernet, EtherType, IpProtocol, Ipv4, Ipv4Fragment, Ipv6 } from '../packet/fields.ts';
 
@@ -16,7 +16,7 @@ export class Steering {
   readonly #pairs = new Uint8Array(ENTRIES).fill(NONE);
   #inUse = 1;
 
-  /** Queue pairs in use: 1 after a reset (5.1.6.5.6.2). */
+  /** Queue pairs in use: 1 after a reset (5.1.9.5.6). */
   get pairs(): number {
     return this.#inUse;
   }

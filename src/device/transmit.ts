@@ -1,8 +1,8 @@
 /**
  * The transmit side of a network function (Virtio 1.4, 5.1.9.2): from transmit queues through IPsec to the link.
  *
- * A buffer is copied once, header and frame together, into a packet of the pool; everything after that looks at the copy, which the
- * driver cannot change. A frame that asked for SECURITY goes out protected or not at all.
+ * A buffer is copied once, header and frame together, into a packet of the pool; everything after that looks at the
+ * copy, which the driver cannot change. A frame that asked for SECURITY goes out protected or not at all.
  *
  * Left out: segmentation (GSO types other than NONE are not offered, so they are dropped).
  */
@@ -74,7 +74,9 @@ export class Transmitter {
     this.blocked = false;
   }
 
-  /** hot: moves up to a burst of frames from `queue`, the transmit queue of `pair`; returns how many buffers it took. */
+  /**
+   * hot: moves up to a burst of frames from `queue`, the transmit queue of `pair`; returns how many buffers it took.
+   */
   poll(queue: DeviceQueue, pair: number): number {
     const layout = this.#layout;
     if (layout === null) return 0;

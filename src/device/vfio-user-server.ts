@@ -1,9 +1,10 @@
 /**
  * The vfio-user server: one function behind one socket, for one client at a time (protocol: `vfio/protocol.ts`).
  *
- * Unlike the protocol's text, every session begins with a function that has been reset: what a client leaves behind, it leaves to nobody.
- * A message that is no message ends the session; a request that cannot be done gets an error reply. A client that
- * has connected and does not say which version it speaks is turned out after a while, as others may wait.
+ * Unlike the protocol's text, every session begins with a function that has been reset: what a client leaves behind,
+ * it leaves to nobody. A message that is no message ends the session; a request that cannot be done gets an error
+ * reply. A client that has connected and does not say which version it speaks is turned out after a while, as others
+ * may wait.
  */
 import { constants as os } from 'node:os';
 import { SystemError, VfioError } from '../errors.ts';
@@ -30,7 +31,10 @@ const REPLY_TIMEOUT = 2000;
 /** Messages in a row before others get their turn. */
 const MESSAGES_PER_TURN = 64;
 
-/** Regions and interrupt types of a PCI device (linux/vfio.h): BARs, ROM, configuration space, VGA; INTx, MSI, MSI-X, error, request. */
+/**
+ * Regions and interrupt types of a PCI device (linux/vfio.h): BARs, ROM, configuration space, VGA; INTx, MSI, MSI-X,
+ * error, request.
+ */
 const REGIONS = 9;
 const IRQS = 5;
 const CONFIG_REGION = 7;
@@ -193,7 +197,9 @@ class Session {
     }
   }
 
-  /** Carries a request out; returns the payload of its reply. Descriptors that it takes, it removes from the message. */
+  /**
+   * Carries a request out; returns the payload of its reply. Descriptors that it takes, it removes from the message.
+   */
   #handle(message: ReceivedMessage): Uint8Array {
     const { command, payload } = message;
     switch (command) {
@@ -241,7 +247,8 @@ class Session {
         pageSizes: PAGE_SIZES,
       },
     });
-    // QEMU takes no reply that is longer than its request; without capabilities the defaults hold, which are ours too but for the descriptors.
+    // QEMU takes no reply that is longer than its request; without capabilities the defaults hold, which are ours too
+    // but for the descriptors.
     return full.length <= payload.length ? full : full.slice(0, protocol.Version.fixed);
   }
 

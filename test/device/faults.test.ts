@@ -107,7 +107,8 @@ const SEEN: Partial<Record<keyof typeof FAULTS, () => Promise<void>>> = {
   },
   'query-modify-swapped': async () => {
     const net = await open({ ipsec: true });
-    // A MODIFY of the text is a QUERY here: it is refused because there is no object, and so says nothing; the opcode is known.
+    // A MODIFY of the text is a QUERY here: it is refused because there is no object, and so says nothing; the opcode
+    // is known.
     expect((await net.execute(0xb, new Uint8Array(16))).status).not.toBe(0);
   },
   'capability-malformed': async () => {

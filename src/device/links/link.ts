@@ -1,8 +1,8 @@
 /**
  * Where frames go after IPsec processing, and come from before it.
  *
- * Frames are packet numbers of the process's one pool, so that a link between two functions of the process copies nothing. Whoever is given
- * packets owns them, and frees them when done.
+ * Frames are packet numbers of the process's one pool, so that a link between two functions of the process copies
+ * nothing. Whoever is given packets owns them, and frees them when done.
  */
 
 /** The receiving side of a function. */

@@ -1,8 +1,8 @@
 /**
  * `pair`: two functions of one process, wired together; and `loopback`: one function whose frames come back to it.
  *
- * A frame is not copied. While the receiver's backlog is full, the sender is held back; when it has not moved for 20 ms, its driver
- * has stopped, and frames are dropped as on a cable.
+ * A frame is not copied. While the receiver's backlog is full, the sender is held back; when it has not moved for 20
+ * ms, its driver has stopped, and frames are dropped as on a cable.
  */
 import type { PacketPool } from '../../packet/pool.ts';
 import { ANY_ROOM, type FrameSink, type Link, type LinkCounters } from './link.ts';

@@ -1,8 +1,8 @@
 /**
  * `pcap:IN,OUT`: frames come from one capture file and go to another.
  *
- * IN is played once, as fast as receive buffers come, from when a driver is first ready; OUT holds what was sent, with the time it was
- * sent. Either may be empty. A frame of IN that the pool cannot hold is counted and left out.
+ * IN is played once, as fast as receive buffers come, from when a driver is first ready; OUT holds what was sent,
+ * with the time it was sent. Either may be empty. A frame of IN that the pool cannot hold is counted and left out.
  */
 import { InputError } from '../../errors.ts';
 import { CaptureReader, CaptureWriter } from '../../packet/capture-file.ts';

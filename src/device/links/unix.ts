@@ -1,9 +1,10 @@
 /**
- * `unix:PATH` and `unix-connect:PATH`: frames over a Unix stream socket, a u32 big-endian length before each, as QEMU's stream netdev has
- * it. One side listens, the other connects and tries again until somebody listens; one peer at a time.
+ * `unix:PATH` and `unix-connect:PATH`: frames over a Unix stream socket, a u32 big-endian length before each, as
+ * QEMU's stream netdev has it. One side listens, the other connects and tries again until somebody listens; one peer
+ * at a time.
  *
- * The listener is there before any driver and stays when drivers and peers go. Frames are sent from the pool's memory, a burst for each system
- * call. A peer that sends a length that no frame can have is disconnected.
+ * The listener is there before any driver and stays when drivers and peers go. Frames are sent from the pool's
+ * memory, a burst for each system call. A peer that sends a length that no frame can have is disconnected.
  */
 import { SystemError } from '../../errors.ts';
 import type { PacketPool } from '../../packet/pool.ts';
@@ -309,7 +310,10 @@ export class UnixLink implements Link {
     return 1;
   }
 
-  /** hot: delivers the whole frames between two offsets; returns where the first incomplete one begins, or -1 for nonsense. */
+  /**
+   * hot: delivers the whole frames between two offsets; returns where the first incomplete one begins, or -1 for
+   * nonsense.
+   */
   #deliverFrames(start: number, end: number): number {
     const { u8 } = this.#arena;
     const pool = this.#pool;

@@ -1,8 +1,8 @@
 /**
  * The standard personality: a modern virtio-net PCI function as Virtio 1.4 describes it (4.1, 5.1).
  *
- * BAR 0 (64-bit) holds the virtio structures, a page each; BAR 2 (64-bit) the MSI-X table and pending bits. Nothing is mappable: a
- * write to the notification page is a message, which wakes the device.
+ * BAR 0 (64-bit) holds the virtio structures, a page each; BAR 2 (64-bit) the MSI-X table and pending bits. Nothing
+ * is mappable: a write to the notification page is a message, which wakes the device.
  */
 import { Feature, FeatureSet } from '../../virtio/features.ts';
 import { CommonCfgLength, DeviceType, VirtioCfgType, VirtioPciId } from '../../virtio/pci-layout.ts';

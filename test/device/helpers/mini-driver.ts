@@ -1,5 +1,6 @@
 /**
- * A driver of a few lines for tests: it writes registers and rings by hand, so that it can also do everything that a driver must not.
+ * A driver of a few lines for tests: it writes registers and rings by hand, so that it can also do everything that a
+ * driver must not.
  */
 import { eventfd, ftruncate, close as libcClose, memfdCreate } from '../../../src/sys/libc.ts';
 import { type MappedMemory, mapShared, unmapMemory } from '../../../src/sys/memory.ts';

@@ -1,6 +1,6 @@
 /**
- * A scripted vfio-user client that shares the event loop with the server under test: it sends exactly the messages that a test wants and
- * never blocks.
+ * A scripted vfio-user client that shares the event loop with the server under test: it sends exactly the messages
+ * that a test wants and never blocks.
  */
 import { close } from '../../../src/sys/libc.ts';
 import { UnixSocket } from '../../../src/sys/unix-socket.ts';
