@@ -20,9 +20,17 @@ const PATIENCE_MS = 10_000;
 
 const endings: (() => void | Promise<void>)[] = [];
 
-/** Ends, in reverse order, what the test has started. */
+/** Ends, in reverse order, what the test has started: all of it, whatever fails on the way. */
 export async function cleanUp(): Promise<void> {
-  for (const end of endings.splice(0).reverse()) await end();
+  const failures: unknown[] = [];
+  for (const end of endings.splice(0).reverse()) {
+    try {
+      await end();
+    } catch (error) {
+      failures.push(error);
+    }
+  }
+  if (failures.length > 0) throw failures[0];
 }
 
 /** A new directory that goes with the test. */
