@@ -22,8 +22,10 @@ export type {
   RedactedSaObject,
   SaEvents,
   SaHandle,
+  SaNotification,
   SaTraffic,
 } from './ipsec/ipsec.ts';
+export type { MoveOptions } from './ipsec/move.ts';
 export type { Placement, Where } from './ipsec/placement.ts';
 export { OutboundPolicy } from './ipsec/policy.ts';
 // SAs and policies without a NIC.

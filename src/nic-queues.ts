@@ -294,7 +294,7 @@ export class NicRxQueue {
         const handle = sa[p];
         if (selective[handle] === 0 || this.#fits(p, handle)) {
           if (handle !== current) {
-            if (run !== 0) state.count(current, run, runBytes);
+            if (run !== 0) state.countInbound(current, run, runBytes);
             current = handle;
             run = 0;
             runBytes = 0;
@@ -309,7 +309,7 @@ export class NicRxQueue {
       if (verdict === Verdict.ok) out[end++] = p;
       else this.#drop[dropped++] = p;
     }
-    if (run !== 0) state.count(current, run, runBytes);
+    if (run !== 0) state.countInbound(current, run, runBytes);
     if (dropped !== 0) this.#pool.free(this.#drop, dropped);
     return end;
   }

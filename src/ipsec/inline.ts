@@ -53,6 +53,8 @@ const NO_RULES: SaRules = [];
 
 interface InlineSa {
   readonly id: number;
+  /** Whether the id had another SA before. */
+  readonly reused: boolean;
   readonly type: number;
   /** Inbound: key of the SPI reservation. */
   readonly identity: string | null;
@@ -126,9 +128,9 @@ export class InlineIpsec {
 
   /**
    * Makes the object, and for an inbound SA its rules. Throws IpsecError `SA_LIMIT`, `SA_EXISTS`; AdminCommandError; VirtioError. Then the
-   * data path knows nothing of it.
+   * data path knows nothing of it. With `held`, what an inbound SA receives counts as not secured until `deliver`.
    */
-  async create(handle: number, sa: SecurityAssociation): Promise<void> {
+  async create(handle: number, sa: SecurityAssociation, held = false): Promise<void> {
     const outbound = sa.direction === 'outbound';
     const identity = outbound ? null : identityOf(sa);
     if (identity !== null) {
@@ -142,7 +144,7 @@ export class InlineIpsec {
       if (identity !== null) this.#inbound.delete(identity);
       throw new IpsecError('SA_LIMIT', `all ${ids.limit} ${sa.direction} SAs of the device are in use`);
     }
-    const { id } = taken;
+    const { id, reused } = taken;
     const type = SaObjectType[sa.direction];
     try {
       await this.#withObject(sa, id, (bytes) => this.#admin.createObject(type, id, bytes));
@@ -153,20 +155,33 @@ export class InlineIpsec {
       throw error;
     }
     if (outbound) {
-      this.#sas.set(handle, { id, type, identity, rules: NO_RULES });
+      this.#sas.set(handle, { id, reused, type, identity, rules: NO_RULES });
       this.#options.table.resourceId[handle] = id;
       return;
     }
-    if (taken.reused && this.#options.receiveQueues > 0) this.#await(id, handle);
-    else this.#options.table.handle[id] = handle;
+    this.#sas.set(handle, { id, reused, type, identity, rules: NO_RULES });
+    if (!held) this.deliver(handle);
     try {
       const rules = (await this.#options.rules?.add(sa)) ?? [];
-      this.#sas.set(handle, { id, type, identity, rules });
+      this.#sas.set(handle, { id, reused, type, identity, rules });
     } catch (error) {
-      this.#sas.set(handle, { id, type, identity, rules: NO_RULES });
       await this.destroy(handle).catch(() => {});
       throw error;
     }
+  }
+
+  /** From now on what the inbound SA receives counts as secured by it. */
+  deliver(handle: number): void {
+    const { id, reused } = this.#get(handle);
+    if (reused && this.#options.receiveQueues > 0) this.#await(id, handle);
+    else this.#options.table.handle[id] = handle;
+  }
+
+  /** From now on what the inbound SA receives counts as not secured. */
+  silence(handle: number): void {
+    const { id } = this.#get(handle);
+    this.#awaited = this.#awaited.filter((one) => one.handle !== handle);
+    if (this.#options.table.handle[id] === handle) this.#options.table.handle[id] = 0;
   }
 
   /**

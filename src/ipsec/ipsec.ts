@@ -6,12 +6,17 @@
  */
 import type { EngineName } from '../fallback/engines/engine.ts';
 import type { InlineCapability } from './capability.ts';
+import type { MoveOptions } from './move.ts';
 import type { Placement, Where } from './placement.ts';
 import type { Direction, Mode, Protocol } from './sa.ts';
 import type { SecurityAssociationInput } from './validate.ts';
 import type { SaObject } from './wire/codec.ts';
 
-/** What happens to an SA. Each is told once per SA. */
+/**
+ * What happens to an SA, each told once per key and place: from the device's flags, from the driver's counters of inline SAs, from the
+ * counters of software SAs. The limits of an inbound SA on the device are the device's to enforce; the driver tells of the hard one when what
+ * it was given has used it up, so a device that drops packets on the way may have ended the SA sooner. The soft one is what to act on.
+ */
 export interface SaEvents {
   /** A soft limit was reached: time to negotiate a new SA. */
   'soft-expiry': [limit: 'packets' | 'bytes' | 'device'];
@@ -21,6 +26,14 @@ export interface SaEvents {
   'sequence-low': [];
   /** None is left: the SA carries nothing more (RFC 4303, 3.3.3). */
   'sequence-overflow': [];
+}
+
+/** One entry of the stream of all SAs' events. */
+export interface SaNotification {
+  readonly sa: SaHandle;
+  readonly event: keyof SaEvents;
+  /** Which limit was reached, when the event is about one. */
+  readonly limit: 'packets' | 'bytes' | 'device' | null;
 }
 
 /** Traffic of one SA. */
@@ -61,6 +74,14 @@ export interface SaHandle {
    * `SA_MODIFY`, `NONCE_REUSE`, `NOT_OFFLOADABLE`, those of validation; AdminCommandError.
    */
   modify(sa: SecurityAssociationInput): Promise<void>;
+  /**
+   * Moves the SA from the device to software or back. `sa` is the SA with its key, because the driver keeps none; with the key that it
+   * has, its numbers go on and `initial` is not looked at. Allowed only where it surely repeats no sequence number and no nonce and
+   * accepts no packet twice; the table is in `move-plan.ts`. Fails as a whole or not at all; but when only letting go of the old place
+   * fails, the SA has moved and `placement` says so. Throws IpsecError `SA_MOVE`, `NONCE_REUSE`, `SA_MODIFY`, `NOT_OFFLOADABLE`,
+   * `SOFTWARE_NOT_AVAILABLE`, those of validation; AdminCommandError; VirtioError.
+   */
+  move(where: Where, sa: SecurityAssociationInput, options?: MoveOptions): Promise<void>;
   /** Ends the SA. Packets that still name it are dropped. Idempotent. */
   remove(): Promise<void>;
   on<E extends keyof SaEvents>(event: E, listener: (...args: SaEvents[E]) => void): this;
@@ -86,4 +107,6 @@ export interface Ipsec {
   get(handle: number): SaHandle | undefined;
   /** All SAs, oldest first. */
   list(): SaHandle[];
+  /** Calls `listener` with what happens to any SA, as `SaHandle.on` does for one. Returns how to stop. */
+  onSaEvent(listener: (notification: SaNotification) => void): () => void;
 }

@@ -3,8 +3,10 @@
  */
 import { IpsecError } from '../errors.ts';
 import type { RedactedSaObject, SaEvents, SaHandle, SaTraffic } from './ipsec.ts';
+import { keyId } from './key-id.ts';
+import type { MoveOptions } from './move.ts';
 import type { NonceClaim } from './nonce-guard.ts';
-import type { Placement } from './placement.ts';
+import type { Placement, Where } from './placement.ts';
 import type { Direction, Mode, Protocol, SecurityAssociation } from './sa.ts';
 import type { SecurityAssociationInput } from './validate.ts';
 
@@ -13,6 +15,7 @@ export interface SaOwner {
   traffic(sa: ManagedSa): SaTraffic;
   query(sa: ManagedSa): Promise<RedactedSaObject | null>;
   modify(sa: ManagedSa, input: SecurityAssociationInput): Promise<void>;
+  move(sa: ManagedSa, where: Where, input: SecurityAssociationInput, options: MoveOptions): Promise<void>;
   remove(sa: ManagedSa): Promise<void>;
 }
 
@@ -26,12 +29,21 @@ export class ManagedSa implements SaHandle {
   readonly protocol: Protocol;
   readonly mode: Mode;
   readonly spi: number;
-  readonly placement: Placement;
+  placement: Placement;
   claim: NonceClaim;
+  /** Stands for its key; see `keyId`. */
+  keyId: string;
+  /** The sequence number that it started with, in the words of `SecurityAssociation.initial`. */
+  start: bigint;
+  replayWindow: number;
+  /** Settles when a move that is under way has ended. */
+  moving: Promise<void> | null = null;
   /** What the rules of an inbound SA look at. */
   readonly #way: string;
   readonly #owner: SaOwner;
   #listeners: Listeners | null = null;
+  /** What it had carried where it was before. */
+  #carried: SaTraffic | null = null;
   #finalTraffic: SaTraffic | null = null;
 
   constructor(owner: SaOwner, handle: number, sa: SecurityAssociation, placement: Placement, claim: NonceClaim) {
@@ -44,11 +56,16 @@ export class ManagedSa implements SaHandle {
     this.spi = sa.spi;
     this.placement = placement;
     this.claim = claim;
+    this.keyId = keyId(sa);
+    this.start = sa.initial.sequence;
+    this.replayWindow = sa.replayWindow;
     this.#way = sa.direction === 'inbound' ? wayOf(sa) : '';
   }
 
   traffic(): SaTraffic {
-    return this.#finalTraffic ?? this.#owner.traffic(this);
+    if (this.#finalTraffic !== null) return this.#finalTraffic;
+    const now = this.#owner.traffic(this);
+    return this.#carried === null ? now : sum(this.#carried, now);
   }
 
   query(): Promise<RedactedSaObject | null> {
@@ -57,6 +74,10 @@ export class ManagedSa implements SaHandle {
 
   modify(sa: SecurityAssociationInput): Promise<void> {
     return this.#owner.modify(this, sa);
+  }
+
+  move(where: Where, sa: SecurityAssociationInput, options: MoveOptions = {}): Promise<void> {
+    return this.#owner.move(this, where, sa, options);
   }
 
   remove(): Promise<void> {
@@ -84,8 +105,24 @@ export class ManagedSa implements SaHandle {
     for (const listener of this.#listeners[event]) listener(...args);
   }
 
-  keepTraffic(traffic: SaTraffic): void {
-    this.#finalTraffic = traffic;
+  /** The counters are about to go: keeps them as they are. */
+  keepTraffic(): void {
+    this.#finalTraffic = this.traffic();
+  }
+
+  /** The counters are about to begin anew: keeps what was counted so far. */
+  carryTraffic(): void {
+    this.#carried = this.traffic();
+  }
+
+  /** It has new parameters. Says whether they come with a new key. */
+  became(sa: SecurityAssociation): boolean {
+    const id = keyId(sa);
+    const rekeyed = id !== this.keyId;
+    if (rekeyed) this.start = sa.initial.sequence;
+    this.keyId = id;
+    this.replayWindow = sa.replayWindow;
+    return rekeyed;
   }
 
   /** Throws unless `sa` is this SA with other parameters. */
@@ -99,6 +136,14 @@ export class ManagedSa implements SaHandle {
       throw new IpsecError('SA_MODIFY', 'a modify cannot change how packets find an inbound SA', { path: 'sa.tunnel' });
     }
   }
+}
+
+/** `now` with the counts of `before` added. */
+function sum(before: SaTraffic, now: SaTraffic): SaTraffic {
+  const dropped = { ...before.dropped };
+  for (const [why, count] of Object.entries(now.dropped)) dropped[why] = (dropped[why] ?? 0) + count;
+  const softExpired = before.softExpired || now.softExpired;
+  return { ...now, packets: before.packets + now.packets, bytes: before.bytes + now.bytes, dropped, softExpired };
 }
 
 /** How packets find an inbound SA: destination and UDP encapsulation. */

@@ -3,8 +3,6 @@
  *
  * Inline and software SAs live side by side behind `Ipsec`. When the device refuses an SA that it should take, the SA
  * goes to software, with that as the reason, unless inline is required. Nothing here is on the data path but the arrays of `SaState`.
- *
- * Left out: moving a live SA from one place to the other.
  */
 import { AdminCommandError, IpsecError, VipsecError } from '../errors.ts';
 import { encapsulationOf, largestInner } from '../fallback/pmtu.ts';
@@ -14,8 +12,9 @@ import { Ipv4, Ipv6 } from '../packet/fields.ts';
 import { ObjectIds } from '../virtio/object-ids.ts';
 import { type InlineCapability, whyNotInline } from './capability.ts';
 import type { InlineIpsec } from './inline.ts';
-import type { AddSaOptions, Ipsec, RedactedSaObject, SaEvents, SaHandle, SaTraffic } from './ipsec.ts';
+import type { AddSaOptions, Ipsec, RedactedSaObject, SaEvents, SaHandle, SaNotification, SaTraffic } from './ipsec.ts';
 import { ManagedSa } from './managed-sa.ts';
+import { type MoveOptions, type MoveParts, moveSa } from './move.ts';
 import type { NonceClaim, NonceGuard } from './nonce-guard.ts';
 import { type Placement, place, type Where } from './placement.ts';
 import type { SecurityAssociation } from './sa.ts';
@@ -60,6 +59,7 @@ export class IpsecManager implements Ipsec {
   readonly #sas = new Map<number, ManagedSa>();
   /** Protocol and SPI of software inbound SAs, and how many have them. */
   readonly #softwareInbound = new Map<string, number>();
+  readonly #listeners = new Set<(notification: SaNotification) => void>();
   #closed: VipsecError | null = null;
 
   constructor(options: IpsecManagerOptions) {
@@ -126,9 +126,7 @@ export class IpsecManager implements Ipsec {
       claim.release();
       throw this.#closed;
     }
-    const outbound = sa.direction === 'outbound';
-    const where = outbound ? SaPlace.inlineOutbound : SaPlace.inlineInbound;
-    this.state.add(handle, sa, where, longestFrame(sa, this.#options.mtu), selectorOf(sa));
+    this.state.add(handle, sa, placeOf(sa, 'inline'), longestFrame(sa, this.#options.mtu), selectorOf(sa));
     return this.#enter(handle, sa, placement, claim);
   }
 
@@ -142,8 +140,7 @@ export class IpsecManager implements Ipsec {
       claim.cancel();
       throw error;
     }
-    const where = sa.direction === 'outbound' ? SaPlace.softwareOutbound : SaPlace.softwareInbound;
-    this.state.add(handle, sa, where, 0, null);
+    this.state.add(handle, sa, placeOf(sa, 'software'), 0, null);
     this.#countTwins(sa, 1);
     return this.#enter(handle, sa, placement, claim);
   }
@@ -196,6 +193,7 @@ export class IpsecManager implements Ipsec {
   }
 
   async modify(managed: ManagedSa, input: SecurityAssociationInput): Promise<void> {
+    if (managed.moving !== null) await managed.moving;
     if (this.#closed !== null) throw this.#closed;
     const sa = validateSa(input);
     try {
@@ -213,6 +211,7 @@ export class IpsecManager implements Ipsec {
     const software = this.#software();
     if (sa.direction === 'inbound' || managed.claim.covers(sa)) {
       software.modify(handle, sa);
+      managed.became(sa);
       return;
     }
     const next = software.counters(handle).sequence;
@@ -225,6 +224,7 @@ export class IpsecManager implements Ipsec {
     }
     managed.claim.release(next);
     managed.claim = claim;
+    managed.became(sa);
   }
 
   /**
@@ -246,15 +246,73 @@ export class IpsecManager implements Ipsec {
     }
     managed.claim.release();
     managed.claim = claim;
+    const rekeyed = managed.became(sa);
     if (this.state.place[handle] === SaPlace.none) return;
-    const where = sa.direction === 'outbound' ? SaPlace.inlineOutbound : SaPlace.inlineInbound;
-    this.state.replace(handle, sa, where, longestFrame(sa, this.#options.mtu), selectorOf(sa));
+    const where = placeOf(sa, 'inline');
+    this.state.replace(handle, sa, where, longestFrame(sa, this.#options.mtu), selectorOf(sa), rekeyed);
+  }
+
+  async move(managed: ManagedSa, where: Where, input: SecurityAssociationInput, options: MoveOptions): Promise<void> {
+    while (managed.moving !== null) await managed.moving;
+    if (this.#closed !== null) throw this.#closed;
+    const sa = validateSa(input);
+    const moving = this.#move(managed, where, sa, options);
+    managed.moving = moving.then(ignore, ignore);
+    try {
+      await moving;
+    } finally {
+      managed.moving = null;
+      wipeKeys(sa);
+    }
+  }
+
+  async #move(managed: ManagedSa, where: Where, sa: SecurityAssociation, options: MoveOptions): Promise<void> {
+    managed.refuseOther(sa);
+    if (managed.placement.where === where) throw new IpsecError('SA_MOVE', `the SA is ${where} already`);
+    const parts: MoveParts = {
+      guard: this.#options.guard,
+      device: () => this.#device(),
+      software: () => this.#software(),
+      traffic: (one) => this.traffic(one),
+      obstacle: (_, moved, to) => this.#obstacleThere(moved, to),
+      switchOver: (one, moved, to) => this.#switchOver(one, moved, to),
+      closed: () => this.#closed,
+    };
+    await moveSa(parts, managed, where, sa, options);
+  }
+
+  /** Why an SA of the other place cannot be `where`, or null. */
+  #obstacleThere(sa: SecurityAssociation, where: Where): string | null {
+    if (where === 'software') return this.#options.software === null ? 'software IPsec is not wanted' : null;
+    const others = (this.#softwareInbound.get(identityOf(sa)) ?? 0) > 1;
+    const twin = sa.direction === 'inbound' && others ? 'another software SA has the same SPI' : null;
+    return this.inlineObstacle ?? this.device?.obstacle(sa) ?? twin;
+  }
+
+  /** Between two bursts: the SA, which is in both places, is from now on `where`. */
+  #switchOver(managed: ManagedSa, sa: SecurityAssociation, where: Where): void {
+    const { handle } = managed;
+    managed.carryTraffic();
+    this.state.remove(handle);
+    if (where === 'inline') {
+      this.software?.remove(handle);
+      this.#countTwins(managed, -1);
+      this.state.add(handle, sa, placeOf(sa, where), longestFrame(sa, this.#options.mtu), selectorOf(sa));
+    } else {
+      if (sa.direction === 'outbound') this.software?.setMtu(handle, this.#options.mtu);
+      this.#countTwins(managed, 1);
+      this.state.add(handle, sa, placeOf(sa, where), 0, null);
+    }
+    managed.became(sa);
+    managed.start = sa.initial.sequence;
+    managed.placement = { where, because: 'it was moved' };
   }
 
   async remove(managed: ManagedSa): Promise<void> {
     const { handle } = managed;
+    if (managed.moving !== null) await managed.moving;
     if (this.#sas.get(handle) !== managed) return;
-    managed.keepTraffic(this.traffic(managed));
+    managed.keepTraffic();
     this.#sas.delete(handle);
     this.state.remove(handle);
     if (managed.placement.where === 'software') {
@@ -279,7 +337,7 @@ export class IpsecManager implements Ipsec {
     if (this.#closed !== null) return;
     this.#closed = reason;
     for (const managed of this.#sas.values()) {
-      managed.keepTraffic(this.traffic(managed));
+      managed.keepTraffic();
       this.state.remove(managed.handle);
       if (managed.placement.where === 'software') this.#removeSoftware(managed);
       else managed.claim.release();
@@ -293,7 +351,16 @@ export class IpsecManager implements Ipsec {
   /** Events reach listeners after the burst in which they arose, so that a listener may do anything. */
   #tell<E extends keyof SaEvents>(handle: number, event: E, args: SaEvents[E]): void {
     const managed = this.#sas.get(handle);
-    if (managed !== undefined) queueMicrotask(() => managed.tell(event, args));
+    if (managed === undefined) return;
+    queueMicrotask(() => {
+      managed.tell(event, args);
+      for (const listener of this.#listeners) listener({ sa: managed, event, limit: args[0] ?? null });
+    });
+  }
+
+  onSaEvent(listener: (notification: SaNotification) => void): () => void {
+    this.#listeners.add(listener);
+    return () => this.#listeners.delete(listener);
   }
 
   #softwareEvent(handle: number, event: SaEvent): void {
@@ -315,6 +382,13 @@ export class IpsecManager implements Ipsec {
     return this.device;
   }
 }
+
+function placeOf(sa: SecurityAssociation, where: Where): SaPlace {
+  if (sa.direction === 'outbound') return where === 'inline' ? SaPlace.inlineOutbound : SaPlace.softwareOutbound;
+  return where === 'inline' ? SaPlace.inlineInbound : SaPlace.softwareInbound;
+}
+
+function ignore(): void {}
 
 function identityOf(sa: Pick<SecurityAssociation, 'protocol' | 'spi'>): string {
   return `${sa.protocol} ${sa.spi}`;

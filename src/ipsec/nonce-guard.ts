@@ -57,12 +57,24 @@ export interface NonceClaim {
   release(nextSequence?: bigint): void;
   /** The SA never came to be, and surely no packet was sent with it: things are as before. */
   cancel(): void;
+  /**
+   * Asks whether the SA may go on as `sa`, with the same key and salt, in another place. `nextSequence` is the number that its next packet
+   * would have had where it is, null when surely no packet was sent with it. Throws IpsecError `NONCE_REUSE`; changes nothing.
+   */
+  checkMove(sa: SecurityAssociation, where: MoveTarget, nextSequence: bigint | null): void;
+  /** The SA goes on as `checkMove` has allowed. */
+  move(sa: SecurityAssociation, where: MoveTarget): void;
 }
+
+/** Where an SA goes on: `inline-sequence` is a device that is known to use the sequence number as explicit IV. */
+export type MoveTarget = Where | 'inline-sequence';
 
 const nothingToGuard: NonceClaim = {
   covers: (sa) => !hasCountedNonces(sa),
   release: () => {},
   cancel: () => {},
+  checkMove: () => {},
+  move: () => {},
 };
 
 /** A keyed hash of key material, 128 bits in hexadecimal. */
@@ -136,8 +148,7 @@ export class NonceGuard {
     const fileId = file === null ? '' : fingerprint(file.pepper, material);
     const fileBefore = file?.claim(fileId, (used) => refuseOverlap(sa, where, used.next, used.live)) ?? 0n;
     memory.set(id, { next: before?.next ?? fileBefore, live: true });
-    const offset = where === 'software' ? plannedIvs(sa).first - sa.initial.sequence : null;
-    return new Claim({ memory, file, id, fileId, before, fileBefore, offset });
+    return new Claim({ memory, file, id, fileId, before, fileBefore }, offsetOf(sa, where));
   }
 
   close(): void {
@@ -153,16 +164,21 @@ interface ClaimState {
   readonly fileId: string;
   readonly before: Used | undefined;
   readonly fileBefore: bigint;
-  /** What the explicit IV is ahead of the sequence number; null when nobody counts. */
-  readonly offset: bigint | null;
+}
+
+/** What the explicit IV is ahead of the sequence number; null when nobody counts. */
+function offsetOf(sa: SecurityAssociation, where: MoveTarget): bigint | null {
+  return where === 'software' ? plannedIvs(sa).first - sa.initial.sequence : null;
 }
 
 class Claim implements NonceClaim {
   readonly #state: ClaimState;
+  #offset: bigint | null;
   #open = true;
 
-  constructor(state: ClaimState) {
+  constructor(state: ClaimState, offset: bigint | null) {
     this.#state = state;
+    this.#offset = offset;
   }
 
   covers(sa: SecurityAssociation): boolean {
@@ -173,13 +189,27 @@ class Claim implements NonceClaim {
   }
 
   release(nextSequence?: bigint): void {
-    const { memory, file, id, fileId, offset } = this.#state;
+    const { memory, file, id, fileId } = this.#state;
     if (!this.#open) return;
     this.#open = false;
-    const end = offset !== null && nextSequence !== undefined ? nextSequence + offset : IV_END;
-    const next = end > IV_END ? IV_END : end;
+    const next = this.#usedUntil(nextSequence);
     memory.set(id, { next, live: false });
     file?.free(fileId, next);
+  }
+
+  checkMove(sa: SecurityAssociation, where: MoveTarget, nextSequence: bigint | null): void {
+    const { before, fileBefore } = this.#state;
+    const earlier = before?.next ?? fileBefore;
+    refuseOverlap(sa, where, nextSequence === null ? earlier : this.#usedUntil(nextSequence), false);
+  }
+
+  move(sa: SecurityAssociation, where: MoveTarget): void {
+    this.#offset = offsetOf(sa, where);
+  }
+
+  #usedUntil(nextSequence: bigint | undefined): bigint {
+    const end = this.#offset !== null && nextSequence !== undefined ? nextSequence + this.#offset : IV_END;
+    return end > IV_END ? IV_END : end;
   }
 
   cancel(): void {
@@ -191,7 +221,7 @@ class Claim implements NonceClaim {
   }
 }
 
-function refuseOverlap(sa: SecurityAssociation, where: Where, next: bigint, live: boolean): void {
+function refuseOverlap(sa: SecurityAssociation, where: MoveTarget, next: bigint, live: boolean): void {
   const hint = 'Give the SA a new key.';
   if (live) throw new IpsecError('NONCE_REUSE', 'another outbound SA uses the same key and salt', { hint });
   if (next === 0n) return;

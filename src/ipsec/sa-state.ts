@@ -1,12 +1,14 @@
 /**
  * What the data path knows of SAs: typed arrays by handle, so that a burst costs no object.
  *
- * The driver counts what an inline SA sends, because nobody else does: the device tells of soft expiry on receive only, and the standard
- * does not say what it does when sequence numbers run out. So an inline outbound SA stops here, at its hard limit
- * or after its last sequence number, whatever the device would do.
+ * The driver counts what an inline SA carries, because nobody else does: the device tells of soft expiry on receive only, and the
+ * standard does not say what it does when sequence numbers run out. So an inline outbound SA stops here, at its hard limit or after its
+ * last sequence number, whatever the device would do. An inline inbound SA is stopped by the device; the driver tells
+ * of its limits from what was delivered, which a device that dropped packets afterwards may have reached sooner.
  */
 import { SEQUENCE_LOW } from '../fallback/sequence.ts';
 import { VERDICTS, Verdict, verdictNames } from '../fallback/verdict.ts';
+import { Ipv4 } from '../packet/fields.ts';
 import type { SaEvents } from './ipsec.ts';
 import type { SecurityAssociation, Selector } from './sa.ts';
 
@@ -23,18 +25,26 @@ export type SaPlace = (typeof SaPlace)[keyof typeof SaPlace];
 
 type Tell = <E extends keyof SaEvents>(handle: number, event: E, ...args: SaEvents[E]) => void;
 
-/** The limits of one inline SA; `Infinity` is none. */
+/** The limits of one inline SA, as counts of what it has carried since it was made; `Infinity` is none. */
 interface Limits {
+  /** What had been carried when its key was set: limits are those of a key. */
+  readonly packetsBefore: number;
+  readonly bytesBefore: number;
   readonly softPackets: number;
   readonly softBytes: number;
   readonly hardPackets: number;
   readonly hardBytes: number;
-  /** Packets until `sequence-low` and until the last number. */
+  /** Outbound: `sequence-low`, and the packet with the last number. Inbound: `Infinity`. */
   readonly lowAt: number;
   readonly lastAt: number;
   /** Bits of `Told`. */
   told: number;
+  /** Why nothing more may pass, once that is so. */
+  over: Verdict;
 }
+
+/** Bytes of an IP packet without payload: with less left of a hard limit, an SA carries nothing more. */
+const SMALLEST_PACKET = Ipv4.minLength;
 
 /** More than a burst can count; a small integer. */
 const FAR = 0x3fffffff;
@@ -53,7 +63,7 @@ export class SaState {
   /** Inline SAs, by handle: what has passed. */
   readonly packets: Float64Array;
   readonly bytes: Float64Array;
-  /** Inline outbound SAs, by handle: from here on `check` is to be asked. */
+  /** Inline SAs, by handle: from here on `check` is to be asked. */
   readonly packetsAlert: Float64Array;
   readonly bytesAlert: Float64Array;
   /** Inline outbound SAs, by handle: the longest IP packet that fits the link when it is protected. */
@@ -86,19 +96,30 @@ export class SaState {
   add(handle: number, sa: SecurityAssociation, place: SaPlace, longest: number, selector: Selector | null): void {
     this.packets[handle] = 0;
     this.bytes[handle] = 0;
-    this.replace(handle, sa, place, longest, selector);
+    this.#limits.delete(handle);
+    this.replace(handle, sa, place, longest, selector, true);
     this.place[handle] = place;
     this.#count(place, 1);
   }
 
-  /** New parameters for an SA that is there; what it has carried stays counted. */
-  replace(handle: number, sa: SecurityAssociation, place: SaPlace, longest: number, selector: Selector | null): void {
+  /**
+   * New parameters for an SA that is there; what it has carried stays counted. With a new key, `rekeyed`, its limits and its sequence
+   * numbers begin anew.
+   */
+  replace(
+    handle: number,
+    sa: SecurityAssociation,
+    place: SaPlace,
+    longest: number,
+    selector: Selector | null,
+    rekeyed: boolean,
+  ): void {
     this.longest[handle] = longest;
     this.#softExpired.delete(handle);
     if (selector === null) this.#selectors.delete(handle);
     else this.#selectors.set(handle, selector);
     this.selective[handle] = selector === null ? 0 : 1;
-    if (place === SaPlace.inlineOutbound) this.#setLimits(handle, sa);
+    if (place === SaPlace.inlineOutbound || place === SaPlace.inlineInbound) this.#setLimits(handle, sa, rekeyed);
   }
 
   /** From now on packets that name the SA are dropped. Its counters stay until the handle is used again. */
@@ -120,6 +141,15 @@ export class SaState {
   count(handle: number, packets: number, bytes: number): void {
     this.packets[handle] += packets;
     this.bytes[handle] += bytes;
+  }
+
+  /** hot: counts what an inline inbound SA has delivered, and tells what there is to tell. */
+  countInbound(handle: number, packets: number, bytes: number): void {
+    const allPackets = this.packets[handle] + packets;
+    const allBytes = this.bytes[handle] + bytes;
+    this.packets[handle] = allPackets;
+    this.bytes[handle] = allBytes;
+    if (allPackets >= this.packetsAlert[handle] || allBytes >= this.bytesAlert[handle]) this.#checkInbound(handle);
   }
 
   /** The how-manieth packet from now on is the one for which `check` is to be asked; far away is `FAR`. */
@@ -149,30 +179,46 @@ export class SaState {
       this.bytes[handle] = total - bytes;
       return verdict;
     }
-    if (packets >= limits.softPackets) this.#soft(handle, limits, 'packets');
-    if (total >= limits.softBytes) this.#soft(handle, limits, 'bytes');
+    this.#checkSoft(handle, limits);
     if (packets >= limits.lowAt && first(limits, Told.low)) this.#tell(handle, 'sequence-low');
     this.#arm(handle, limits);
     return Verdict.ok;
   }
 
-  #verdict(handle: number, limits: Limits, packets: number, total: number): Verdict {
-    if (packets > limits.lastAt) {
-      if (first(limits, Told.overflow)) this.#tell(handle, 'sequence-overflow');
-      return Verdict.sequenceOverflow;
-    }
-    if (packets > limits.hardPackets) {
-      if (first(limits, Told.hard)) this.#tell(handle, 'hard-expiry', 'packets');
-      return Verdict.expired;
-    }
-    if (total > limits.hardBytes) {
-      if (first(limits, Told.hard)) this.#tell(handle, 'hard-expiry', 'bytes');
-      return Verdict.expired;
-    }
-    return Verdict.ok;
+  #checkInbound(handle: number): void {
+    const limits = this.#limits.get(handle);
+    if (limits === undefined) return;
+    this.#checkSoft(handle, limits);
+    // The device stops the SA, so the driver sees no packet too many: no packet fits any more.
+    if (this.packets[handle] >= limits.hardPackets) this.#hard(handle, limits, 'packets');
+    else if (this.bytes[handle] + SMALLEST_PACKET > limits.hardBytes) this.#hard(handle, limits, 'bytes');
+    this.#arm(handle, limits);
   }
 
-  #soft(handle: number, limits: Limits, limit: 'packets' | 'bytes'): void {
+  /** Whether the packet that was counted last may go; when not, none after it may. */
+  #verdict(handle: number, limits: Limits, packets: number, total: number): Verdict {
+    if (limits.over !== Verdict.ok) return limits.over;
+    if (packets > limits.lastAt) {
+      limits.over = Verdict.sequenceOverflow;
+      if (first(limits, Told.overflow)) this.#tell(handle, 'sequence-overflow');
+    } else if (packets > limits.hardPackets) this.#hard(handle, limits, 'packets');
+    else if (total > limits.hardBytes) this.#hard(handle, limits, 'bytes');
+    else return Verdict.ok;
+    this.packetsAlert[handle] = 0;
+    return limits.over;
+  }
+
+  #hard(handle: number, limits: Limits, limit: 'packets' | 'bytes'): void {
+    limits.over = Verdict.expired;
+    if (first(limits, Told.hard)) this.#tell(handle, 'hard-expiry', limit);
+  }
+
+  #checkSoft(handle: number, limits: Limits): void {
+    if (this.packets[handle] >= limits.softPackets) this.#soft(handle, limits, 'packets');
+    else if (this.bytes[handle] >= limits.softBytes) this.#soft(handle, limits, 'bytes');
+  }
+
+  #soft(handle: number, limits: Limits, limit: 'packets' | 'bytes' | 'device'): void {
     this.#softExpired.add(handle);
     if (first(limits, Told.soft)) this.#tell(handle, 'soft-expiry', limit);
   }
@@ -180,8 +226,8 @@ export class SaState {
   /** The device says that an inbound SA has passed its soft limit. */
   deviceSoftExpiry(handle: number): void {
     if (this.#softExpired.has(handle) || this.place[handle] !== SaPlace.inlineInbound) return;
-    this.#softExpired.add(handle);
-    this.#tell(handle, 'soft-expiry', 'device');
+    const limits = this.#limits.get(handle);
+    if (limits !== undefined) this.#soft(handle, limits, 'device');
   }
 
   softExpired(handle: number): boolean {
@@ -211,18 +257,28 @@ export class SaState {
     else if (place === SaPlace.softwareInbound) this.softwareInbound += by;
   }
 
-  #setLimits(handle: number, sa: SecurityAssociation): void {
-    const carried = this.packets[handle];
+  /**
+   * Whether a device restarts the sequence numbers of an SA that it modifies is not said. With the key that it has the SA
+   * gets no new ones.
+   */
+  #setLimits(handle: number, sa: SecurityAssociation, rekeyed: boolean): void {
+    const before = rekeyed ? undefined : this.#limits.get(handle);
+    const packetsBefore = before?.packetsBefore ?? this.packets[handle];
+    const bytesBefore = before?.bytesBefore ?? this.bytes[handle];
     const space = sa.options.esn ? SEQUENCE_SPACE_64 : SEQUENCE_SPACE_32;
-    const left = carried + Number(space - sa.initial.sequence);
-    const limits = {
-      softPackets: atLeast(sa.lifetime.softPackets),
-      softBytes: atLeast(sa.lifetime.softBytes),
-      hardPackets: atLeast(sa.lifetime.hardPackets),
-      hardBytes: atLeast(sa.lifetime.hardBytes),
-      lowAt: left - Number(SEQUENCE_LOW),
-      lastAt: left,
-      told: 0,
+    const left = sa.direction === 'outbound' ? Number(space - sa.initial.sequence) : Number.POSITIVE_INFINITY;
+    const lastAt = Math.min(packetsBefore + left, before?.lastAt ?? Number.POSITIVE_INFINITY);
+    const limits: Limits = {
+      packetsBefore,
+      bytesBefore,
+      softPackets: packetsBefore + atLeast(sa.lifetime.softPackets),
+      softBytes: bytesBefore + atLeast(sa.lifetime.softBytes),
+      hardPackets: packetsBefore + atLeast(sa.lifetime.hardPackets),
+      hardBytes: bytesBefore + atLeast(sa.lifetime.hardBytes),
+      lowAt: lastAt - Number(SEQUENCE_LOW),
+      lastAt,
+      told: (before?.told ?? 0) & (Told.low | Told.overflow),
+      over: Verdict.ok,
     };
     this.#limits.set(handle, limits);
     this.#arm(handle, limits);
@@ -234,9 +290,14 @@ export class SaState {
     const bytes = this.bytes[handle];
     const next = (now: number, ...at: number[]) =>
       Math.min(...at.filter((count) => count > now), Number.POSITIVE_INFINITY);
-    const { softPackets, lowAt, hardPackets, lastAt } = limits;
+    const { softPackets, softBytes, lowAt, hardPackets, hardBytes, lastAt } = limits;
+    if (lastAt === Number.POSITIVE_INFINITY) {
+      this.packetsAlert[handle] = next(packets, softPackets, hardPackets);
+      this.bytesAlert[handle] = next(bytes, softBytes, hardBytes - SMALLEST_PACKET + 1);
+      return;
+    }
     this.packetsAlert[handle] = next(packets, softPackets, lowAt, hardPackets + 1, lastAt + 1);
-    this.bytesAlert[handle] = next(bytes, limits.softBytes, limits.hardBytes + 1);
+    this.bytesAlert[handle] = next(bytes, softBytes, hardBytes + 1);
   }
 }
 
