@@ -30,6 +30,7 @@ import type { WireRevision } from '../virtio/revision.ts';
 import type { Arena } from './arena.ts';
 import type { CapabilityTable } from './capabilities.ts';
 import { type CommandResult, failed, OK_RESULT, succeeded } from './command-result.ts';
+import { type AdminCall, type Execute, faultyReply, withFaults } from './fault-admin.ts';
 import type { FaultSet } from './faults.ts';
 import type { FlowFilter } from './flow-filter.ts';
 import type { DeviceIpsec } from './ipsec.ts';
@@ -64,6 +65,8 @@ export interface AdminOptions {
   readonly ipsec: DeviceIpsec;
   readonly faults: FaultSet;
   isReceiveQueue(index: number): boolean;
+  /** DEVICE_NEEDS_RESET. */
+  fail(reason: string): void;
 }
 
 export class AdminProcessor {
@@ -74,10 +77,13 @@ export class AdminProcessor {
   readonly #command = new Uint8Array(COMMAND_MAX);
   /** Objects of the flow filter as they were set, by type and id, for QUERY. */
   readonly #flowObjects = new Map<string, Uint8Array>();
+  readonly #execute: Execute;
   #used: ReadonlySet<number> = new Set(INITIAL);
 
   constructor(options: AdminOptions) {
     this.#options = options;
+    const { faults, fail } = options;
+    this.#execute = withFaults((call) => this.#run(call), faults, { supported: SUPPORTED, fail });
     this.#scratch = options.arena.allocate(COMMAND_MAX);
   }
 
@@ -119,10 +125,11 @@ export class AdminProcessor {
     // A private copy, zeros where the driver sent nothing: it can be wrong, but it cannot change.
     this.#command.fill(0);
     for (let i = 0; i < read; i++) this.#command[i] = u8[this.#scratch + i];
-    const reply = encodeAdminReply(this.execute(this.#command));
+    const writable = queue.writableBytes;
+    const result = this.execute(this.#command, queue.readableBytes, writable);
     this.#command.fill(0);
-    const length = Math.min(reply.length, this.#options.faults.has('admin-short-reply') ? 4 : reply.length);
-    const bytes = reply.subarray(0, Math.min(length, COMMAND_MAX));
+    const reply = faultyReply(encodeAdminReply(result), writable, this.#options.faults);
+    const bytes = reply.subarray(0, COMMAND_MAX);
     u8.set(bytes, this.#scratch);
     const written = queue.scatter(0, bytes.length, this.#scratch);
     // Object bytes hold keys, in both directions.
@@ -131,18 +138,19 @@ export class AdminProcessor {
     return written;
   }
 
-  /** Executes a command, of which `bytes` is the readable part followed by zeros. */
-  execute(bytes: Uint8Array): CommandResult {
-    const { opcode: wireOpcode, groupType, groupMemberId, data } = decodeAdminCommand(bytes);
-    const opcode = this.#options.faults.has('query-modify-swapped') ? swapped(wireOpcode) : wireOpcode;
+  /** Executes a command, of which `bytes` is the readable part followed by zeros. The lengths are those of the driver's buffers. */
+  execute(bytes: Uint8Array, readable = bytes.length, writable = COMMAND_MAX): CommandResult {
+    return this.#execute({ ...decodeAdminCommand(bytes), readable, writable });
+  }
+
+  #run({ opcode, groupType, groupMemberId, data }: AdminCall): CommandResult {
     if (groupType !== AdminGroup.SELF) return failed(AdminStatus.EINVAL, AdminQualifier.INVALID_GROUP);
-    if (!this.#isSupported(opcode) || !this.#used.has(opcode)) {
+    if (!SUPPORTED.includes(opcode) || !this.#used.has(opcode)) {
       return failed(AdminStatus.EINVAL, AdminQualifier.INVALID_OPCODE);
     }
-    if (opcode === AdminOpcode.LIST_QUERY) return succeeded(encodeIdList(this.#supported()));
+    if (opcode === AdminOpcode.LIST_QUERY) return succeeded(encodeIdList(SUPPORTED));
     if (opcode === AdminOpcode.LIST_USE) return this.#listUse(data);
     if (groupMemberId !== 0n) return failed(AdminStatus.EINVAL, AdminQualifier.INVALID_MEMBER);
-    if (this.#options.faults.has('admin-error')) return failed(AdminStatus.ENOMEM, AdminQualifier.NORESOURCE);
     const { capabilities } = this.#options;
     if (opcode === AdminOpcode.CAP_ID_LIST_QUERY) return capabilities.list();
     if (opcode === AdminOpcode.DEVICE_CAP_GET) return capabilities.get(decodeCapabilityCommand(data).id);
@@ -150,17 +158,9 @@ export class AdminProcessor {
     return this.#resource(opcode, decodeResourceCommand(this.#options.revision, opcode, data));
   }
 
-  #supported(): readonly number[] {
-    return this.#options.faults.has('admin-list-empty') ? INITIAL : SUPPORTED;
-  }
-
-  #isSupported(opcode: number): boolean {
-    return this.#supported().includes(opcode);
-  }
-
   #listUse(data: Uint8Array): CommandResult {
     const opcodes = decodeIdList(data.subarray(0, LIST_SIZE));
-    if (!opcodes.every((opcode) => this.#isSupported(opcode))) return INVALID_FIELD;
+    if (!opcodes.every((opcode) => SUPPORTED.includes(opcode))) return INVALID_FIELD;
     this.#used = new Set(opcodes);
     return OK_RESULT;
   }
@@ -235,11 +235,6 @@ function existence(opcode: number, exists: boolean): CommandResult | null {
   if (create && exists) return failed(AdminStatus.EEXIST, AdminQualifier.INVALID_FIELD);
   if (!create && !exists) return failed(AdminStatus.ENXIO, AdminQualifier.INVALID_FIELD);
   return null;
-}
-
-function swapped(opcode: number): number {
-  if (opcode === AdminOpcode.RESOURCE_OBJ_MODIFY) return AdminOpcode.RESOURCE_OBJ_QUERY;
-  return opcode === AdminOpcode.RESOURCE_OBJ_QUERY ? AdminOpcode.RESOURCE_OBJ_MODIFY : opcode;
 }
 
 /** Bytes of a flow filter object that was accepted. */

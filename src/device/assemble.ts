@@ -8,6 +8,7 @@ import { PAGE_SIZE } from '../sys/libc.ts';
 import { Feature } from '../virtio/features.ts';
 import type { WireRevision } from '../virtio/revision.ts';
 import type { Arena } from './arena.ts';
+import { withFeatureFaults } from './fault-features.ts';
 import type { FaultSet } from './faults.ts';
 import { VirtioFunction } from './function.ts';
 import { GuestMemory } from './guest-memory.ts';
@@ -62,7 +63,7 @@ export function makePool(arena: Arena, slots: number, maxFrame: number): PacketP
 export function makeFunction(options: FunctionOptions): AssembledFunction {
   const { arena, pool, link, queuePairs, wire, ipsec, faults, wake } = options;
   const all = offeredFeatures({ queuePairs, ipsec, wire });
-  const offered = faults.has('no-version-1') ? all.without(Feature.VERSION_1) : all;
+  const offered = withFeatureFaults(all, faults);
   // 5.1.2: receive and transmit queues in turn, the control queue behind them, if there is one.
   const hasControl = offered.has(Feature.CTRL_VQ);
   const data = 2 * queuePairs;

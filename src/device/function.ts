@@ -7,9 +7,10 @@
  */
 
 import { Feature, type FeatureSet } from '../virtio/features.ts';
-import { CommonCfgField, CommonCfgLength, DeviceStatus, IsrBit, NO_VECTOR } from '../virtio/pci-layout.ts';
+import { CommonCfgLength, IsrBit, NO_VECTOR } from '../virtio/pci-layout.ts';
 import { CommonConfig, type QueueConfig, queueAddresses } from './common-config.ts';
 import { applyLayoutFaults, FaultyQueue } from './fault-hooks.ts';
+import { type Registers, withRegisterFaults } from './fault-registers.ts';
 import type { FaultSet } from './faults.ts';
 import type { GuestMemory } from './guest-memory.ts';
 import { Msix } from './msix.ts';
@@ -57,6 +58,8 @@ export class VirtioFunction {
   readonly #options: VirtioFunctionOptions;
   readonly #scratch: number;
   readonly #scratchSize: number;
+  /** The common configuration, with its faults. */
+  readonly #registers: Registers;
   #model: DeviceModel | null = null;
   #isr = 0;
 
@@ -69,8 +72,10 @@ export class VirtioFunction {
     this.config = new ConfigSpace(options.layout, {
       functionLevelReset: () => this.reset(),
       msixControl: () => this.#msixControl(),
-      readBar: (bar, offset, width) => this.readBar(bar, offset, width),
-      writeBar: (bar, offset, width, value) => this.writeBar(bar, offset, width, value),
+      readBar: (bar, offset, width) => (this.faults.has('pci-cfg-read') ? 0 : this.readBar(bar, offset, width)),
+      writeBar: (bar, offset, width, value) => {
+        if (!this.faults.has('pci-cfg-write')) this.writeBar(bar, offset, width, value);
+      },
     });
     this.msix = new Msix(options.layout.msix.vectors);
     this.common = new CommonConfig(
@@ -90,6 +95,7 @@ export class VirtioFunction {
         queueReset: (queue) => this.#device.detachQueue(queue.index),
       },
     );
+    this.#registers = withRegisterFaults(this.common, this.faults);
     applyLayoutFaults(this.config, this.faults);
   }
 
@@ -150,7 +156,7 @@ export class VirtioFunction {
     const nothing = width === 1 ? 0xff : width === 2 ? 0xffff : 0xffffffff;
     if (bar === MsixBar.index) return this.#readMsix(offset, width);
     if (bar !== VirtioBar.index) return nothing;
-    if (offset < VirtioBar.common + CommonCfgLength.full) return this.#readCommon(offset, width);
+    if (offset < VirtioBar.common + CommonCfgLength.full) return this.#registers.read(offset - VirtioBar.common, width);
     if (offset === VirtioBar.isr) return this.#readIsr();
     if (offset >= VirtioBar.device && offset < VirtioBar.device + NET_CONFIG_SIZE) {
       if (this.faults.has('config-unstable')) this.common.configChanged();
@@ -166,7 +172,8 @@ export class VirtioFunction {
       return;
     }
     if (bar !== VirtioBar.index) return;
-    if (offset < VirtioBar.common + CommonCfgLength.full) this.common.write(offset - VirtioBar.common, width, value);
+    if (offset < VirtioBar.common + CommonCfgLength.full)
+      this.#registers.write(offset - VirtioBar.common, width, value);
     else if (offset >= VirtioBar.notify && width >= 2) this.#options.wake();
     else this.common.violations++;
   }
@@ -199,18 +206,6 @@ export class VirtioFunction {
     this.#isr |= IsrBit.CONFIG;
     if (!this.msix.enabled) this.config.interruptStatus = true;
     else if (this.common.configVector !== NO_VECTOR) this.msix.fire(this.common.configVector);
-  }
-
-  #readCommon(offset: number, width: number): number {
-    const at = offset - VirtioBar.common;
-    const value = this.common.read(at, width);
-    if (this.faults.size === 0) return value;
-    const F = CommonCfgField;
-    if (at === F.queueSize && this.faults.has('queue-size-zero')) return 0;
-    if (at === F.queueSize && this.faults.has('queue-size-odd')) return value === 0 ? 0 : 255;
-    if (at === F.queueNotifyOff && this.faults.has('notify-outside-bar')) return 0xffff;
-    if (at === F.deviceStatus && this.faults.has('reset-stuck')) return value | DeviceStatus.ACKNOWLEDGE;
-    return value;
   }
 
   #readIsr(): number {

@@ -99,6 +99,7 @@ export class NetDevice implements DeviceModel {
             ipsec: this.#ipsec,
             faults,
             isReceiveQueue: (index) => index % PAIR === 0 && index < PAIR * queuePairs,
+            fail: (reason) => fn.fail(reason),
           });
     link.attach(this.#receiver, () => this.#linkChanged(), options.wake);
     this.#config.linkUp = link.up;

@@ -47,6 +47,7 @@ export class AdminBench {
       ipsec: this.ipsec,
       faults: faultSet(faults),
       isReceiveQueue: (index) => index === 0 || index === 2,
+      fail: () => {},
     });
   }
 

@@ -1,0 +1,177 @@
+/**
+ * What a check gets: the device under test, a way to bring it up, and the other side of its link.
+ */
+import { Feature, FeatureSet } from '../virtio/features.ts';
+import { CommonCfgField, DeviceStatus, NO_VECTOR } from '../virtio/pci-layout.ts';
+import { NetConfigField } from '../virtio-net/config.ts';
+import { expect, Failed, need, Untestable } from './check.ts';
+import { AdminConsole } from './console.ts';
+import { Driver } from './driver.ts';
+import { Network } from './network.ts';
+import { type Limits, offeredCapabilities, useCapabilities, useCommands } from './offer.ts';
+import type { Profile } from './profile.ts';
+import type { Target } from './target.ts';
+import type { Patience } from './time.ts';
+
+export interface UpOptions {
+  /** Feature bits beside the basic ones; the check is not applicable when one is not offered. */
+  readonly features?: readonly number[];
+  /** Feature bits to take when they are offered. */
+  readonly wanted?: readonly number[];
+  /** An administration queue. */
+  readonly admin?: boolean;
+  /** IPSEC, and all commands and capabilities in use; or the limits that the driver sets. */
+  readonly ipsec?: boolean | Limits;
+  /** Descriptors of the receive and transmit queues. */
+  readonly size?: number;
+  /** MSI-X: vector 0 for configuration changes, 1 for receiving, 2 for sending. */
+  readonly vectors?: boolean;
+  readonly rx?: { readonly count?: number; readonly size?: number; readonly split?: number };
+  /** Leave DRIVER_OK to the check. */
+  readonly stopped?: boolean;
+}
+
+/** The features that a driver takes in any case, when they are offered: devices may insist (6). */
+const BASIC = [Feature.VERSION_1, Feature.ACCESS_PLATFORM, Feature.ORDER_PLATFORM];
+
+export class Bench {
+  readonly target: Target;
+  readonly peer: Target | null;
+  readonly patience: Patience;
+  readonly profile: Profile;
+  readonly steps: string[] = [];
+
+  constructor(target: Target, peer: Target | null, patience: Patience, profile: Profile) {
+    this.target = target;
+    this.peer = peer;
+    this.patience = patience;
+    this.profile = profile;
+  }
+
+  /** Notes what was done, for the report. */
+  log(line: string): void {
+    this.steps.push(line);
+  }
+
+  /** What the device offers. */
+  offered(): FeatureSet {
+    return this.target.offered();
+  }
+
+  /** Throws `NotApplicable` unless all of `bits` are offered. */
+  needFeatures(...bits: readonly number[]): void {
+    const missing = FeatureSet.of(...bits).minus(this.offered());
+    need(missing.isEmpty, `the device does not offer ${missing.names().join(', ')}`);
+  }
+
+  /** Brings the device to DRIVER_OK, with a receive and a transmit queue and what `options` ask for. */
+  async up(options: UpOptions = {}): Promise<Driver> {
+    const driver = await this.bringUp(this.target, options);
+    if (options.ipsec !== undefined && options.ipsec !== false && options.stopped !== true) {
+      await this.useAll(driver, options.ipsec === true ? {} : options.ipsec);
+    }
+    return driver;
+  }
+
+  /** Steps 1 to 8 of 3.1.1. */
+  async bringUp(target: Target, options: UpOptions): Promise<Driver> {
+    const offered = target.offered();
+    const required = [...(options.features ?? [])];
+    const withIpsec = options.ipsec !== undefined && options.ipsec !== false;
+    if (withIpsec) required.push(Feature.IPSEC, Feature.ADMIN_VQ);
+    if (options.admin === true) required.push(Feature.ADMIN_VQ);
+    const missing = FeatureSet.of(...required).minus(offered);
+    need(missing.isEmpty, `the device does not offer ${missing.names().join(', ')}`);
+    const features = FeatureSet.of(...BASIC, ...(options.wanted ?? []))
+      .and(offered)
+      .with(...required);
+    expect(
+      await Driver.negotiate(target, this.patience, features),
+      () => `the device did not set FEATURES_OK for ${features.names().join(', ')}`,
+    );
+    const driver = new Driver(target, this.patience, features, this.profile.revision);
+    const vectors = options.vectors === true;
+    if (vectors) {
+      need(target.fn.interruptVectors >= 3, 'the device has fewer than three MSI-X vectors');
+      target.enableVectors(3);
+      target.structures.common.write16(CommonCfgField.configMsixVector, 0);
+    }
+    const eventIdx = features.has(Feature.EVENT_IDX);
+    const queue = { size: options.size ?? 64, eventIdx };
+    driver.addQueue(0, { ...queue, vector: vectors ? 1 : NO_VECTOR });
+    driver.addQueue(1, { ...queue, vector: vectors ? 2 : NO_VECTOR });
+    if (features.has(Feature.ADMIN_VQ)) this.addAdmin(driver, eventIdx);
+    if (options.stopped === true) return driver;
+    driver.start();
+    if (options.rx !== undefined) driver.fill(0, options.rx.count, options.rx.size, options.rx.split);
+    return driver;
+  }
+
+  /** Enables the first administration queue. */
+  addAdmin(driver: Driver, eventIdx: boolean): AdminConsole {
+    const { common } = driver.target.structures;
+    const index = common.read16(CommonCfgField.adminQueueIndex);
+    expect(common.read16(CommonCfgField.adminQueueNum) > 0, 'admin_queue_num is 0 with VIRTIO_F_ADMIN_VQ negotiated');
+    const ring = driver.addQueue(index, { size: 64, eventIdx });
+    const console = new AdminConsole(driver.target, ring, {
+      patience: this.patience,
+      revision: this.profile.revision,
+      log: (line) => this.log(line),
+      kick: () => driver.kick(ring),
+    });
+    console.queryOpcode = this.profile.queryOpcode;
+    console.modifyOpcode = this.profile.modifyOpcode;
+    driver.admin = console;
+    return console;
+  }
+
+  /** The administration queue of a driver that has one. */
+  console(driver: Driver): AdminConsole {
+    if (driver.admin === null) throw new RangeError('the driver was brought up without an administration queue');
+    return driver.admin;
+  }
+
+  /** LIST_USE of all commands, and all capabilities set as the device has them, or to `limits`. */
+  async useAll(driver: Driver, limits: Limits = {}): Promise<void> {
+    const admin = this.console(driver);
+    await useCommands(admin);
+    await useCapabilities(admin, await offeredCapabilities(admin), limits);
+  }
+
+  /** Brings the device up with receive buffers, and its link's other side. Throws `Untestable` when there is none. */
+  async network(options: UpOptions = {}): Promise<{ driver: Driver; network: Network }> {
+    const rx = options.rx ?? {};
+    if (this.peer === null && !this.profile.loopback) {
+      throw new Untestable('needs a peer function (--peer) or a link that leads back');
+    }
+    const driver = await this.up({ ...options, rx });
+    if (this.peer === null) {
+      const mac = this.mac(this.target);
+      return { driver, network: new Network(driver, driver, this.patience, [mac, mac]) };
+    }
+    const other = await this.bringUp(this.peer, { rx: {} });
+    return { driver, network: new Network(driver, other, this.patience, [this.mac(this.target), this.mac(this.peer)]) };
+  }
+
+  /** The address of a function; a locally administered one when it has none (5.1.4). */
+  mac(target: Target): Uint8Array {
+    if (!target.offered().has(Feature.MAC)) return Uint8Array.of(2, 0, 0, 0, 0, target === this.peer ? 2 : 1);
+    const { device } = target.structures;
+    return Uint8Array.from({ length: 6 }, (_, i) => device.read8(NetConfigField.mac + i));
+  }
+
+  /** Waits for `condition`; throws `Failed` with `otherwise` when it does not come. */
+  async eventually(condition: () => boolean, otherwise: string): Promise<void> {
+    if (!(await this.patience.until(condition))) throw new Failed(otherwise);
+  }
+
+  /** Throws `Failed` when `condition` comes to hold while nothing should happen. */
+  async never(condition: () => boolean, otherwise: string): Promise<void> {
+    if (!(await this.patience.quietly(condition))) throw new Failed(otherwise);
+  }
+
+  /** Whether the device asks for a reset. */
+  needsReset(): boolean {
+    return (this.target.status & DeviceStatus.DEVICE_NEEDS_RESET) !== 0;
+  }
+}

@@ -1,0 +1,239 @@
+/**
+ * The driver that a check works with: a function brought up as the standard says (3.1.1), with queues in the open.
+ */
+import type { FeatureSet } from '../virtio/features.ts';
+import { CommonCfgField, DeviceStatus, NO_VECTOR, VirtioCfgType } from '../virtio/pci-layout.ts';
+import type { WireRevision } from '../virtio/revision.ts';
+import {
+  decodeNetHeader,
+  encodeNetHeader,
+  NetHeader,
+  type NetHeaderLayout,
+  netHeaderLayout,
+} from '../virtio-net/header.ts';
+import { Failed } from './check.ts';
+import type { AdminConsole } from './console.ts';
+import { pieces } from './console.ts';
+import { CheckRing, type Piece, ringBytes } from './ring.ts';
+import type { Window } from './structures.ts';
+import { writeAccepted } from './structures.ts';
+import { RUNNING, type Target } from './target.ts';
+import type { Patience } from './time.ts';
+
+/** Bytes of a receive buffer and of a transmit buffer. */
+const BUFFER = 4096;
+const TRANSMIT_SLOTS = 32;
+
+export interface Received {
+  readonly header: NetHeader;
+  /** The whole header and frame as they stood in the buffers. */
+  readonly bytes: Uint8Array;
+  readonly frame: Uint8Array;
+  /** Used lengths of the buffers. */
+  readonly lengths: readonly number[];
+  readonly queue: number;
+}
+
+export interface TransmitOptions {
+  readonly header?: Partial<NetHeader>;
+  /** Where the buffer is split into descriptors: offsets from its start. */
+  readonly cuts?: readonly number[];
+  readonly queue?: number;
+}
+
+/** Receive buffers of one queue. */
+interface Posted {
+  readonly at: number;
+  readonly size: number;
+}
+
+export class Driver {
+  readonly target: Target;
+  readonly patience: Patience;
+  readonly features: FeatureSet;
+  readonly layout: NetHeaderLayout;
+  readonly rings = new Map<number, CheckRing>();
+  admin: AdminConsole | null = null;
+  readonly #notify: Window;
+  readonly #multiplier: number;
+  readonly #notifyOffsets = new Map<number, number>();
+  readonly #kicked = new Map<number, number>();
+  /** By queue and head descriptor. */
+  readonly #posted = new Map<number, Map<number, Posted>>();
+  #transmitAt = -1;
+  #transmitted = 0;
+
+  constructor(target: Target, patience: Patience, features: FeatureSet, revision: WireRevision) {
+    this.target = target;
+    this.patience = patience;
+    this.features = features;
+    this.layout = netHeaderLayout(features, revision);
+    const { structures } = target;
+    this.#notify = structures.window(VirtioCfgType.NOTIFY);
+    this.#multiplier = structures.notifyMultiplier;
+  }
+
+  /** Steps 1 to 6: reset, ACKNOWLEDGE, DRIVER, features, FEATURES_OK. False when the device did not take the features. */
+  static async negotiate(target: Target, patience: Patience, features: FeatureSet): Promise<boolean> {
+    await target.reset(patience);
+    target.status = DeviceStatus.ACKNOWLEDGE;
+    target.status = DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER;
+    writeAccepted(target.structures.common, features);
+    target.status = RUNNING & ~DeviceStatus.DRIVER_OK;
+    return (target.status & DeviceStatus.FEATURES_OK) !== 0;
+  }
+
+  /** Describes a queue to the device and enables it. */
+  addQueue(index: number, options: { size?: number; vector?: number; eventIdx?: boolean } = {}): CheckRing {
+    const { common } = this.target.structures;
+    const F = CommonCfgField;
+    common.write16(F.queueSelect, index);
+    const max = common.read16(F.queueSize);
+    if (max === 0) throw new Failed(`queue ${index} does not exist: queue_size is 0`);
+    const size = Math.min(options.size ?? 64, max);
+    const at = this.target.allocate(ringBytes(size));
+    const ring = new CheckRing(this.target.memory, at, index, size, options.eventIdx === true);
+    this.configure(ring, options.vector ?? NO_VECTOR);
+    this.rings.set(index, ring);
+    this.#notifyOffsets.set(index, common.read16(F.queueNotifyOff) * this.#multiplier);
+    return ring;
+  }
+
+  /** Tells the device where a ring is, and enables the queue. */
+  configure(ring: CheckRing, vector: number): void {
+    const { common } = this.target.structures;
+    const { memory } = ring;
+    const F = CommonCfgField;
+    common.write16(F.queueSelect, ring.index);
+    common.write16(F.queueSize, ring.size);
+    common.write16(F.queueMsixVector, vector);
+    for (const [field, offset] of [
+      [F.queueDesc, ring.descriptors],
+      [F.queueDriver, ring.avail],
+      [F.queueDevice, ring.used],
+    ]) {
+      common.write32(field, memory.iovaLow + offset);
+      common.write32(field + 4, memory.iovaHigh);
+    }
+    common.write16(F.queueEnable, 1);
+    if (common.read16(F.queueEnable) !== 1) throw new Failed(`queue ${ring.index}: queue_enable does not become 1`);
+  }
+
+  /** DRIVER_OK. */
+  start(): void {
+    this.target.status = RUNNING;
+    const { status } = this.target;
+    if ((status & (DeviceStatus.DRIVER_OK | DeviceStatus.DEVICE_NEEDS_RESET)) !== DeviceStatus.DRIVER_OK) {
+      throw new Failed(`device_status is ${status} after DRIVER_OK was set`);
+    }
+  }
+
+  /** Tells the device of new buffers, unless it has asked not to be told (2.7.10). */
+  kick(ring: CheckRing): void {
+    const before = this.#kicked.get(ring.index) ?? 0;
+    // The index is out before the device's wish is read.
+    Atomics.load(ring.memory.u16, ring.avail >>> 1);
+    this.#kicked.set(ring.index, ring.availIndex);
+    if (ring.wantsNotification(before)) this.notify(ring.index);
+  }
+
+  /** An available buffer notification, wanted or not (4.1.5.2). */
+  notify(index: number): void {
+    this.#notify.write16(this.#notifyOffsets.get(index) ?? 0, index);
+  }
+
+  /** Forgets where a queue's available index stood: it was reset. */
+  forget(index: number): void {
+    this.#kicked.delete(index);
+    this.#posted.delete(index);
+    this.rings.delete(index);
+  }
+
+  ring(index: number): CheckRing {
+    const ring = this.rings.get(index);
+    if (ring === undefined) throw new RangeError(`there is no queue ${index}`);
+    return ring;
+  }
+
+  /** Gives `count` receive buffers of `size` bytes, in `split` descriptors each, to queue `index`. */
+  fill(index = 0, count = 16, size = BUFFER, split = 1): void {
+    const ring = this.ring(index);
+    const posted = this.#posted.get(index) ?? new Map<number, Posted>();
+    this.#posted.set(index, posted);
+    for (let i = 0; i < count; i++) {
+      const at = this.target.allocate(size);
+      posted.set(ring.offer(...pieces(at, size, split, true)), { at, size });
+    }
+    this.kick(ring);
+  }
+
+  /** Sends a frame; resolves when the device has used the buffer. The buffer, as it was and as it is then. */
+  async transmit(
+    frame: Uint8Array,
+    options: TransmitOptions = {},
+  ): Promise<{ before: Uint8Array; after: Uint8Array; length: number }> {
+    const { at, length } = this.place(frame, options.header);
+    const ring = this.ring(options.queue ?? 1);
+    const before = this.target.memory.u8.slice(at, at + length);
+    ring.offer(...cut(at, length, options.cuts ?? []));
+    this.kick(ring);
+    const used = await ring.wait(this.patience);
+    return { before, after: this.target.memory.u8.slice(at, at + length), length: used.length };
+  }
+
+  /** Puts header and frame into DMA memory. */
+  place(frame: Uint8Array, header: Partial<NetHeader> = {}): { at: number; length: number } {
+    if (this.#transmitAt < 0) this.#transmitAt = this.target.allocate(TRANSMIT_SLOTS * BUFFER);
+    const at = this.#transmitAt + (this.#transmitted++ % TRANSMIT_SLOTS) * BUFFER;
+    const { u8 } = this.target.memory;
+    const length = this.layout.length + frame.length;
+    if (length > BUFFER) throw new RangeError(`a frame of ${frame.length} bytes`);
+    encodeNetHeader(this.layout, Object.assign(new NetHeader(), header), u8, at);
+    u8.set(frame, at + this.layout.length);
+    return { at, length };
+  }
+
+  /** The next frame in queue `index`; null when none comes in time. Its buffers are given to the device again. */
+  async receive(limit?: number, index = 0): Promise<Received | null> {
+    const ring = this.ring(index);
+    if (!(await this.patience.until(() => ring.pending > 0, limit))) return null;
+    const first = this.#takeBuffer(ring);
+    const header = new NetHeader();
+    if (!decodeNetHeader(this.layout, first, 0, first.length, header)) {
+      throw new Failed(`a received buffer of ${first.length} bytes holds no header of ${this.layout.length}`);
+    }
+    const parts = [first];
+    while (parts.length < header.numBuffers) {
+      if (!(await this.patience.until(() => ring.pending > 0))) {
+        throw new Failed(`num_buffers is ${header.numBuffers}, but only ${parts.length} buffers came`);
+      }
+      parts.push(this.#takeBuffer(ring));
+    }
+    this.kick(ring);
+    const bytes = Uint8Array.from(parts.flatMap((part) => [...part]));
+    const lengths = parts.map(({ length }) => length);
+    return { header, bytes, frame: bytes.subarray(this.layout.length), lengths, queue: index };
+  }
+
+  #takeBuffer(ring: CheckRing): Uint8Array {
+    const used = ring.take();
+    const posted = used === null ? undefined : this.#posted.get(ring.index)?.get(used.id);
+    if (used === null || posted === undefined)
+      throw new Failed(`queue ${ring.index}: a used entry for a buffer that is not out`);
+    if (used.length > posted.size) {
+      throw new Failed(`queue ${ring.index}: used length ${used.length} of a buffer of ${posted.size} bytes`);
+    }
+    const bytes = this.target.memory.u8.slice(posted.at, posted.at + used.length);
+    ring.available(used.id);
+    return bytes;
+  }
+}
+
+/** `length` bytes from `at` on, in pieces that end at `cuts`. */
+function cut(at: number, length: number, cuts: readonly number[]): Piece[] {
+  const ends = [...cuts.filter((end) => end > 0 && end < length), length];
+  return ends.map((end, i) => {
+    const from = i === 0 ? 0 : ends[i - 1];
+    return { at: at + from, length: end - from };
+  });
+}

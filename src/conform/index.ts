@@ -1,0 +1,25 @@
+/**
+ * A conformance suite for virtio network devices with IPsec (Virtio 1.4): a check for each normative statement about the device that
+ * a driver can try, and the reason for each that it cannot.
+ *
+ * `runConformance` drives one function; `vipsec conform` is its command line.
+ */
+import type { Check } from './check.ts';
+import { adminChecks } from './checks/admin.ts';
+import { pciChecks } from './checks/pci.ts';
+
+export {
+  AREAS,
+  type Area,
+  areaOf,
+  type Check,
+  type CheckResult,
+  type Level,
+  type Trial,
+  type Untried,
+  type Verdict,
+} from './check.ts';
+export { type ConformanceOptions, type ConformanceReport, runConformance } from './runner.ts';
+
+/** All checks, area by area. */
+export const CHECKS: readonly Check[] = [...pciChecks, ...adminChecks];

@@ -1,0 +1,97 @@
+/**
+ * What the suite must know of a device before it starts: how it reads what the standard leaves open, and whether its link leads back.
+ *
+ * Finding out is no check: a device on which this fails fails the checks for the same reason.
+ */
+import { VipsecError } from '../errors.ts';
+import { AdminOpcode, AdminOpcodeTable, AdminStatus, CapabilityId, ResourceType } from '../virtio/admin-wire.ts';
+import { Feature } from '../virtio/features.ts';
+import type { WireRevision } from '../virtio/revision.ts';
+import { encodeGroup } from '../virtio-net/flow-filter-wire.ts';
+import { Bench } from './bench.ts';
+import { Failed, NotApplicable, Untestable } from './check.ts';
+import { isEqual, udpFrame } from './frames.ts';
+import { useCommands } from './offer.ts';
+import type { Target } from './target.ts';
+import type { Patience } from './time.ts';
+
+export interface Profile {
+  readonly revision: WireRevision;
+  /** Which opcodes QUERY and MODIFY have (spec-notes, 13). */
+  readonly queryOpcode: number;
+  readonly modifyOpcode: number;
+  /** Whether what the device sends comes back to it. */
+  readonly loopback: boolean;
+}
+
+const TEXT = { queryOpcode: AdminOpcode.RESOURCE_OBJ_QUERY, modifyOpcode: AdminOpcode.RESOURCE_OBJ_MODIFY } as const;
+const TABLE = {
+  queryOpcode: AdminOpcodeTable.RESOURCE_OBJ_QUERY,
+  modifyOpcode: AdminOpcodeTable.RESOURCE_OBJ_MODIFY,
+} as const;
+/** Bytes of an entry of VIRTIO_NET_IPSEC_SA_CAP, by revision, and of what stands before the first. */
+const ModeEntry = { head: 8, draft: 40 } as const;
+const PRIORITY = 0x0102;
+
+export async function findProfile(
+  target: Target,
+  peer: Target | null,
+  patience: Patience,
+  wire: WireRevision | 'auto',
+): Promise<Profile> {
+  const initial: Profile = { revision: wire === 'auto' ? 'virtio-1.4' : wire, ...TEXT, loopback: true };
+  const bench = new Bench(target, null, patience, initial);
+  const revision =
+    wire === 'auto' ? ((await attempt(target, patience, () => findRevision(bench))) ?? initial.revision) : wire;
+  const known = { ...initial, revision };
+  const opcodes =
+    (await attempt(target, patience, () => findOpcodes(new Bench(target, null, patience, known)))) ?? TEXT;
+  const loops =
+    peer === null &&
+    ((await attempt(target, patience, () => findLoopback(new Bench(target, null, patience, known)))) ?? false);
+  return { revision, ...opcodes, loopback: loops };
+}
+
+/** What `find` finds; undefined when the device does not let it. */
+async function attempt<T>(target: Target, patience: Patience, find: () => Promise<T>): Promise<T | undefined> {
+  try {
+    target.connect();
+    await target.prepare(patience);
+    return await find();
+  } catch (error) {
+    const expected = [Failed, NotApplicable, Untestable, VipsecError].some((kind) => error instanceof kind);
+    if (!expected) throw error;
+    return undefined;
+  } finally {
+    target.tidy();
+  }
+}
+
+/** The revisions differ in the length of a mode's entry, and the device says how many there are. */
+async function findRevision(bench: Bench): Promise<WireRevision> {
+  const admin = bench.console(await bench.bringUp(bench.target, { features: [Feature.ADMIN_VQ, Feature.IPSEC] }));
+  await useCommands(admin);
+  const { result } = await admin.capabilityGet(CapabilityId.NET_IPSEC_SA);
+  const isDraft = result.length > 0 && result[0] > 0 && result.length === ModeEntry.head + result[0] * ModeEntry.draft;
+  return isDraft ? 'rfc-2025-01' : 'virtio-1.4';
+}
+
+/** A command 0xc on a group is a QUERY when it returns the group. */
+async function findOpcodes(bench: Bench): Promise<Pick<Profile, 'queryOpcode' | 'modifyOpcode'>> {
+  const driver = await bench.up({ ipsec: true });
+  const admin = bench.console(driver);
+  const group = encodeGroup({ priority: PRIORITY });
+  await admin.create(ResourceType.NET_FF_GROUP, 0, group);
+  const opcode = AdminOpcode.RESOURCE_OBJ_QUERY;
+  const reply = await admin.command(opcode, admin.objectData(opcode, ResourceType.NET_FF_GROUP, 0, group));
+  return reply.status === AdminStatus.OK && isEqual(reply.result.subarray(0, group.length), group) ? TEXT : TABLE;
+}
+
+/** A frame to the device's own address comes back. */
+async function findLoopback(bench: Bench): Promise<boolean> {
+  const { network } = await bench.network();
+  const frame = udpFrame(network.outward);
+  await network.send(frame);
+  const back = await network.sent(bench.patience.timeout / 2);
+  return back !== null && isEqual(back, frame);
+}
