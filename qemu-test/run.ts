@@ -5,7 +5,7 @@
 import { existsSync } from 'node:fs';
 import { mkdtemp, rm } from 'node:fs/promises';
 import { availableParallelism, tmpdir } from 'node:os';
-import { dirname, join, relative } from 'node:path';
+import { dirname, join, relative, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { cacheFolder } from './fetch/cache.ts';
@@ -28,6 +28,7 @@ interface Options {
   readonly interactive: boolean;
   readonly verbose: boolean;
   readonly json: boolean;
+  readonly capture?: string;
   readonly list: boolean;
 }
 
@@ -44,6 +45,7 @@ const program = new Command('qemu-test')
     new Option('--interactive', 'a shell in the guest of one scenario, with `scenario` to run it').default(false),
   )
   .option('--verbose', 'show every check', false)
+  .option('--capture <folder>', "write a pcap of the frames of each of QEMU's functions")
   .option('--json', 'print the results as one JSON document', false)
   .option('--list', 'name the scenarios and stop', false)
   .parse();
@@ -105,6 +107,7 @@ async function runAll(
         dist,
         guestDist: relative(packageRoot, dist),
         interactive: options.interactive,
+        capture: options.capture === undefined ? undefined : resolve(options.capture),
         signal: stopped.signal,
         onCheck: (_, check) => progress.update(name, check),
       });

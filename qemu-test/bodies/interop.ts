@@ -121,16 +121,12 @@ async function runCase(guest: Guest, item: InteropCase, index: number, sides: Si
   const kernel = applicationAddress('kernel', item);
   ping(guest, APPLICATION, kernel, PINGS);
   ping(guest, null, ours, PINGS);
-  const results = [
-    await ourSide.request({ kind: 'udp', to: kernel, sizes: UDP_SIZES }),
-    await kernelSide.request({ kind: 'udp', to: ours, sizes: UDP_SIZES }),
-    await ourSide.request({ kind: 'tcp', to: kernel, bytes: TCP_BYTES }),
-    await kernelSide.request({ kind: 'tcp', to: ours, bytes: TCP_BYTES }),
-  ];
+  await ourSide.request({ kind: 'udp', to: kernel, sizes: UDP_SIZES });
+  await kernelSide.request({ kind: 'udp', to: ours, sizes: UDP_SIZES });
+  await ourSide.request({ kind: 'tcp', to: kernel, bytes: TCP_BYTES });
+  await kernelSide.request({ kind: 'tcp', to: ours, bytes: TCP_BYTES });
 
-  const errors = guest.read('/proc/net/xfrm_stat');
-  if (errors !== errorsBefore) throw new Error(`the kernel counts errors: ${changes(errorsBefore, errors)}`);
-  await settle(guest, gateway, results.join(', '));
+  await settle(guest, gateway, errorsBefore);
   return [...new Set(placement)].join('; ');
 }
 
@@ -138,16 +134,22 @@ async function runCase(guest: Guest, item: InteropCase, index: number, sides: Si
  * Every packet that one side protected, the other has opened, and none came in the clear. The last ones (an acknowledgement, a
  * FIN) may still be on their way.
  */
-async function settle(guest: Guest, gateway: Helper, traffic: string): Promise<void> {
+async function settle(guest: Guest, gateway: Helper, errorsBefore: string): Promise<void> {
   for (let waited = 0; ; waited += SETTLE_STEP_MS) {
     const { report } = await ask(gateway, { kind: 'report' });
     if (report === undefined) throw new Error('the gateway reports nothing');
     const { opened, protected: sent, inTheClear, dropped } = report;
     const kernel = kernelPackets(guest);
-    const counts = JSON.stringify({ ...report, kernel });
+    const errors = guest.read('/proc/net/xfrm_stat');
+    if (errors !== errorsBefore) throw new Error(`the kernel counts errors: ${changes(errorsBefore, errors)}`);
+    const counts = JSON.stringify({
+      ...report,
+      kernel,
+      wire: guest.must(`ip -s link show ${guest.interface('kernel')}`).split('\n')[3],
+    });
     if (inTheClear !== 0 || Object.keys(dropped).length > 0) throw new Error(`not all went well: ${counts}`);
     if (opened > 0 && sent > 0 && kernel.includes(opened) && kernel.includes(sent)) return;
-    if (waited >= SETTLE_MS) throw new Error(`the counts of both sides differ: ${counts} (${traffic})`);
+    if (waited >= SETTLE_MS) throw new Error(`the counts of both sides differ: ${counts}`);
     await sleep(SETTLE_STEP_MS);
   }
 }

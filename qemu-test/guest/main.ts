@@ -14,9 +14,21 @@ const name = process.argv[2] ?? '';
 const line = openSync(LINE, constants.O_RDWR | constants.O_NOCTTY);
 const mailbox = new Mailbox();
 
+/** The terminal takes some 4 KiB at once, and says EAGAIN until it has sent them. */
+function writeLine(text: string): void {
+  const bytes = Buffer.from(`${text}\n`);
+  for (let at = 0; at < bytes.length; ) {
+    try {
+      at += writeSync(line, bytes, at);
+    } catch (error) {
+      if (!(error instanceof Error && 'code' in error && error.code === 'EAGAIN')) throw error;
+      Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 1);
+    }
+  }
+}
+
 function send(message: GuestMessage): void {
-  const bytes = Buffer.from(`${JSON.stringify(message)}\n`);
-  for (let at = 0; at < bytes.length; ) at += writeSync(line, bytes, at);
+  writeLine(JSON.stringify(message));
   if (message.type === 'check') {
     process.stdout.write(`${message.ok ? 'pass' : 'FAIL'}: ${message.check} ${message.detail} (${message.ms} ms)\n`);
   }

@@ -23,8 +23,9 @@ export class Helper {
   }
 
   request(request: object): Promise<unknown> {
+    if (!this.#child.connected) return Promise.reject(new Error(`${this.#name} has ended`));
     const answer = this.#answer(ANSWER_MS);
-    this.#child.send(request);
+    this.#child.send(request, () => {});
     return answer;
   }
 

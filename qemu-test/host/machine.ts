@@ -14,6 +14,8 @@ export interface MachinePaths {
   readonly sockets: string;
   /** Folder of the built package inside the guest, below `/app`. */
   readonly guestDist: string;
+  /** Folder for a capture of each QEMU function's frames. */
+  readonly capture?: string | undefined;
 }
 
 export interface CommandLine {
@@ -50,7 +52,14 @@ export function commandLine(
     ...['-chardev', `socket,id=control,path=${controlSocket(sockets)}`, '-serial', 'chardev:control'],
     ...['-qmp', `unix:${qmpSocket(sockets)}`],
   ];
-  for (const index of devices.keys()) args.push(...pciFunction(devices, index, sockets));
+  for (const [index, { id, kind }] of devices.entries()) {
+    args.push(...pciFunction(devices, index, sockets));
+    if (paths.capture === undefined || kind !== 'virtio-net') continue;
+    args.push(
+      '-object',
+      `filter-dump,id=dump-${id},netdev=net-${id},file=${join(paths.capture, `${name}-${id}.pcap`)}`,
+    );
+  }
   return { command: program.command, args, env: program.env ?? {} };
 }
 

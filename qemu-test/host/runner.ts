@@ -52,6 +52,8 @@ export interface RunnerOptions {
   readonly dist: string;
   readonly guestDist: string;
   readonly interactive: boolean;
+  /** Folder for captures of the frames of QEMU's functions. */
+  readonly capture?: string | undefined;
   readonly signal: AbortSignal;
   readonly onCheck?: (scenario: string, check: string) => void;
 }
@@ -248,8 +250,14 @@ class ScenarioRun {
   }
 
   async #runQemu(sockets: string, timeout: number): Promise<void> {
-    const { components, image, guestDist, interactive, signal } = this.#options;
-    const line = commandLine(this.#name, this.#scenario, components, { image, sockets, guestDist }, interactive);
+    const { components, image, guestDist, interactive, capture, signal } = this.#options;
+    const line = commandLine(
+      this.#name,
+      this.#scenario,
+      components,
+      { image, sockets, guestDist, capture },
+      interactive,
+    );
     const child = spawn(line.command, line.args, {
       env: { ...process.env, ...line.env },
       stdio: interactive ? 'inherit' : ['ignore', 'pipe', 'pipe'],

@@ -22,6 +22,8 @@ export interface GatewayReport {
   /** Packets that reached the application under the SA. */
   readonly opened: number;
   readonly protected: number;
+  /** Packets that the NIC sent since it was opened. */
+  readonly sent: number;
   /** IP packets that arrived in the clear; none of them is passed on. */
   readonly inTheClear: number;
   readonly dropped: Readonly<Record<string, number>>;
@@ -71,7 +73,13 @@ class Gateway {
     const { rx, tx } = this.#nic.statistics();
     const invalid = rx.invalid + tx.invalid;
     const dropped = { ...rx.dropped, ...tx.dropped, ...(invalid === 0 ? {} : { invalid }) };
-    return { opened: this.#opened, protected: this.#protected, inTheClear: this.#inTheClear, dropped };
+    return {
+      opened: this.#opened,
+      protected: this.#protected,
+      sent: tx.packets,
+      inTheClear: this.#inTheClear,
+      dropped,
+    };
   }
 
   /** One round each way; false when there was nothing to do. */
@@ -111,8 +119,9 @@ class Gateway {
     while (n < room) {
       const packet = this.#tun.receive();
       if (packet === undefined) break;
-      // Without an SA it goes nowhere: never in the clear.
-      if (this.#outbound === undefined || packets.allocate(this.#burst.subarray(n), 1) === 0) continue;
+      // Without an SA it goes nowhere: never in the clear. Multicast (router solicitations) is not for the peer.
+      if (this.#outbound === undefined || isMulticast(packet) || packets.allocate(this.#burst.subarray(n), 1) === 0)
+        continue;
       const [high, low] = ETHERTYPE[packet[0] >> 4 === 6 ? 6 : 4];
       const frame = new Uint8Array(HEADER + packet.length);
       frame.set(this.#header);
@@ -128,6 +137,10 @@ class Gateway {
     this.#protected += taken;
     return n > 0;
   }
+}
+
+function isMulticast(packet: Uint8Array): boolean {
+  return packet[0] >> 4 === 6 ? packet[24] === 0xff : packet[16] >> 4 === 0xe;
 }
 
 async function run(gateway: Gateway): Promise<void> {
