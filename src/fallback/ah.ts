@@ -15,20 +15,19 @@
 import { Ah, IpProtocol, Ipv4, Ipv6 } from '../packet/fields.ts';
 import { PacketFlag } from '../packet/pool.ts';
 import { zeroMutable } from './ah-mutable.ts';
+import { keepHeaders, MAX_SAVED, restoreHeaders } from './ah-saved.ts';
 import type { DataPath, Group } from './burst.ts';
-import { accept, deliver } from './deliver.ts';
-import { JobStatus, MAX_BURST } from './engines/engine.ts';
+import { complete } from './deliver.ts';
+import { JobStatus } from './engines/engine.ts';
 import { Chain, insertionPoint } from './extension-headers.ts';
 import { renewGrant } from './grant.ts';
+import { setNonce, swapBytes } from './jobs.ts';
 import { isNew } from './replay.ts';
-import { SaKind, SaWord, Sizes } from './sa-table.ts';
-import { inferHigh, NO_WINDOW_SPAN, writeNumber } from './sequence.ts';
+import { drop, SaKind, SaWord, Sizes } from './sa-table.ts';
+import { carry, inferHigh, NO_WINDOW_SPAN, writeNumber } from './sequence.ts';
 import { moveDown, rewriteHeader } from './transport.ts';
 import { decrementTtl, trafficClass, writeOuter4, writeOuter6 } from './tunnel.ts';
 import { Verdict } from './verdict.ts';
-
-/** Longest chain of headers in front of AH, bytes. */
-export const MAX_SAVED = 512;
 
 const ETHERTYPE_IPV4 = 0x0008;
 const ETHERTYPE_IPV6 = 0xdd86;
@@ -37,19 +36,6 @@ const STALE_FLAGS = PacketFlag.needsChecksum | PacketFlag.checksumValid | Packet
 const ESN_LENGTH = 4;
 
 const chain = new Uint32Array(Chain.length);
-/** By position in the burst: the headers in front of AH as they were. */
-const saved = new Uint8Array(MAX_BURST * MAX_SAVED);
-
-function keep(u8: Uint8Array, position: number, ip: number, end: number): void {
-  const to = position * MAX_SAVED;
-  for (let i = ip; i < end; i++) saved[to + i - ip] = u8[i];
-}
-
-function restore(u8: Uint8Array, position: number, ip: number, end: number): void {
-  const from = position * MAX_SAVED;
-  for (let i = ip; i < end; i++) u8[i] = saved[from + i - ip];
-}
-
 /** The packet's length as its header says, or 0 if that cannot be. */
 function claimedLength(u8: Uint8Array, ip: number, available: number): number {
   const version = u8[ip] >>> 4;
@@ -87,6 +73,7 @@ export function authenticate(
     const verdict = addHeader(path, group, p, position, n, linkHeader);
     verdicts[base + position] = verdict;
     if (verdict === Verdict.ok) burst.position[n++] = position;
+    else drop(path.table, burst.record[position], verdict);
   }
   if (n === 0) return;
   jobs.count = n;
@@ -97,10 +84,10 @@ export function authenticate(
     const ah = burst.header[position];
     if (jobs.status[j] !== JobStatus.ok) {
       pool.length[packets[base + position]] = 0;
-      verdicts[base + position] = Verdict.engine;
+      verdicts[base + position] = drop(path.table, burst.record[position], Verdict.engine);
       continue;
     }
-    restore(pool.u8, position, burst.ip[position], ah);
+    restoreHeaders(pool.u8, position, burst.ip[position], ah);
   }
 }
 
@@ -108,7 +95,7 @@ export function authenticate(
 function addHeader(path: DataPath, group: Group, p: number, position: number, n: number, linkHeader: number): number {
   // hot:
   const { burst, pool } = path;
-  const { u8, u16 } = pool;
+  const { u8, u16, u32 } = pool;
   const { words, halves } = path.table;
   const { jobs } = burst;
   const record = burst.record[position];
@@ -159,7 +146,7 @@ function addHeader(path: DataPath, group: Group, p: number, position: number, n:
   const low = words[record + SaWord.sequenceLow];
   const high = words[record + SaWord.sequenceHigh];
   words[record + SaWord.sequenceLow] = low + 1;
-  if (low === 0xffffffff) words[record + SaWord.sequenceHigh] = high + 1;
+  if (low === -1) words[record + SaWord.sequenceHigh] = high + 1;
 
   // 4. Link and IP headers.
   if (tunnel) {
@@ -169,17 +156,16 @@ function addHeader(path: DataPath, group: Group, p: number, position: number, n:
     if ((kind & SaKind.copyDscp) !== 0) tos = inner & 0xfc;
     if ((kind & SaKind.ecn) !== 0) tos |= inner & 3;
     if ((kind & SaKind.copyDf) !== 0 && version === 4) df = (u8[ip + Ipv4.flagsFragment] & 0x40) !== 0;
-    moveDown(u16, at, outer - linkHeader, linkHeader);
+    moveDown(u16, u32, at, outer - linkHeader, linkHeader);
     if (linkHeader !== 0) u16[(outer >>> 1) - 1] = outer6 ? ETHERTYPE_IPV6 : ETHERTYPE_IPV4;
     const template = (record + SaWord.outer) * 2;
-    if (outer6) writeOuter6(u16, outer >>> 1, halves, template, end - outer - Ipv6.length, tos);
+    if (outer6) writeOuter6(u16, outer >> 1, halves, template, end - outer - Ipv6.length, tos);
     else {
-      const sum = words[record + SaWord.outerSum];
-      writeOuter4(u16, outer >>> 1, halves, template, end - outer, tos, path.identification, df, sum);
+      writeOuter4(u16, u32, outer, words, record, end - outer, tos, path.identification, df);
       path.identification = (path.identification + 1) & 0xffff;
     }
   } else {
-    moveDown(u16, at, outer - linkHeader, body - at);
+    moveDown(u16, u32, at, outer - linkHeader, body - at);
     rewriteHeader(u8, outer, end - outer, nextHeaderAt - (ip - outer), headerLength, IpProtocol.ah);
   }
 
@@ -196,7 +182,7 @@ function addHeader(path: DataPath, group: Group, p: number, position: number, n:
   writeNumber(u8, ah + Ah.sequence, low);
 
   // 6. The job: mutable fields zeroed, high half behind the packet.
-  keep(u8, position, outer, ah);
+  keepHeaders(u8, position, outer, ah);
   burst.ip[position] = outer;
   burst.header[position] = ah;
   if (!zeroMutable(u8, outer, ah, true)) return Verdict.malformed;
@@ -209,29 +195,16 @@ function addHeader(path: DataPath, group: Group, p: number, position: number, n:
     jobs.authLength[n] += ESN_LENGTH;
   }
   if (ivLength !== 0) {
-    const ivLow = low + words[record + SaWord.ivLow];
-    const ivHigh = (high + words[record + SaWord.ivHigh] + (ivLow > 0xffffffff ? 1 : 0)) >>> 0;
-    setNonce(path, n, words[record + SaWord.salt], swapBytes(ivHigh), swapBytes(ivLow >>> 0));
+    const ivLow = (low + words[record + SaWord.ivLow]) | 0;
+    const ivHigh = (high + words[record + SaWord.ivHigh] + carry(low, ivLow)) | 0;
+    setNonce(jobs, n, kind, words[record + SaWord.salt], swapBytes(ivHigh), swapBytes(ivLow));
     writeNumber(u8, ah + Ah.length, ivHigh);
-    writeNumber(u8, ah + Ah.length + 4, ivLow >>> 0);
+    writeNumber(u8, ah + Ah.length + 4, ivLow);
   }
   pool.offset[p] = outer - linkHeader;
   pool.length[p] = end - outer + linkHeader;
   pool.flags[p] &= ~STALE_FLAGS;
   return Verdict.ok;
-}
-
-function swapBytes(x: number): number {
-  // hot:
-  return ((x >>> 24) | ((x >>> 8) & 0xff00) | ((x & 0xff00) << 8) | (x << 24)) >>> 0;
-}
-
-function setNonce(path: DataPath, n: number, salt: number, first: number, second: number): void {
-  // hot:
-  const { iv } = path.burst.jobs;
-  iv[4 * n] = salt;
-  iv[4 * n + 1] = first;
-  iv[4 * n + 2] = second;
 }
 
 /** Verifies and removes AH from the packets `order[from]` to `order[to - 1]` of the burst. */
@@ -246,7 +219,7 @@ export function verify(
   verdicts: Uint8Array,
 ): void {
   // hot:
-  const { burst, pool } = path;
+  const { burst } = path;
   const { jobs } = burst;
   let n = 0;
   for (let k = from; k < to; k++) {
@@ -254,30 +227,13 @@ export function verify(
     const verdict = prepareCheck(path, group, packets[base + position], position, n);
     verdicts[base + position] = verdict;
     if (verdict === Verdict.ok) burst.position[n++] = position;
+    else drop(path.table, burst.record[position], verdict);
   }
   if (n === 0) return;
   jobs.count = n;
   jobs.aadLength = 0;
   group.engine.decrypt(group.transform, jobs);
-  for (let j = 0; j < n; j++) {
-    const position = burst.position[j];
-    const record = burst.record[position];
-    if (jobs.status[j] !== JobStatus.ok) {
-      verdicts[base + position] = jobs.status[j] === JobStatus.icv ? Verdict.icv : Verdict.engine;
-      continue;
-    }
-    const ah = burst.header[position];
-    restore(pool.u8, position, burst.ip[position], ah);
-    let verdict = accept(path, record, burst.low[position], burst.high[position]);
-    if (verdict === Verdict.ok) {
-      const body = ah + (pool.u8[ah + Ah.payloadLength] + 2) * 4;
-      const payload = burst.end[position] - body;
-      const nextHeader = pool.u8[ah + Ah.nextHeader];
-      const p = packets[base + position];
-      verdict = deliver(path, p, position, record, body, payload, nextHeader, linkHeader);
-    }
-    verdicts[base + position] = verdict;
-  }
+  complete(path, group, packets, base, linkHeader, verdicts);
 }
 
 function prepareCheck(path: DataPath, group: Group, p: number, position: number, n: number): number {
@@ -301,7 +257,7 @@ function prepareCheck(path: DataPath, group: Group, p: number, position: number,
 
   // 2. Sequence number and window.
   const s = ah + Ah.sequence;
-  const low = ((u8[s] << 24) | (u8[s + 1] << 16) | (u8[s + 2] << 8) | u8[s + 3]) >>> 0;
+  const low = (u8[s] << 24) | (u8[s + 1] << 16) | (u8[s + 2] << 8) | u8[s + 3];
   const window = words[record + SaWord.window];
   const topLow = words[record + SaWord.sequenceLow];
   const topHigh = words[record + SaWord.sequenceHigh];
@@ -323,14 +279,14 @@ function prepareCheck(path: DataPath, group: Group, p: number, position: number,
   if (ivLength !== 0) {
     const first = (u8[field] | (u8[field + 1] << 8) | (u8[field + 2] << 16) | (u8[field + 3] << 24)) >>> 0;
     const second = (u8[field + 4] | (u8[field + 5] << 8) | (u8[field + 6] << 16) | (u8[field + 7] << 24)) >>> 0;
-    setNonce(path, n, words[record + SaWord.salt], first, second);
+    setNonce(jobs, n, kind, words[record + SaWord.salt], first, second);
   }
   const icv = end + ESN_LENGTH;
   u8.copyWithin(icv, field + ivLength, field + ivLength + icvLength);
   u8.fill(0, field + ivLength, field + ivLength + icvLength);
 
   // 4. Mutable fields, high half, job.
-  keep(u8, position, ip, ah);
+  keepHeaders(u8, position, ip, ah);
   if (!zeroMutable(u8, ip, ah, false)) return Verdict.malformed;
   jobs.context[n] = words[record + SaWord.context];
   jobs.authOffset[n] = ip;

@@ -7,12 +7,11 @@
  */
 
 import type { Protocol, Selector } from '../ipsec/sa.ts';
-import { NO_PACKET, type PacketPool } from '../packet/pool.ts';
+import type { PacketPool } from '../packet/pool.ts';
 import type { MappedMemory } from '../sys/memory.ts';
 import { CryptoBurst, type CryptoEngine, MAX_BURST, type Transform, type TransformFamily } from './engines/engine.ts';
 import type { SaEvent, SaLifetime } from './lifetime.ts';
 import { SaTable, SaWord } from './sa-table.ts';
-import { Verdict } from './verdict.ts';
 
 export interface Group {
   readonly transform: Transform;
@@ -27,7 +26,7 @@ export interface Group {
 export class Burst {
   readonly jobs = new CryptoBurst();
   /** By position in the burst: first word of the packet's SA record; 0 when the packet has its verdict. */
-  readonly record = new Uint32Array(MAX_BURST);
+  readonly record = new Int32Array(MAX_BURST);
   /** Positions in the burst, run by run. */
   order = new Uint16Array(MAX_BURST);
   /** By run: its group and where it begins in `order`; `runStart[runs]` is the end of the last one. */
@@ -37,19 +36,18 @@ export class Burst {
   readonly position = new Uint16Array(MAX_BURST);
 
   /** By position: offset in memory of the IP header and of the ESP or AH header; bytes of UDP header between them. */
-  readonly ip = new Uint32Array(MAX_BURST);
-  readonly header = new Uint32Array(MAX_BURST);
+  readonly ip = new Int32Array(MAX_BURST);
+  readonly header = new Int32Array(MAX_BURST);
   readonly udp = new Uint8Array(MAX_BURST);
   /** By position: offset of the byte that names the protocol behind the IP headers. */
-  readonly nextHeaderAt = new Uint32Array(MAX_BURST);
+  readonly nextHeaderAt = new Int32Array(MAX_BURST);
   /** By position: end of the IP packet. */
-  readonly end = new Uint32Array(MAX_BURST);
+  readonly end = new Int32Array(MAX_BURST);
   /** By position: sequence number. */
-  readonly low = new Uint32Array(MAX_BURST);
-  readonly high = new Uint32Array(MAX_BURST);
+  readonly low = new Int32Array(MAX_BURST);
+  readonly high = new Int32Array(MAX_BURST);
   /** By position: words to be put back after the crypto. */
-  readonly savedA = new Uint32Array(MAX_BURST);
-  readonly savedB = new Uint32Array(MAX_BURST);
+  readonly savedA = new Int32Array(MAX_BURST);
 
   #counts = new Uint16Array(64);
   #other = new Uint16Array(MAX_BURST);
@@ -60,7 +58,7 @@ export class Burst {
   }
 
   /** The first `alive` entries of `order` are all of one group. */
-  single(words: Uint32Array, alive: number): number {
+  single(words: Int32Array, alive: number): number {
     // hot:
     if (alive === 0) return 0;
     this.runGroup[0] = words[this.record[this.order[0]] + SaWord.group];
@@ -70,7 +68,7 @@ export class Burst {
   }
 
   /** Sorts the first `alive` entries of `order` into runs, in the order in which the groups appear; returns how many runs. */
-  sort(words: Uint32Array, alive: number): number {
+  sort(words: Int32Array, alive: number): number {
     // hot:
     const order = this.order;
     const other = this.#other;
@@ -123,11 +121,18 @@ export class DataPath {
   identification = 0;
   /** The packets of the burst are dummies (RFC 4303, 2.6). */
   dummy = false;
-  /** While resynchronising (RFC 4303, A2.3): the high half to try, else -1, and the packet as it was. */
-  forcedHigh = -1;
+  /** While resynchronising (RFC 4303, A2.3): the position of the packet to try, the high half to try, and the packet as it was. */
+  resyncing = false;
+  candidate = -1;
+  forcedHigh = 0;
   copy = new Uint8Array(0);
-  /** Takes what was read only to have it in the cache, so that the read is not optimised away. */
+  /** Takes what was read for the side effects of reading it, so that the read is not optimised away. */
   touched = 0;
+  /** A packet of the run is in UDP. */
+  encapsulated = false;
+  /** Packets of the burst that have an SA, and the group of all of them (-1: none yet; see `MIXED`). */
+  alive = 0;
+  group = -1;
 
   constructor(pool: PacketPool) {
     this.pool = pool;
@@ -135,14 +140,10 @@ export class DataPath {
   }
 }
 
-/** Whether packet `p` is one slot, at an even offset; moves it by a byte when it is not. `Verdict.ok` or `noRoom`. */
-export function normalize(path: DataPath, p: number): number {
-  const { pool } = path;
-  if (pool.next[p] !== NO_PACKET) return Verdict.noRoom;
-  const at = pool.offset[p];
-  if ((at & 1) === 0) return Verdict.ok;
-  if (at - 1 < pool.slot(p)) return Verdict.noRoom;
-  pool.u8.copyWithin(at - 1, at, at + pool.length[p]);
-  pool.offset[p] = at - 1;
-  return Verdict.ok;
+/** Moves the content of a packet at an odd offset down by a byte, so that headers can be read in 16-bit words. Slots begin at even offsets. */
+export function align(pool: PacketPool, p: number): number {
+  const at = pool.offset[p] - 1;
+  pool.u8.copyWithin(at, at + 1, at + 1 + pool.length[p]);
+  pool.offset[p] = at;
+  return at;
 }

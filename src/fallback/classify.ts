@@ -5,11 +5,13 @@
  * keep-alives. What claims to be IPsec has to be whole: fragments are dropped (RFC 4303, 3.4.1; reassemble first), and
  * so is what has no SA. An SA with UDP encapsulation takes encapsulated packets only, one without takes none of them.
  */
-import { EtherType, IpProtocol, Ipv4, Ipv4Fragment, Ipv6, Udp } from '../packet/fields.ts';
+import { Ah, Esp, Ethernet, IpProtocol, Ipv4, Ipv6, Udp } from '../packet/fields.ts';
 import { NO_PACKET } from '../packet/pool.ts';
-import { type DataPath, normalize } from './burst.ts';
+import { align, type DataPath } from './burst.ts';
+import { classifySimple } from './esp-inbound-simple.ts';
+import { MIXED } from './esp-outbound-simple.ts';
 import { Chain, walkIpv6 } from './extension-headers.ts';
-import { RECORD, SaKind, SaWord } from './sa-table.ts';
+import { RECORD_SHIFT, SaKind, SaWord } from './sa-table.ts';
 import type { SaDatabase } from './sad.ts';
 import { classifyDatagram, Datagram, udpChecksumValid } from './udp-encap.ts';
 import { Verdict } from './verdict.ts';
@@ -19,9 +21,18 @@ const chain = new Uint32Array(Chain.length);
 /** Length of the shortest link header that ends in an EtherType. */
 const LINK_WITH_TYPE = 14;
 
+/** Fields as their 16-bit words are in memory, bytes swapped. */
+const Swapped = {
+  ethertypeIpv4: 0x0008,
+  ethertypeIpv6: 0xdd86,
+  fragmentOffset: 0xff1f,
+  moreFragments: 0x0020,
+} as const;
+
 /**
- * Looks at `n` packets from `packets[base]`. Fills the burst (record, order, ip, header, udp, nextHeaderAt, end) for those with an SA
- * and `verdicts` for the others. Returns how many have one; the result is negative when they are of several groups.
+ * Looks at packets 0 to `n - 1` of the burst, which begins at `packets[base]`. Fills the burst (record, order, ip, header, udp,
+ * nextHeaderAt, end) for those with an SA and `verdicts` for the others. `path.alive` is how many have one, `path.group`
+ * the group of all of them, or `MIXED`.
  */
 export function classify(
   path: DataPath,
@@ -32,134 +43,140 @@ export function classify(
   n: number,
   linkHeader: number,
   verdicts: Uint8Array,
+): void {
+  // hot:
+  const { burst } = path;
+  const { words } = path.table;
+  const isSimpleLink = linkHeader === 0 || linkHeader === Ethernet.length;
+  path.alive = 0;
+  path.group = -1;
+  for (let i = 0; i < n; i++) {
+    if (isSimpleLink) {
+      i = classifySimple(path, sad.hash, sad.shift, packets, base, i, n, linkHeader);
+      if (i === n) break;
+    }
+    burst.record[i] = 0;
+    const verdict = classifyOne(path, sad, espPorts, packets[base + i], i, linkHeader);
+    verdicts[base + i] = verdict;
+    if (verdict !== Verdict.ok) continue;
+    burst.order[path.alive++] = i;
+    const own = words[burst.record[i] + SaWord.group];
+    if (own !== path.group) path.group = path.group === -1 ? own : MIXED;
+  }
+}
+
+/** Looks at packet `p`, at position `i` of the burst; `Verdict.ok` when it has an SA. */
+function classifyOne(
+  path: DataPath,
+  sad: SaDatabase,
+  espPorts: Uint8Array,
+  p: number,
+  i: number,
+  linkHeader: number,
 ): number {
   // hot:
-  const pool = path.pool;
-  const u8 = pool.u8;
-  const offsets = pool.offset;
-  const lengths = pool.length;
-  const words = path.table.words;
-  const burst = path.burst;
-  const records = burst.record;
-  const order = burst.order;
-  let alive = 0;
-  let group = -1;
-  let mixed = false;
+  const { pool, burst } = path;
+  const { u8, u16, offset: offsets, length: lengths, next } = pool;
+  const { words } = path.table;
+  const at = (offsets[p] & 1) === 0 ? offsets[p] | 0 : align(pool, p);
+  const ip = (at + linkHeader) | 0;
+  const available = (lengths[p] - linkHeader) | 0;
+  const q = ip >> 1;
 
-  for (let i = 0; i < n; i++) {
-    const p = packets[base + i];
-    const at = offsets[p];
-    const ip = at + linkHeader;
-    const available = lengths[p] - linkHeader;
-    records[i] = 0;
-    verdicts[base + i] = Verdict.malformed;
+  // 1. IPv4 or IPv6, as the link header says.
+  if (available < 0) return Verdict.malformed;
+  if (linkHeader >= LINK_WITH_TYPE) {
+    const type = u16[q - 1];
+    if (type !== Swapped.ethertypeIpv4 && type !== Swapped.ethertypeIpv6) return Verdict.notIpsec;
+    if (available < Ipv4.minLength || (type === Swapped.ethertypeIpv4 ? 4 : 6) !== u8[ip] >> 4)
+      return Verdict.malformed;
+  } else if (available < Ipv4.minLength) return Verdict.malformed;
 
-    // 1. IPv4 or IPv6, as the link header says.
-    if (linkHeader >= LINK_WITH_TYPE) {
-      if (available < 0) continue;
-      const type = (u8[ip - 2] << 8) | u8[ip - 1];
-      if (type !== (u8[ip] >>> 4 === 4 ? EtherType.ipv4 : EtherType.ipv6)) {
-        if (type !== EtherType.ipv4 && type !== EtherType.ipv6) verdicts[base + i] = Verdict.notIpsec;
-        continue;
-      }
+  // 2. The header that may be ESP, AH or UDP.
+  const first = u8[ip];
+  const version = first >> 4;
+  let protocol = 0;
+  let header = 0;
+  let nextHeaderAt = 0;
+  let total = 0;
+  let fragment = 0;
+  if (version === 4) {
+    const headerLength = (first & 15) << 2;
+    if (headerLength < Ipv4.minLength) return Verdict.malformed;
+    protocol = u16[q + 4] >> 8;
+    header = (ip + headerLength) | 0;
+    nextHeaderAt = (ip + Ipv4.protocol) | 0;
+    const length = u16[q + 1];
+    total = ((length & 0xff) << 8) | (length >> 8);
+    const word = u16[q + 3];
+    if ((word & Swapped.fragmentOffset) !== 0) fragment = 2;
+    else if ((word & Swapped.moreFragments) !== 0) fragment = 1;
+  } else if (version === 6) {
+    if (available < Ipv6.length) return Verdict.malformed;
+    const length = u16[q + 2];
+    total = (Ipv6.length + ((length & 0xff) << 8)) | 0;
+    total = (total + (length >> 8)) | 0;
+    protocol = u8[ip + Ipv6.nextHeader];
+    header = (ip + Ipv6.length) | 0;
+    nextHeaderAt = (ip + Ipv6.nextHeader) | 0;
+    if (isExtension(protocol)) {
+      if (walkIpv6(u8, ip, ip + Math.min(total, available), false, chain) !== Verdict.ok) return Verdict.malformed;
+      protocol = chain[Chain.protocol];
+      header = chain[Chain.offset] | 0;
+      nextHeaderAt = chain[Chain.nextHeaderAt] | 0;
+      fragment = chain[Chain.fragment];
     }
-    if (available < Ipv4.minLength) continue;
-    const version = u8[ip] >>> 4;
+  } else return Verdict.malformed;
 
-    // 2. The header that may be ESP, AH or UDP.
-    let protocol = 0;
-    let header = 0;
-    let nextHeaderAt = 0;
-    let total = 0;
-    let fragment = 0;
-    if (version === 4) {
-      const headerLength = (u8[ip] & 15) * 4;
-      if (headerLength < Ipv4.minLength) continue;
-      protocol = u8[ip + Ipv4.protocol];
-      header = ip + headerLength;
-      nextHeaderAt = ip + Ipv4.protocol;
-      total = (u8[ip + Ipv4.totalLength] << 8) | u8[ip + Ipv4.totalLength + 1];
-      const word = (u8[ip + Ipv4.flagsFragment] << 8) | u8[ip + Ipv4.flagsFragment + 1];
-      if ((word & Ipv4Fragment.offsetMask) !== 0) fragment = 2;
-      else if ((word & Ipv4Fragment.moreFragments) !== 0) fragment = 1;
-    } else if (version === 6) {
-      if (available < Ipv6.length) continue;
-      total = Ipv6.length + ((u8[ip + Ipv6.payloadLength] << 8) | u8[ip + Ipv6.payloadLength + 1]);
-      protocol = u8[ip + Ipv6.nextHeader];
-      header = ip + Ipv6.length;
-      nextHeaderAt = ip + Ipv6.nextHeader;
-      if (isExtension(protocol)) {
-        if (walkIpv6(u8, ip, ip + Math.min(total, available), false, chain) !== Verdict.ok) continue;
-        protocol = chain[Chain.protocol];
-        header = chain[Chain.offset];
-        nextHeaderAt = chain[Chain.nextHeaderAt];
-        fragment = chain[Chain.fragment];
-      }
-    } else continue;
-
-    // 3. Is it ours?
-    let udp = 0;
-    if (protocol === IpProtocol.udp) {
-      const port = header + Udp.destinationPort;
-      if (fragment === 2 || port + 2 > at + lengths[p] || espPorts[(u8[port] << 8) | u8[port + 1]] === 0) {
-        verdicts[base + i] = Verdict.notIpsec;
-        continue;
-      }
-      udp = Udp.length;
-    } else if (protocol !== IpProtocol.esp && protocol !== IpProtocol.ah) {
-      verdicts[base + i] = Verdict.notIpsec;
-      continue;
+  // 3. Is it ours?
+  let udp = 0;
+  if (protocol !== IpProtocol.esp && protocol !== IpProtocol.ah) {
+    const port = (header + Udp.destinationPort) | 0;
+    if (
+      protocol !== IpProtocol.udp ||
+      fragment === 2 ||
+      port + 2 - ip > available ||
+      espPorts[(u8[port] << 8) | u8[port + 1]] === 0
+    ) {
+      return Verdict.notIpsec;
     }
-
-    // 4. It is: whole, in one piece, at an even offset.
-    if (fragment !== 0) {
-      verdicts[base + i] = Verdict.fragment;
-      continue;
-    }
-    const end = ip + total;
-    if (pool.next[p] !== NO_PACKET) {
-      verdicts[base + i] = Verdict.noRoom;
-      continue;
-    }
-    if (total > available || header > end) continue;
-    if ((at & 1) !== 0) {
-      // Once more, from where it is now.
-      const verdict = normalize(path, p);
-      if (verdict === Verdict.ok) i--;
-      else verdicts[base + i] = verdict;
-      continue;
-    }
-    if (version === 4 && !headerChecksumValid(pool.u16, ip, header)) continue;
-    if (udp !== 0) {
-      const what = classifyDatagram(u8, header, end);
-      if (what === Datagram.other) verdicts[base + i] = Verdict.notIpsec;
-      if (what !== Datagram.esp || !udpChecksumValid(u8, ip, header, end - header)) continue;
-      header += udp;
-    }
-
-    // 5. Its SA.
-    const isAh = protocol === IpProtocol.ah;
-    const spiAt = isAh ? header + 4 : header;
-    if (header + (isAh ? 12 : 8) > end) continue;
-    const spi = (u8[spiAt] | (u8[spiAt + 1] << 8) | (u8[spiAt + 2] << 16) | (u8[spiAt + 3] << 24)) >>> 0;
-    const slot = sad.lookup(spi, isAh ? SaKind.ah : SaKind.esp, u8, ip);
-    const record = slot * RECORD;
-    if (slot === 0 || ((words[record + SaWord.kind] & SaKind.udp) !== 0) !== (udp !== 0)) {
-      verdicts[base + i] = Verdict.noSa;
-      continue;
-    }
-    burst.ip[i] = ip;
-    burst.header[i] = header;
-    burst.udp[i] = udp;
-    burst.nextHeaderAt[i] = nextHeaderAt;
-    burst.end[i] = end;
-    records[i] = record;
-    order[alive++] = i;
-    const own = words[record + SaWord.group];
-    if (group < 0) group = own;
-    else if (own !== group) mixed = true;
+    udp = Udp.length;
   }
-  return mixed ? -alive : alive;
+
+  // 4. It is: whole, and in one piece.
+  if (fragment !== 0) return Verdict.fragment;
+  const end = (ip + total) | 0;
+  if (next[p] !== NO_PACKET) return Verdict.noRoom;
+  if (total > available || header > end) return Verdict.malformed;
+  if (version === 4 && !headerChecksumValid(u16, q, header >> 1)) return Verdict.malformed;
+  if (udp !== 0) {
+    const what = classifyDatagram(u8, header, end);
+    if (what === Datagram.other) return Verdict.notIpsec;
+    if (what !== Datagram.esp || !udpChecksumValid(u8, ip, header, end - header)) return Verdict.malformed;
+    header = (header + udp) | 0;
+  }
+
+  // 5. Its SA.
+  let spiAt = header >> 1;
+  let protocolBit: number = SaKind.esp;
+  let least: number = Esp.length;
+  if (protocol === IpProtocol.ah) {
+    spiAt += Ah.spi >> 1;
+    protocolBit = SaKind.ah;
+    least = Ah.length;
+  }
+  if (header + least > end) return Verdict.malformed;
+  const spi = u16[spiAt] | (u16[spiAt + 1] << 16);
+  const slot = sad.lookup(spi, protocolBit, u16, ip, version);
+  const record = slot << RECORD_SHIFT;
+  if (slot === 0 || ((words[record + SaWord.kind] & SaKind.udp) !== 0) !== (udp !== 0)) return Verdict.noSa;
+  burst.ip[i] = ip;
+  burst.header[i] = header;
+  burst.udp[i] = udp;
+  burst.nextHeaderAt[i] = nextHeaderAt;
+  burst.end[i] = end;
+  burst.record[i] = record;
+  return Verdict.ok;
 }
 
 function isExtension(protocol: number): boolean {
@@ -172,11 +189,11 @@ function isExtension(protocol: number): boolean {
   );
 }
 
-/** A host must drop a packet with a wrong header checksum (RFC 1122, 3.2.1.2). */
-function headerChecksumValid(u16: Uint16Array, ip: number, end: number): boolean {
+/** A host must drop a packet with a wrong header checksum (RFC 1122, 3.2.1.2). The header is given by 16-bit indices. */
+function headerChecksumValid(u16: Uint16Array, from: number, to: number): boolean {
   // hot:
   let sum = 0;
-  for (let i = ip >>> 1; i < end >>> 1; i++) sum += u16[i];
+  for (let i = from; i < to; i++) sum = (sum + u16[i]) | 0;
   sum = (sum & 0xffff) + (sum >>> 16);
   return (sum & 0xffff) + (sum >>> 16) === 0xffff;
 }

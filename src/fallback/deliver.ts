@@ -4,12 +4,16 @@
  *
  * Every address, length and version inside was protected, but by a peer that may be wrong: it is checked like any other.
  */
-import { IpProtocol, Ipv4, Ipv6 } from '../packet/fields.ts';
+import { Ah, Esp, Ethernet, IpProtocol, Ipv4, Ipv6 } from '../packet/fields.ts';
 import { PacketFlag } from '../packet/pool.ts';
-import type { DataPath } from './burst.ts';
+import { restoreHeaders } from './ah-saved.ts';
+import type { DataPath, Group } from './burst.ts';
+import { JobStatus } from './engines/engine.ts';
+import { closeEsnGap } from './esn-gap.ts';
+import { completeSimple } from './esp-inbound-simple.ts';
 import { renewGrant } from './grant.ts';
 import { isNew, markSeen } from './replay.ts';
-import { RECORD, SaKind, SaWord } from './sa-table.ts';
+import { drop, RECORD, SaKind, SaWord } from './sa-table.ts';
 import { selectorMatches } from './selector.ts';
 import { moveUp, rewriteHeader } from './transport.ts';
 import { decrementTtl, ECN_DROP, ecnAfter, setTrafficClass, trafficClass } from './tunnel.ts';
@@ -19,33 +23,167 @@ import { Verdict } from './verdict.ts';
 const ETHERTYPE_IPV4 = 0x0008;
 const ETHERTYPE_IPV6 = 0xdd86;
 
+/** Failures in a row are not counted further. */
+const MAX_FAILURES = 1 << 20;
+
 /** Flags that speak of the packet as it was on the wire. */
 const STALE_FLAGS =
   PacketFlag.needsChecksum | PacketFlag.checksumValid | PacketFlag.securityError | PacketFlag.softExpiry;
 
-/** Tells the window of number `high`:`low`, unless another copy in the same burst has (RFC 4303, 3.4.3). */
-export function accept(path: DataPath, record: number, low: number, high: number): number {
+/**
+ * Goes through the jobs of a run after the engine: drops what failed, tells the window, reads the trailer of ESP, and makes
+ * of each packet what it was before protection. Verdicts go to `verdicts[base + position]`.
+ */
+export function complete(
+  path: DataPath,
+  group: Group,
+  packets: Uint32Array,
+  base: number,
+  linkHeader: number,
+  verdicts: Uint8Array,
+): void {
   // hot:
-  const table = path.table;
-  const words = table.words;
+  const { burst, table } = path;
+  const { count } = burst.jobs;
+  const isSimpleLink = linkHeader === 0 || linkHeader === Ethernet.length;
+  const isSimple = group.protocol === 'esp' && group.family === 'aead' && isSimpleLink;
+  for (let j = 0; j < count; j++) {
+    if (isSimple) {
+      j = completeSimple(path, packets, base, j, linkHeader, verdicts);
+      if (j === count) break;
+    }
+    const position = burst.position[j];
+    const verdict = completeOne(path, group, packets[base + position], position, j, linkHeader);
+    verdicts[base + position] = verdict;
+    if (verdict !== Verdict.ok) drop(table, burst.record[position], verdict);
+  }
+}
+
+/** Job `j`, of packet `p`; returns the verdict. */
+function completeOne(path: DataPath, group: Group, p: number, position: number, j: number, linkHeader: number): number {
+  // hot:
+  const { pool, burst } = path;
+  const { u8, u16, u32 } = pool;
+  const { words, windows } = path.table;
+  const { jobs } = burst;
+  const { status, cipherOffset, cipherLength } = jobs;
+  const record = burst.record[position];
+  const isEsp = group.protocol === 'esp';
+  const gap = isEsp && group.family === 'gmac' && group.esn;
+
+  // 1. The ICV.
+  if (status[j] !== JobStatus.ok) {
+    if (words[record + SaWord.failures] < MAX_FAILURES) words[record + SaWord.failures]++;
+    return status[j] === JobStatus.icv ? Verdict.icv : Verdict.engine;
+  }
+  if (gap) closeEsnGap(u16, jobs.authOffset[j] + 4, burst.savedA[position]);
+
+  // 2. The window learns of the number, unless another copy in the same burst was faster (RFC 4303, 3.4.3).
+  const low = burst.low[position];
+  const high = burst.high[position];
   const topLow = words[record + SaWord.sequenceLow];
   const topHigh = words[record + SaWord.sequenceHigh];
   const window = words[record + SaWord.window];
+  words[record + SaWord.failures] = 0;
   if (window !== 0) {
     const windowBase = words[record + SaWord.windowBase];
     const mask = words[record + SaWord.windowMask];
-    if (!isNew(table.windows, windowBase, mask, window, topLow, topHigh, low, high)) return Verdict.replay;
-    markSeen(table.windows, windowBase, mask, topLow, topHigh, low, high);
+    if (!isNew(windows, windowBase, mask, window, topLow, topHigh, low, high)) return Verdict.replay;
+    markSeen(windows, windowBase, mask, topLow, topHigh, low, high);
   }
-  if (high > topHigh || (high === topHigh && low > topLow)) {
+  if (high === topHigh ? low >>> 0 > topLow >>> 0 : high >>> 0 > topHigh >>> 0) {
     words[record + SaWord.sequenceLow] = low;
     words[record + SaWord.sequenceHigh] = high;
   }
+
+  // 3. ESP: the trailer (RFC 4303, 2.4 to 2.7). AH: what follows it.
+  let body = 0;
+  let payload = 0;
+  let nextHeader = 0;
+  if (isEsp) {
+    body = cipherOffset[j] | 0;
+    const trailer = (body + cipherLength[j] - Esp.trailerLength) | 0;
+    const padLength = u8[trailer];
+    nextHeader = u8[trailer + 1];
+    payload = (trailer - body - padLength) | 0;
+    let pad = payload < 0 ? 0 : padLength;
+    while (pad > 0 && u8[trailer - 1 - padLength + pad] === pad) pad--;
+    if (payload < 0 || pad !== 0) return Verdict.malformed;
+    if (nextHeader === IpProtocol.none) {
+      const verdict = charge(path, record, 0);
+      return verdict === Verdict.ok ? Verdict.dummy : verdict;
+    }
+  } else {
+    const ah = burst.header[position];
+    restoreHeaders(u8, position, burst.ip[position], ah);
+    body = (ah + (u8[ah + Ah.payloadLength] + 2) * 4) | 0;
+    payload = (burst.end[position] - body) | 0;
+    nextHeader = u8[ah + Ah.nextHeader];
+  }
+  const kind = words[record + SaWord.kind];
+  if ((kind & SaKind.tunnel) === 0) {
+    return deliverTransport(path, p, position, record, body, payload, nextHeader, linkHeader);
+  }
+
+  // 4. The inner packet is of the version that the next header says, and as long as it says (the rest is TFC padding).
+  const first = u8[body];
+  let total = 0;
+  if (nextHeader === IpProtocol.ipv4 && payload >= Ipv4.minLength && first >> 4 === 4) {
+    const length = u16[(body >> 1) + 1];
+    total = ((length & 0xff) << 8) | (length >> 8);
+    const headerLength = (first & 15) << 2;
+    if (headerLength < Ipv4.minLength || headerLength > total) total = 0;
+  } else if (nextHeader === IpProtocol.ipv6 && payload >= Ipv6.length && first >> 4 === 6) {
+    const length = u16[(body >> 1) + 2];
+    total = (Ipv6.length + (((length & 0xff) << 8) | (length >> 8))) | 0;
+  }
+  if (total === 0 || total > payload) return Verdict.malformed;
+
+  // 5. Lifetime, selector, ECN, TTL.
+  if (words[record + SaWord.packetsLeft] === 0 || words[record + SaWord.bytesLeft] < total) {
+    const verdict = renewGrant(path, record, total);
+    if (verdict !== Verdict.ok) return verdict;
+  }
+  words[record + SaWord.packetsLeft]--;
+  words[record + SaWord.bytesLeft] -= total;
+  const outer = burst.ip[position];
+  if ((kind & CHECKED) !== 0) {
+    const verdict = checkInner(path, record, kind, outer, body, body + total);
+    if (verdict !== Verdict.ok) return verdict;
+  }
+
+  // 6. The link header follows the inner packet.
+  const start = (body - linkHeader) | 0;
+  if (linkHeader !== 0) {
+    moveUp(u16, u32, outer - linkHeader, start, linkHeader - 2);
+    u16[(body >> 1) - 1] = nextHeader === IpProtocol.ipv4 ? ETHERTYPE_IPV4 : ETHERTYPE_IPV6;
+  }
+  pool.offset[p] = start;
+  pool.length[p] = total + linkHeader;
+  pool.sa[p] = words[record + SaWord.handle];
+  pool.flags[p] = securedFlags(pool.flags[p], words[record + SaWord.kind]);
   return Verdict.ok;
 }
 
+/** What tunnel mode does beyond taking the packet out, when the SA says so. */
+const CHECKED = SaKind.selector | SaKind.ecn | SaKind.decrementTtl;
+
+/** Selector (RFC 4301, 5.2, step 4), ECN (RFC 6040, 4.2) and TTL of the inner packet at `inner`. */
+function checkInner(path: DataPath, record: number, kind: number, outer: number, inner: number, end: number): number {
+  // hot:
+  const u8 = path.pool.u8;
+  if ((kind & SaKind.selector) !== 0 && !fitsSelector(path, record, inner, end)) return Verdict.selector;
+  if ((kind & SaKind.ecn) !== 0) {
+    const before = trafficClass(u8, inner);
+    const after = ecnAfter[((before & 3) << 2) | (trafficClass(u8, outer) & 3)];
+    if (after === ECN_DROP) return Verdict.ecn;
+    if (after !== (before & 3)) setTrafficClass(u8, inner, (before & 0xfc) | after);
+  }
+  return (kind & SaKind.decrementTtl) === 0 ? Verdict.ok : decrementTtl(u8, inner);
+}
+
 /** Counts a packet of `bytes` bytes against the lifetime. */
-export function charge(path: DataPath, record: number, bytes: number): number {
+function charge(path: DataPath, record: number, bytes: number): number {
   // hot:
   const words = path.table.words;
   if (words[record + SaWord.packetsLeft] === 0 || words[record + SaWord.bytesLeft] < bytes) {
@@ -54,82 +192,6 @@ export function charge(path: DataPath, record: number, bytes: number): number {
   }
   words[record + SaWord.packetsLeft]--;
   words[record + SaWord.bytesLeft] -= bytes;
-  return Verdict.ok;
-}
-
-/**
- * Makes the packet `p` what it was before protection: `payload` bytes at `body`, of protocol `nextHeader`.
- * Returns the verdict.
- */
-export function deliver(
-  path: DataPath,
-  p: number,
-  position: number,
-  record: number,
-  body: number,
-  payload: number,
-  nextHeader: number,
-  linkHeader: number,
-): number {
-  // hot:
-  const pool = path.pool;
-  const words = path.table.words;
-  const kind = words[record + SaWord.kind];
-  if ((kind & SaKind.tunnel) === 0) {
-    return deliverTransport(path, p, position, record, body, payload, nextHeader, linkHeader);
-  }
-  const u8 = pool.u8;
-  const u16 = pool.u16;
-
-  // 1. The inner packet is of the version that the next header says, and as long as it says (the rest is TFC padding).
-  let total = 0;
-  if (nextHeader === IpProtocol.ipv4) {
-    if (payload < Ipv4.minLength || u8[body] >>> 4 !== 4) return Verdict.malformed;
-    const headerLength = (u8[body] & 15) * 4;
-    total = (u8[body + Ipv4.totalLength] << 8) | u8[body + Ipv4.totalLength + 1];
-    if (headerLength < Ipv4.minLength || total < headerLength) return Verdict.malformed;
-  } else if (nextHeader === IpProtocol.ipv6) {
-    if (payload < Ipv6.length || u8[body] >>> 4 !== 6) return Verdict.malformed;
-    total = Ipv6.length + ((u8[body + Ipv6.payloadLength] << 8) | u8[body + Ipv6.payloadLength + 1]);
-  } else return Verdict.malformed;
-  if (total > payload) return Verdict.malformed;
-
-  // 2. Lifetime.
-  if (words[record + SaWord.packetsLeft] === 0 || words[record + SaWord.bytesLeft] < total) {
-    const verdict = renewGrant(path, record, total);
-    if (verdict !== Verdict.ok) return verdict;
-  }
-  words[record + SaWord.packetsLeft]--;
-  words[record + SaWord.bytesLeft] -= total;
-
-  // 3. Selector, ECN, TTL.
-  const outer = path.burst.ip[position];
-  if ((kind & (SaKind.selector | SaKind.ecn | SaKind.decrementTtl)) !== 0) {
-    if ((kind & SaKind.selector) !== 0 && !fitsSelector(path, record, body, body + total)) return Verdict.selector;
-    if ((kind & SaKind.ecn) !== 0) {
-      const inner = trafficClass(u8, body);
-      const after = ecnAfter[((inner & 3) << 2) | (trafficClass(u8, outer) & 3)];
-      if (after === ECN_DROP) return Verdict.ecn;
-      if (after !== (inner & 3)) setTrafficClass(u8, body, (inner & 0xfc) | after);
-    }
-    if ((kind & SaKind.decrementTtl) !== 0) {
-      const verdict = decrementTtl(u8, body);
-      if (verdict !== Verdict.ok) return verdict;
-    }
-  }
-
-  // 4. The link header follows the inner packet.
-  const start = body - linkHeader;
-  const link16 = linkHeader >>> 1;
-  if (link16 !== 0) {
-    const from16 = (outer - linkHeader) >>> 1;
-    const to16 = start >>> 1;
-    for (let w = link16 - 2; w >= 0; w--) u16[to16 + w] = u16[from16 + w];
-    u16[to16 + link16 - 1] = nextHeader === IpProtocol.ipv4 ? ETHERTYPE_IPV4 : ETHERTYPE_IPV6;
-  }
-  pool.offset[p] = start;
-  pool.length[p] = total + linkHeader;
-  markSecured(path, p, record);
   return Verdict.ok;
 }
 
@@ -153,7 +215,7 @@ function deliverTransport(
   if (verdict !== Verdict.ok) return verdict;
   const start = body - headerLength - linkHeader;
   const shift = start + linkHeader - outer;
-  moveUp(pool.u16, outer - linkHeader, start, linkHeader + headerLength);
+  moveUp(pool.u16, pool.u32, outer - linkHeader, start, linkHeader + headerLength);
   const ip = start + linkHeader;
   rewriteHeader(pool.u8, ip, total, burst.nextHeaderAt[position] + shift, headerLength, nextHeader);
   if ((path.table.words[record] & SaKind.selector) !== 0 && !fitsSelector(path, record, ip, ip + total)) {
@@ -161,17 +223,15 @@ function deliverTransport(
   }
   pool.offset[p] = start;
   pool.length[p] = total + linkHeader;
-  markSecured(path, p, record);
+  pool.sa[p] = path.table.words[record + SaWord.handle];
+  pool.flags[p] = securedFlags(pool.flags[p], path.table.words[record + SaWord.kind]);
   return Verdict.ok;
 }
 
-function markSecured(path: DataPath, p: number, record: number): void {
+function securedFlags(flags: number, kind: number): number {
   // hot:
-  const pool = path.pool;
-  const words = path.table.words;
-  const soft = (words[record + SaWord.kind] & SaKind.softExpired) !== 0 ? PacketFlag.softExpiry : 0;
-  pool.sa[p] = words[record + SaWord.handle];
-  pool.flags[p] = (pool.flags[p] & ~STALE_FLAGS) | PacketFlag.secured | soft;
+  const soft = (kind & SaKind.softExpired) !== 0 ? PacketFlag.softExpiry : 0;
+  return (flags & ~STALE_FLAGS) | PacketFlag.secured | soft;
 }
 
 function fitsSelector(path: DataPath, record: number, ip: number, end: number): boolean {

@@ -2,7 +2,7 @@
  * Lifetimes of an SA (RFC 4301, 4.4.2.1): packets and bytes, soft and hard, and the end of its sequence space.
  *
  * The data path knows two numbers only: how many packets and how many bytes may pass before it has to ask here. A grant
- * ends where the next thing happens (a soft limit, a hard limit, few sequence numbers left) and after 2^32 - 1 at the
+ * ends where the next thing happens (a soft limit, a hard limit, few sequence numbers left) and after 2^31 - 1 at the
  * latest, so 64-bit arithmetic is done once per grant. What was used of a grant is also the counter.
  *
  * Bytes are those of the IP packet without protection: the inner packet in tunnel mode, the packet as it was in transport
@@ -23,7 +23,7 @@ export type SaEvent =
   | 'sequence-low'
   | 'sequence-overflow';
 
-const MAX_GRANT = 0xffffffffn;
+const MAX_GRANT = 0x7fffffffn;
 
 /** The part of an SA's lifetime that the data path does not see. */
 export class SaLifetime {
@@ -46,16 +46,16 @@ export class SaLifetime {
   }
 
   /** Packets that have passed; `words` holds the SA's record at `record`. */
-  packets(words: Uint32Array, record: number): bigint {
+  packets(words: Int32Array, record: number): bigint {
     return this.#packets + BigInt(words[record + SaWord.packetsGranted] - words[record + SaWord.packetsLeft]);
   }
 
-  bytes(words: Uint32Array, record: number): bigint {
+  bytes(words: Int32Array, record: number): bigint {
     return this.#bytes + BigInt(words[record + SaWord.bytesGranted] - words[record + SaWord.bytesLeft]);
   }
 
   /** Ends the current grant. */
-  #settle(words: Uint32Array, record: number): void {
+  #settle(words: Int32Array, record: number): void {
     this.#packets = this.packets(words, record);
     this.#bytes = this.bytes(words, record);
     words[record + SaWord.packetsGranted] = 0;
@@ -65,7 +65,7 @@ export class SaLifetime {
   }
 
   /** For an SA that is modified: new limits, the same count. With a new key, `rekeyed`, the limits begin anew. */
-  successor(limits: Lifetime, esn: boolean, rekeyed: boolean, words: Uint32Array, record: number): SaLifetime {
+  successor(limits: Lifetime, esn: boolean, rekeyed: boolean, words: Int32Array, record: number): SaLifetime {
     const next = new SaLifetime(limits, this.#outbound, esn);
     next.#packets = this.packets(words, record);
     next.#bytes = this.bytes(words, record);
@@ -143,9 +143,9 @@ export class SaLifetime {
   }
 
   /** Sequence numbers that can still be sent; the record holds the next one, and the number after the last one is 0. */
-  #sequenceLeft(words: Uint32Array, record: number): bigint {
-    const low = BigInt(words[record + SaWord.sequenceLow]);
-    const high = BigInt(words[record + SaWord.sequenceHigh]);
+  #sequenceLeft(words: Int32Array, record: number): bigint {
+    const low = BigInt(words[record + SaWord.sequenceLow] >>> 0);
+    const high = BigInt(words[record + SaWord.sequenceHigh] >>> 0);
     const space = this.#esn ? 1n << 64n : 1n << 32n;
     const next = (high << 32n) | low;
     // The counter starts at 1 at least: 0 (or 2^32 without ESN) is what comes after the last number.

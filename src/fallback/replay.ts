@@ -33,7 +33,7 @@ export function startWindow(bits: Uint32Array, base: number, mask: number, topLo
   bits[base + ((topLow >>> 5) & mask)] = bit === 31 ? 0xffffffff : (2 << bit) - 1;
 }
 
-/** Whether number `high`:`low` is new: ahead of the top, or inside the window and not seen. */
+/** Whether number `high`:`low` is new: ahead of the top, or inside the window and not seen. Halves are of either sign. */
 export function isNew(
   bits: Uint32Array,
   base: number,
@@ -45,9 +45,14 @@ export function isNew(
   high: number,
 ): boolean {
   // hot:
-  const behind = (topHigh - high) * 0x100000000 + (topLow - low);
-  if (behind < 0) return true;
-  if (behind >= size) return false;
+  if (high === topHigh) {
+    if (low >>> 0 > topLow >>> 0) return true;
+    if ((topLow - low) >>> 0 >= size) return false;
+  } else {
+    const behind = ((topHigh >>> 0) - (high >>> 0)) * 0x100000000 + ((topLow >>> 0) - (low >>> 0));
+    if (behind < 0) return true;
+    if (behind >= size) return false;
+  }
   return (bits[base + ((low >>> 5) & mask)] & (1 << (low & 31))) === 0;
 }
 
@@ -67,11 +72,10 @@ export function markSeen(
   // hot:
   const block = low >>> 5;
   const topBlock = topLow >>> 5;
+  let ahead = block - topBlock;
   // Exact where it matters: a difference that a double cannot hold is larger than any window.
-  let ahead = (high - topHigh) * 0x8000000 + (block - topBlock);
-  if (ahead > 0) {
-    if (ahead > mask) ahead = mask + 1;
-    for (let k = 1; k <= ahead; k++) bits[base + ((topBlock + k) & mask)] = 0;
-  }
+  if (high !== topHigh) ahead = Math.min(((high >>> 0) - (topHigh >>> 0)) * 0x8000000 + ahead, mask + 1);
+  if (ahead > mask) ahead = mask + 1;
+  for (let k = 1; k <= ahead; k++) bits[base + ((topBlock + k) & mask)] = 0;
   bits[base + (block & mask)] |= 1 << (low & 31);
 }

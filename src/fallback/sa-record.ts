@@ -35,6 +35,10 @@ function kindOf(sa: SecurityAssociation, transform: Transform, ivLength: number)
     set(SaKind.ecn, options.ecn);
     set(SaKind.df, sa.tunnel?.df ?? false);
   }
+  // ESP tunnels with an AEAD and nothing unusual.
+  const unusual = SaKind.udp | SaKind.ccm | SaKind.decrementTtl | SaKind.selector;
+  const simple = sa.protocol === 'esp' && sa.mode === 'tunnel' && transform.family === 'aead' && sa.tfcPadding === 0;
+  set(SaKind.simple, simple && (kind & (unusual | (sa.direction === 'inbound' ? SaKind.ecn : 0))) === 0);
   return kind;
 }
 
@@ -48,16 +52,16 @@ function saltOf(sa: SecurityAssociation): number {
   return word >>> 0;
 }
 
-/** Destination of an inbound SA: address bits that count, and family << 8; 0 is any. */
-function writeDestination(words: Uint32Array, record: number, sa: SecurityAssociation): void {
-  const exact = sa.tunnel === undefined ? undefined : { address: sa.tunnel.destination, length: 0 };
-  const prefix = exact ?? sa.selector.destination;
-  if (prefix === undefined) return;
-  const { address } = prefix;
-  const bits = exact === undefined ? prefix.length : address.length * 8;
-  for (let w = 0; w < address.length / 4; w++) {
-    const [a, b, c, d] = address.subarray(4 * w, 4 * w + 4);
-    words[record + SaWord.destination + w] = (a << 24) | (b << 16) | (c << 8) | d;
+/** Destination of an inbound SA, and which of its bits count; nothing is any. */
+function writeDestination(words: Int32Array, record: number, sa: SecurityAssociation): void {
+  const address = sa.tunnel?.destination ?? sa.selector.destination?.address;
+  if (address === undefined) return;
+  const bits = sa.tunnel === undefined ? (sa.selector.destination?.length ?? 0) : address.length * 8;
+  const bytes = new Uint8Array(words.buffer, words.byteOffset + 4 * (record + SaWord.destination), 32);
+  for (let i = 0; i < address.length; i++) {
+    const mask = 0xff00 >>> Math.min(8, Math.max(0, bits - 8 * i));
+    bytes[i] = address[i] & mask;
+    bytes[16 + i] = mask;
   }
   words[record + SaWord.destinationBits] = ((address.length === 4 ? 4 : 6) << 8) | bits;
 }
@@ -125,12 +129,12 @@ function restartWindow(table: SaTable, slot: number): void {
     windows,
     words[record + SaWord.windowBase],
     words[record + SaWord.windowMask],
-    words[record + SaWord.sequenceLow],
+    words[record + SaWord.sequenceLow] >>> 0,
   );
 }
 
 /** Counter modes: the explicit IV is the sequence number plus a constant, so that the first packet carries `initial.iv`. */
-function writeInitialIv(words: Uint32Array, record: number, sa: SecurityAssociation): void {
+function writeInitialIv(words: Int32Array, record: number, sa: SecurityAssociation): void {
   const { iv, sequence } = sa.initial;
   if (iv === undefined) return;
   if ((words[record + SaWord.kind] & SaKind.counterIv) === 0) {

@@ -3,14 +3,16 @@
  * so that an SA hit at random costs two cache misses and not one per field; replay windows and drop counters beside it.
  *
  * Slot 0 is no SA: its record is all zero, and a lookup that finds nothing yields it. Records move when the table grows,
- * so nobody keeps `words` over a call of `allocate`.
+ * so nobody keeps `words` over a call of `allocate`. Words are signed, because that is what the compiler computes with
+ * fastest: a number of 32 bits is `word >>> 0`.
  *
  * "Memory order" below means that the word's bytes in memory are the bytes of the packet, in order.
  */
 import { VERDICTS } from './verdict.ts';
 
-/** Words of a record. */
+/** Words of a record, and its logarithm. */
 export const RECORD = 32;
+export const RECORD_SHIFT = 5;
 
 /** What the words of a record are. */
 export const SaWord = {
@@ -46,11 +48,13 @@ export const SaWord = {
   failures: 14,
   /** Inbound: slot of the next SA with the same SPI, less specific in its destination. */
   nextSameSpi: 15,
-  /** Outbound: outer header (IPv4: 5 words, IPv6: 10). Inbound: destination (4 words, each a big-endian number). */
+  /** Outbound: outer header (IPv4: 5 words, IPv6: 10). */
   outer: 16,
+  /** Inbound: destination and the mask of the bits that count, 4 words each, memory order. */
   destination: 16,
-  /** Inbound: bits of the destination that count, and its family (4, 6) in bits 8 to 15; 0 is any destination. */
-  destinationBits: 20,
+  mask: 20,
+  /** Inbound: how many bits count, and the family (4, 6) in bits 8 to 15; 0 is any destination. */
+  destinationBits: 24,
   /** Ports of UDP encapsulation, source first; memory order. */
   ports: 26,
   /** Outbound, IPv4: sum of the constant 16-bit words of the outer header, as loaded little-endian. */
@@ -90,6 +94,8 @@ export const SaKind = {
   /** A hard lifetime is over, or the sequence space is used up. */
   expired: 1 << 18,
   exhausted: 1 << 19,
+  /** The loops for the simple case know everything about this SA (`esp-outbound-simple.ts`, `esp-inbound-simple.ts`). */
+  simple: 1 << 20,
 } as const;
 
 /** Fields of `SaWord.sizes`: shifts of bytes. */
@@ -107,7 +113,7 @@ const INITIAL_SLOTS = 64;
 
 export class SaTable {
   /** `RECORD` words per slot. */
-  words = new Uint32Array(INITIAL_SLOTS * RECORD);
+  words = new Int32Array(INITIAL_SLOTS * RECORD);
   /** The same memory as 16-bit words, for copies to and from packets. */
   halves = new Uint16Array(this.words.buffer);
   /** `VERDICTS` counters per slot. */
@@ -170,7 +176,7 @@ export class SaTable {
 
   #grow(): void {
     const slots = this.#slots * 2;
-    const words = new Uint32Array(slots * RECORD);
+    const words = new Int32Array(slots * RECORD);
     words.set(this.words);
     this.words.fill(0);
     const dropped = new Float64Array(slots * VERDICTS);
@@ -180,4 +186,10 @@ export class SaTable {
     this.dropped = dropped;
     this.#slots = slots;
   }
+}
+
+/** Counts a drop on the SA of `record` and returns the verdict. */
+export function drop(table: SaTable, record: number, verdict: number): number {
+  table.dropped[(record >> RECORD_SHIFT) * VERDICTS + verdict]++;
+  return verdict;
 }

@@ -8,21 +8,22 @@
  */
 import { IpsecError } from '../errors.ts';
 import { Ipv4, Ipv6 } from '../packet/fields.ts';
-import { RECORD, SaKind, type SaTable, SaWord } from './sa-table.ts';
+import { RECORD, RECORD_SHIFT, SaKind, type SaTable, SaWord } from './sa-table.ts';
 
 /** Handles are 1 to this. */
 export const MAX_HANDLE = 0xffffff;
 
 /** Multiplicative hashing (Knuth, 6.4): the golden ratio of 2^32. */
-const GOLDEN = 0x9e3779b1;
+export const GOLDEN = 0x9e3779b1;
 
 export class SaDatabase {
   readonly #table: SaTable;
   /** Slot by handle; 0 is none. */
-  slotOf = new Uint32Array(256);
+  slotOf = new Int32Array(256);
   /** Pairs: SPI in memory order, slot of the first of its chain (0: free). */
-  #hash = new Uint32Array(2 * 128);
-  #shift = 32 - 7;
+  hash = new Int32Array(2 * 128);
+  /** The pair where the search for an SPI begins is its hash, `Math.imul(spi, GOLDEN)`, shifted right by this. */
+  shift = 32 - 7;
   /** Chains in the table. */
   #chains = 0;
 
@@ -49,7 +50,7 @@ export class SaDatabase {
     if (handle >= this.slotOf.length) {
       let size = this.slotOf.length;
       while (size <= handle) size *= 2;
-      const larger = new Uint32Array(size);
+      const larger = new Int32Array(size);
       larger.set(this.slotOf);
       this.slotOf = larger;
     }
@@ -64,10 +65,10 @@ export class SaDatabase {
     const words = this.#table.words;
     const record = slot * RECORD;
     const spi = words[record + SaWord.spi];
-    if (this.#chains * 4 >= this.#hash.length) this.#rehash(this.#hash.length * 2);
+    if (this.#chains * 4 >= this.hash.length) this.#rehash(this.hash.length * 2);
     const at = this.#find(spi);
     let previous = 0;
-    let next = this.#hash[at + 1];
+    let next = this.hash[at + 1];
     const specific = specificity(words, record);
     while (next !== 0 && specificity(words, next * RECORD) >= specific) {
       if (sameIdentity(words, record, next * RECORD)) {
@@ -83,9 +84,9 @@ export class SaDatabase {
     words[record + SaWord.nextSameSpi] = next;
     if (previous !== 0) words[previous * RECORD + SaWord.nextSameSpi] = slot;
     else {
-      if (this.#hash[at + 1] === 0) this.#chains++;
-      this.#hash[at] = spi;
-      this.#hash[at + 1] = slot;
+      if (this.hash[at + 1] === 0) this.#chains++;
+      this.hash[at] = spi;
+      this.hash[at + 1] = slot;
     }
   }
 
@@ -96,9 +97,9 @@ export class SaDatabase {
     const at = this.#find(words[record + SaWord.spi]);
     const follower = words[record + SaWord.nextSameSpi];
     words[record + SaWord.nextSameSpi] = 0;
-    let before = this.#hash[at + 1];
+    let before = this.hash[at + 1];
     if (before === slot) {
-      this.#hash[at + 1] = follower;
+      this.hash[at + 1] = follower;
       if (follower === 0) this.#close(at);
       return;
     }
@@ -108,13 +109,13 @@ export class SaDatabase {
 
   /**
    * The slot of the inbound SA for SPI `spi` (memory order), of protocol `protocolBit` (`SaKind.esp` or `SaKind.ah`),
-   * for the IP packet at `ip`; 0 if there is none.
+   * for the IP packet of `version` at `ip`, an even offset; 0 if there is none.
    */
-  lookup(spi: number, protocolBit: number, u8: Uint8Array, ip: number): number {
+  lookup(spi: number, protocolBit: number, u16: Uint16Array, ip: number, version: number): number {
     // hot:
-    const hash = this.#hash;
+    const hash = this.hash;
     const mask = hash.length - 1;
-    let at = (Math.imul(spi, GOLDEN) >>> this.#shift) * 2;
+    let at = (Math.imul(spi, GOLDEN) >>> this.shift) * 2;
     let slot = hash[at + 1];
     while (slot !== 0 && hash[at] !== spi) {
       at = (at + 2) & mask;
@@ -122,8 +123,8 @@ export class SaDatabase {
     }
     const words = this.#table.words;
     while (slot !== 0) {
-      const record = slot * RECORD;
-      if ((words[record] & protocolBit) !== 0 && destinationFits(words, record, u8, ip)) return slot;
+      const record = slot << RECORD_SHIFT;
+      if ((words[record] & protocolBit) !== 0 && destinationFits(words, record, u16, ip, version)) return slot;
       slot = words[record + SaWord.nextSameSpi];
     }
     return 0;
@@ -131,16 +132,16 @@ export class SaDatabase {
 
   /** Index of the pair of `spi`, or of the free pair where it would go. */
   #find(spi: number): number {
-    const hash = this.#hash;
+    const hash = this.hash;
     const mask = hash.length - 1;
-    let at = (Math.imul(spi, GOLDEN) >>> this.#shift) * 2;
+    let at = (Math.imul(spi, GOLDEN) >>> this.shift) * 2;
     while (hash[at + 1] !== 0 && hash[at] !== spi) at = (at + 2) & mask;
     return at;
   }
 
   /** Frees the pair at `hole` and moves up what would no longer be found (Knuth, 6.4, algorithm R). */
   #close(hole: number): void {
-    const hash = this.#hash;
+    const hash = this.hash;
     const mask = hash.length - 1;
     this.#chains--;
     hash[hole] = 0;
@@ -148,7 +149,7 @@ export class SaDatabase {
     let free = hole;
     let at = (hole + 2) & mask;
     while (hash[at + 1] !== 0) {
-      const home = (Math.imul(hash[at], GOLDEN) >>> this.#shift) * 2;
+      const home = (Math.imul(hash[at], GOLDEN) >>> this.shift) * 2;
       // It may move when its home is not cyclically between the hole and it.
       if (((at - home) & mask) >= ((at - free) & mask)) {
         hash[free] = hash[at];
@@ -162,48 +163,45 @@ export class SaDatabase {
   }
 
   #rehash(size: number): void {
-    const old = this.#hash;
-    this.#hash = new Uint32Array(size);
-    this.#shift = 33 - Math.log2(size);
+    const old = this.hash;
+    this.hash = new Int32Array(size);
+    this.shift = 33 - Math.log2(size);
     for (let i = 0; i < old.length; i += 2) {
       if (old[i + 1] === 0) continue;
       const at = this.#find(old[i]);
-      this.#hash[at] = old[i];
-      this.#hash[at + 1] = old[i + 1];
+      this.hash[at] = old[i];
+      this.hash[at + 1] = old[i + 1];
     }
   }
 }
 
 /** Exact destinations first, then longer prefixes, then SPI alone. */
-function specificity(words: Uint32Array, record: number): number {
+function specificity(words: Int32Array, record: number): number {
   const bits = words[record + SaWord.destinationBits];
   return bits >>> 8 === 4 ? (bits & 0xff) + 96 : bits & 0xff;
 }
 
-function sameIdentity(words: Uint32Array, a: number, b: number): boolean {
+function sameIdentity(words: Int32Array, a: number, b: number): boolean {
   const protocols = SaKind.esp | SaKind.ah;
   if ((words[a] & protocols) !== (words[b] & protocols)) return false;
-  for (let w = SaWord.destination; w <= SaWord.destinationBits; w++) if (words[a + w] !== words[b + w]) return false;
+  for (let w: number = SaWord.destination; w <= SaWord.destinationBits; w++) {
+    if (words[a + w] !== words[b + w]) return false;
+  }
   return true;
 }
 
-/** Whether the destination of the IP packet at `ip` is that of the SA. */
-function destinationFits(words: Uint32Array, record: number, u8: Uint8Array, ip: number): boolean {
+/** Whether the destination of the IP packet at `ip`, an even offset, is that of the SA. */
+function destinationFits(words: Int32Array, record: number, u16: Uint16Array, ip: number, version: number): boolean {
   // hot:
-  const bits = words[record + SaWord.destinationBits];
-  if (bits === 0) return true;
-  const family = bits >>> 8;
-  if (u8[ip] >>> 4 !== family) return false;
-  const at = ip + (family === 4 ? Ipv4.destination : Ipv6.destination);
-  const destination = record + SaWord.destination;
-  let left = bits & 0xff;
-  for (let w = 0; left > 0; w++) {
-    const byte = at + 4 * w;
-    // Big-endian numbers, so that a prefix is the upper bits.
-    const found = (u8[byte] << 24) | (u8[byte + 1] << 16) | (u8[byte + 2] << 8) | u8[byte + 3];
-    const differing = (found ^ words[destination + w]) >>> 0;
-    if (left >= 32 ? differing !== 0 : differing >>> (32 - left) !== 0) return false;
-    left -= 32;
+  const family = words[record + SaWord.destinationBits] >>> 8;
+  if (family === 0) return true;
+  if (version !== family) return false;
+  const at = (ip + (family === 4 ? Ipv4.destination : Ipv6.destination)) >>> 1;
+  const count = family === 4 ? 1 : 4;
+  for (let w = 0; w < count; w++) {
+    const found = u16[at + 2 * w] | (u16[at + 2 * w + 1] << 16);
+    const differing = found ^ words[record + SaWord.destination + w];
+    if ((differing & words[record + SaWord.mask + w]) !== 0) return false;
   }
   return true;
 }

@@ -14,16 +14,17 @@ export const NO_WINDOW_SPAN = HALF_SPACE;
 
 /**
  * The high half that belongs to the received low half `low` (RFC 4303, A2.2), where `topLow`/`topHigh` is the highest
- * number accepted and `window` the size of the window, 1 to 2^31. A number behind the window is read as one of the next
+ * number accepted and `window` the size of the window, 1 to 2^31. Halves are 32-bit numbers of either sign, the result is
+ * signed. A number behind the window is read as one of the next
  * 2^32. Subspace -1 does not exist: what would be in it is read as subspace 0.
  */
 export function inferHigh(low: number, topLow: number, topHigh: number, window: number): number {
   // hot:
-  const bottom = topLow - window + 1;
-  if (bottom >= 0) return low >= bottom ? topHigh : (topHigh + 1) >>> 0;
+  const bottom = (topLow - window + 1) | 0;
+  const ahead = low >>> 0 >= bottom >>> 0;
+  if (topLow >>> 0 >= window - 1) return ahead ? topHigh : (topHigh + 1) | 0;
   // The window spans two subspaces.
-  if (topHigh !== 0 && low >= bottom + 0x100000000) return topHigh - 1;
-  return topHigh;
+  return ahead && topHigh !== 0 ? topHigh - 1 : topHigh;
 }
 
 /** The stateless scheme of the verbs: `overlap` says that the bottom of the window is in the upper half of subspace `esn`. */
@@ -50,4 +51,10 @@ export function writeNumber(u8: Uint8Array, at: number, value: number): void {
   u8[at + 1] = value >>> 16;
   u8[at + 2] = value >>> 8;
   u8[at + 3] = value;
+}
+
+/** 1 if adding something to `before` (32 bits of either sign) gave `after` and went over. */
+export function carry(before: number, after: number): number {
+  // hot:
+  return after >>> 0 < before >>> 0 ? 1 : 0;
 }

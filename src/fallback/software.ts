@@ -21,25 +21,26 @@ import type { SecurityAssociation } from '../ipsec/sa.ts';
 import { UdpEsp } from '../packet/fields.ts';
 import type { PacketPool } from '../packet/pool.ts';
 import { authenticate, verify } from './ah.ts';
-import { DataPath, type Group, normalize } from './burst.ts';
+import { align, DataPath, type Group } from './burst.ts';
 import { classify } from './classify.ts';
+import { type EngineOption, EngineSource } from './engine-source.ts';
 import { type CryptoEngine, type EngineName, MAX_BURST, type Transform } from './engines/engine.ts';
-import { Engines } from './engines/select.ts';
 import { keysOf, transformOf } from './engines/transform.ts';
 import { decapsulate } from './esp-inbound.ts';
 import { encapsulate } from './esp-outbound.ts';
+import { lookUp, MIXED } from './esp-outbound-simple.ts';
 import { type SaEvent, SaLifetime } from './lifetime.ts';
 import { type Encapsulation, encapsulationOf, largestInner } from './pmtu.ts';
 import { carrySequence, copySelector, releaseRecord, wireLimit, writeRecord } from './sa-record.ts';
 import { RECORD, SaKind, SaWord } from './sa-table.ts';
 import { SaDatabase } from './sad.ts';
-import { VERDICTS, Verdict, verdictNames } from './verdict.ts';
+import { VERDICTS, verdictNames } from './verdict.ts';
 
 export type { SaEvent } from './lifetime.ts';
 
 export interface SoftwareIpsecOptions {
-  /** Which engine; `auto` (the default) picks per transform the fastest that can do it. Or engines that the caller made for the pool's memory and owns. */
-  readonly engine?: 'auto' | EngineName | readonly CryptoEngine[];
+  /** Default `auto`. */
+  readonly engine?: EngineOption;
   /** Called after the burst in which it happened; must not throw. It may add, modify and remove SAs. */
   readonly onEvent?: (handle: number, event: SaEvent) => void;
 }
@@ -74,8 +75,7 @@ interface Entry {
 export class SoftwareIpsec {
   readonly #path: DataPath;
   readonly #sad: SaDatabase;
-  readonly #select: (transform: Transform) => CryptoEngine;
-  readonly #closeEngines: () => void;
+  readonly #engines: EngineSource;
   readonly #onEvent: ((handle: number, event: SaEvent) => void) | undefined;
   readonly #groupIndex = new Map<string, number>();
   /** By slot. */
@@ -91,19 +91,7 @@ export class SoftwareIpsec {
     this.#path = new DataPath(pool);
     this.#sad = new SaDatabase(this.#path.table);
     this.#onEvent = options.onEvent;
-    const { engine = 'auto' } = options;
-    if (typeof engine === 'string') {
-      const engines = new Engines(pool.memory, engine);
-      this.#select = (transform) => engines.select(transform).engine;
-      this.#closeEngines = () => engines.close();
-    } else {
-      this.#select = (transform) => {
-        const found = engine.find((candidate) => candidate.supports(transform));
-        if (found === undefined) throw new IpsecError('TRANSFORM_UNSUPPORTED', `no engine can do ${transform.id}`);
-        return found;
-      };
-      this.#closeEngines = () => {};
-    }
+    this.#engines = new EngineSource(pool.memory, options.engine ?? 'auto');
     this.#espPorts[UdpEsp.port] = 1;
   }
 
@@ -199,7 +187,8 @@ export class SoftwareIpsec {
       packets: lifetime?.packets(words, record) ?? 0n,
       bytes: lifetime?.bytes(words, record) ?? 0n,
       dropped,
-      sequence: (BigInt(words[record + SaWord.sequenceHigh]) << 32n) | BigInt(words[record + SaWord.sequenceLow]),
+      sequence:
+        (BigInt(words[record + SaWord.sequenceHigh] >>> 0) << 32n) | BigInt(words[record + SaWord.sequenceLow] >>> 0),
       engine: group.engine.name,
       transform: group.transform.id,
       softExpired: (words[record + SaWord.kind] & SaKind.softExpired) !== 0,
@@ -236,7 +225,6 @@ export class SoftwareIpsec {
     for (let base = 0; base < n; base += MAX_BURST) {
       const count = Math.min(n - base, MAX_BURST);
       this.#protectSome(packets, base, count, linkHeader, verdicts);
-      this.#countDrops(base, count, verdicts);
     }
     if (this.#path.events.length !== 0) this.#tell();
   }
@@ -264,7 +252,6 @@ export class SoftwareIpsec {
     for (let base = 0; base < n; base += MAX_BURST) {
       const count = Math.min(n - base, MAX_BURST);
       this.#unprotectSome(packets, base, count, linkHeader, verdicts);
-      this.#countDrops(base, count, verdicts);
     }
     if (this.#path.events.length !== 0) this.#tell();
   }
@@ -277,7 +264,7 @@ export class SoftwareIpsec {
     this.#path.table.wipe();
     this.#path.burst.jobs.close();
     this.#secret.fill(0);
-    this.#closeEngines();
+    this.#engines.close();
   }
 
   [Symbol.dispose](): void {
@@ -287,47 +274,15 @@ export class SoftwareIpsec {
   #protectSome(packets: Uint32Array, base: number, n: number, linkHeader: number, verdicts: Uint8Array): void {
     // hot:
     const path = this.#path;
-    const { pool, burst } = path;
-    const words = path.table.words;
-    const slotOf = this.#sad.slotOf;
-    const { record: records, order } = burst;
-    const handles = pool.sa;
-    const offsets = pool.offset;
-    const next = pool.next;
-    let alive = 0;
-    let group = -1;
-    let mixed = false;
-    let touched = 0;
-    for (let i = 0; i < n; i++) {
-      const p = packets[base + i];
-      const handle = handles[p];
-      records[i] = 0;
-      if (handle === 0) {
-        verdicts[base + i] = Verdict.notIpsec;
-        continue;
-      }
-      const record = handle < slotOf.length ? slotOf[handle] * RECORD : 0;
-      if ((words[record + SaWord.kind] & SaKind.outbound) === 0) {
-        verdicts[base + i] = Verdict.noSa;
-        continue;
-      }
-      if ((offsets[p] & 1) !== 0 || next[p] !== 0xffffffff) {
-        const verdict = normalize(path, p);
-        if (verdict !== Verdict.ok) {
-          verdicts[base + i] = verdict;
-          continue;
-        }
-      }
-      records[i] = record;
-      order[alive++] = i;
-      const own = words[record + SaWord.group];
-      // Both lines of the record on their way to the cache, for all packets at once.
-      touched |= words[record + SaWord.outer];
-      if (group < 0) group = own;
-      else if (own !== group) mixed = true;
+    const { burst } = path;
+    path.alive = 0;
+    path.group = -1;
+    for (let i = 0; i < n; ) {
+      i = lookUp(path, this.#sad.slotOf, packets, base, i, n, verdicts);
+      if (i < n) align(path.pool, packets[base + i]);
     }
-    path.touched = touched;
-    const runs = mixed ? burst.sort(words, alive) : burst.single(words, alive);
+    const words = path.table.words;
+    const runs = path.group === MIXED ? burst.sort(words, path.alive) : burst.single(words, path.alive);
     for (let run = 0; run < runs; run++) {
       const of = path.groups[burst.runGroup[run]];
       const from = burst.runStart[run];
@@ -341,26 +296,15 @@ export class SoftwareIpsec {
     // hot:
     const path = this.#path;
     const { burst } = path;
-    const words = path.table.words;
-    const found = classify(path, this.#sad, this.#espPorts, packets, base, n, linkHeader, verdicts);
-    const runs = found < 0 ? burst.sort(words, -found) : burst.single(words, found);
+    const { words } = path.table;
+    classify(path, this.#sad, this.#espPorts, packets, base, n, linkHeader, verdicts);
+    const runs = path.group === MIXED ? burst.sort(words, path.alive) : burst.single(words, path.alive);
     for (let run = 0; run < runs; run++) {
       const of = path.groups[burst.runGroup[run]];
       const from = burst.runStart[run];
       const to = burst.runStart[run + 1];
       if (of.protocol === 'esp') decapsulate(path, of, packets, base, from, to, linkHeader, verdicts);
       else verify(path, of, packets, base, from, to, linkHeader, verdicts);
-    }
-  }
-
-  /** Drops of packets that had an SA. */
-  #countDrops(base: number, n: number, verdicts: Uint8Array): void {
-    // hot:
-    const { record: records } = this.#path.burst;
-    const { dropped } = this.#path.table;
-    for (let i = 0; i < n; i++) {
-      const verdict = verdicts[base + i];
-      if (verdict !== Verdict.ok && records[i] !== 0) dropped[(records[i] / RECORD) * VERDICTS + verdict]++;
     }
   }
 
@@ -393,7 +337,7 @@ export class SoftwareIpsec {
   #build(handle: number, sa: SecurityAssociation): number {
     const { table } = this.#path;
     const transform = transformOf(sa);
-    const engine = this.#select(transform);
+    const engine = this.#engines.select(transform);
     const group = this.#group(transform, engine, sa);
     const context = engine.createContext(transform, keysOf(sa), sa.direction === 'outbound' ? 'encrypt' : 'decrypt');
     const slot = table.allocate();

@@ -4,21 +4,31 @@
  */
 import { IpProtocol, Ipv4, Ipv6 } from '../packet/fields.ts';
 
-/** Moves `length` bytes from `from` to `to`, below it. All are even. */
-export function moveDown(u16: Uint16Array, from: number, to: number, length: number): void {
+/** Moves `length` bytes from `from` to `to`, at least four bytes below it. All are even. */
+export function moveDown(u16: Uint16Array, u32: Uint32Array, from: number, to: number, length: number): void {
   // hot:
-  const source = from >>> 1;
-  const target = to >>> 1;
-  const count = length >>> 1;
-  for (let i = 0; i < count; i++) u16[target + i] = u16[source + i];
+  let done = 0;
+  if (((from | to) & 3) === 0) {
+    const source = from >> 2;
+    const target = to >> 2;
+    const count = length >> 2;
+    for (let i = 0; i < count; i++) u32[target + i] = u32[source + i];
+    done = count << 1;
+  }
+  const source = from >> 1;
+  const target = to >> 1;
+  const count = length >> 1;
+  for (let i = done; i < count; i++) u16[target + i] = u16[source + i];
 }
 
-/** Moves `length` bytes from `from` to `to`, above it. All are even. */
-export function moveUp(u16: Uint16Array, from: number, to: number, length: number): void {
+/** Moves `length` bytes from `from` to `to`, at least four bytes above it. All are even. */
+export function moveUp(u16: Uint16Array, u32: Uint32Array, from: number, to: number, length: number): void {
   // hot:
-  const source = from >>> 1;
-  const target = to >>> 1;
-  for (let i = (length >>> 1) - 1; i >= 0; i--) u16[target + i] = u16[source + i];
+  const source = from >> 1;
+  const target = to >> 1;
+  const aligned = ((from | to) & 3) === 0 ? length & ~3 : 0;
+  for (let i = (length >> 1) - 1; i >= aligned >> 1; i--) u16[target + i] = u16[source + i];
+  for (let i = (aligned >> 2) - 1; i >= 0; i--) u32[(to >> 2) + i] = u32[(from >> 2) + i];
 }
 
 /**

@@ -10,8 +10,8 @@
  * | TTL, hop limit  | of the tunnel; the inner one 1 less (`decrementTtl`)    | inner 1 less (`decrementTtl`)   |
  * | flow label      | of the tunnel                                           | dropped                         |
  *
- * Headers are written as 16-bit words: packets begin at even offsets, mostly 2 modulo 4 behind an Ethernet header.
- * A word read or written that way has its two bytes swapped against the number it stands for; a checksum does not care.
+ * Headers are written as 16 and 32-bit words: they begin at even offsets, mostly 2 modulo 4 behind an Ethernet header.
+ * A word read or written that way has its bytes swapped against the number it stands for; a checksum does not care.
  */
 import type { Tunnel } from '../ipsec/sa.ts';
 import { IpProtocol, Ipv4, Ipv6 } from '../packet/fields.ts';
@@ -25,7 +25,7 @@ const DF = 0x0040;
  * Writes the constant part of the outer header into an SA's record: the template and its sum.
  * `record` is the record's first word, `protocol` what follows the header (ESP, AH or UDP).
  */
-export function writeTemplate(words: Uint32Array, record: number, tunnel: Tunnel, protocol: number): void {
+export function writeTemplate(words: Int32Array, record: number, tunnel: Tunnel, protocol: number): void {
   const bytes = new Uint8Array(words.buffer, words.byteOffset + 4 * (record + SaWord.outer), Ipv6.length);
   bytes.fill(0);
   if (tunnel.source.length === 4) {
@@ -51,36 +51,47 @@ export function writeTemplate(words: Uint32Array, record: number, tunnel: Tunnel
 }
 
 /**
- * Writes an outer IPv4 header at 16-bit index `o` from the template at 16-bit index `t` of `template`. `total` is the
- * length of the whole packet, `tos` DSCP and ECN, `sum` the template's sum.
+ * Writes an outer IPv4 header at the even offset `outer`, from the template in the SA's record. `total` is the length of
+ * the whole packet, `tos` DSCP and ECN, `identification` any 16 bits. When the header is not aligned to four bytes, the two
+ * bytes before it are there and are written again.
  */
 export function writeOuter4(
   u16: Uint16Array,
-  o: number,
-  template: Uint16Array,
-  t: number,
+  u32: Uint32Array,
+  outer: number,
+  words: Int32Array,
+  record: number,
   total: number,
   tos: number,
   identification: number,
   df: boolean,
-  sum: number,
 ): void {
   // hot:
-  const length = ((total & 0xff) << 8) | (total >>> 8);
+  const version = 0x45 | (tos << 8);
+  const length = ((total & 0xff) << 8) | (total >> 8);
   const flags = df ? DF : 0;
-  let check = sum + (tos << 8) + length + identification + flags;
+  let check = (words[record + SaWord.outerSum] + (tos << 8) + length + identification + flags) | 0;
   check = (check & 0xffff) + (check >>> 16);
-  check = (check & 0xffff) + (check >>> 16);
-  u16[o] = template[t] | (tos << 8);
-  u16[o + 1] = length;
-  u16[o + 2] = identification;
-  u16[o + 3] = flags;
-  u16[o + 4] = template[t + 4];
-  u16[o + 5] = ~check;
-  u16[o + 6] = template[t + 6];
-  u16[o + 7] = template[t + 7];
-  u16[o + 8] = template[t + 8];
-  u16[o + 9] = template[t + 9];
+  check = ~(check + (check >>> 16)) & 0xffff;
+  const life = words[record + SaWord.outer + 2];
+  const source = words[record + SaWord.outer + 3];
+  const destination = words[record + SaWord.outer + 4];
+  if ((outer & 3) === 0) {
+    const o = outer >> 2;
+    u32[o] = version | (length << 16);
+    u32[o + 1] = identification | (flags << 16);
+    u32[o + 2] = life | (check << 16);
+    u32[o + 3] = source;
+    u32[o + 4] = destination;
+  } else {
+    const o = outer >> 2;
+    u32[o] = u16[(outer >> 1) - 1] | (version << 16);
+    u32[o + 1] = length | (identification << 16);
+    u32[o + 2] = flags | (life << 16);
+    u32[o + 3] = check | (source << 16);
+    u32[o + 4] = (source >>> 16) | (destination << 16);
+    u16[(outer >> 1) + 9] = destination >>> 16;
+  }
 }
 
 /** Writes an outer IPv6 header; `payload` is the length of what follows it, `tos` the traffic class. */

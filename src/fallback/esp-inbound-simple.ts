@@ -1,0 +1,470 @@
+/**
+ * ESP decapsulation of the simple case: an AEAD with a counting IV, a tunnel with nothing unusual, no options or extension
+ * headers outside, no more padding than needed. The steps are those of `classify.ts`, `esp-inbound.ts` and `deliver.ts`,
+ * which do everything else.
+ *
+ * Three loops in which nothing is called and nothing loops, with constants of this module; why, says
+ * `esp-outbound-simple.ts`. A packet that is not simple ends the loop.
+ */
+import * as fields from '../packet/fields.ts';
+import * as pools from '../packet/pool.ts';
+import type { DataPath } from './burst.ts';
+import * as engines from './engines/engine.ts';
+import * as simpleOutbound from './esp-outbound-simple.ts';
+import * as table from './sa-table.ts';
+import * as sad from './sad.ts';
+import * as numbers from './sequence.ts';
+import * as verdictNumbers from './verdict.ts';
+
+// Bound in this module, see above.
+const { Esp, IpProtocol, Ipv4, Ipv6 } = fields;
+const { NO_PACKET, PacketFlag } = pools;
+const { JobStatus } = engines;
+const { RECORD_SHIFT, SaKind, SaWord, Sizes } = table;
+const { GOLDEN } = sad;
+const { MIXED } = simpleOutbound;
+const { NO_WINDOW_SPAN, Resync } = numbers;
+const { Verdict } = verdictNumbers;
+const {
+  bytesLeft: SA_WORD_BYTES_LEFT,
+  context: SA_WORD_CONTEXT,
+  destination: SA_WORD_DESTINATION,
+  destinationBits: SA_WORD_DESTINATION_BITS,
+  failures: SA_WORD_FAILURES,
+  group: SA_WORD_GROUP,
+  handle: SA_WORD_HANDLE,
+  kind: SA_WORD_KIND,
+  mask: SA_WORD_MASK,
+  outer: SA_WORD_OUTER,
+  packetsLeft: SA_WORD_PACKETS_LEFT,
+  salt: SA_WORD_SALT,
+  sequenceHigh: SA_WORD_SEQUENCE_HIGH,
+  sequenceLow: SA_WORD_SEQUENCE_LOW,
+  sizes: SA_WORD_SIZES,
+  spi: SA_WORD_SPI,
+  window: SA_WORD_WINDOW,
+  windowBase: SA_WORD_WINDOW_BASE,
+  windowMask: SA_WORD_WINDOW_MASK,
+} = SaWord;
+const {
+  esp: SA_KIND_ESP,
+  expired: SA_KIND_EXPIRED,
+  inbound: SA_KIND_INBOUND,
+  simple: SA_KIND_SIMPLE,
+  softExpired: SA_KIND_SOFT_EXPIRED,
+} = SaKind;
+const { icv: SIZES_ICV, padMask: SIZES_PAD_MASK } = Sizes;
+const { minLength: IPV4_MIN_LENGTH } = Ipv4;
+const { length: IPV6_LENGTH } = Ipv6;
+const { length: ESP_LENGTH, trailerLength: ESP_TRAILER_LENGTH } = Esp;
+const { esp: IP_PROTOCOL_ESP, ipv4: IP_PROTOCOL_IPV4, ipv6: IP_PROTOCOL_IPV6 } = IpProtocol;
+const { ok: VERDICT_OK } = Verdict;
+const {
+  checksumValid: PACKET_FLAG_CHECKSUM_VALID,
+  needsChecksum: PACKET_FLAG_NEEDS_CHECKSUM,
+  secured: PACKET_FLAG_SECURED,
+  securityError: PACKET_FLAG_SECURITY_ERROR,
+  softExpiry: PACKET_FLAG_SOFT_EXPIRY,
+} = PacketFlag;
+const { ok: JOB_STATUS_OK } = JobStatus;
+const { failures: RESYNC_FAILURES } = Resync;
+
+/** Fields as their 16-bit words are in memory, bytes swapped. */
+const ETHERTYPE_IPV4 = 0x0008;
+const ETHERTYPE_IPV6 = 0xdd86;
+/** Fragment offset and "more fragments". */
+const FRAGMENT = 0xff3f;
+
+const ESP_IN = SA_KIND_INBOUND | SA_KIND_ESP | SA_KIND_SIMPLE;
+/** Explicit IV of an AEAD. */
+const IV_LENGTH = 8;
+/** Padding that AEADs need at most. */
+const MOST_PADDING = 3;
+const STALE_FLAGS =
+  PACKET_FLAG_NEEDS_CHECKSUM | PACKET_FLAG_CHECKSUM_VALID | PACKET_FLAG_SECURITY_ERROR | PACKET_FLAG_SOFT_EXPIRY;
+
+/**
+ * Classifies packets from position `from` on, up to the first that is not ESP in plain IPv4 or IPv6 for an SA that is found
+ * at once. Returns where it stopped, `n` at most. `linkHeader` is 0 or 14.
+ */
+export function classifySimple(
+  path: DataPath,
+  hash: Int32Array,
+  shift: number,
+  packets: Uint32Array,
+  base: number,
+  from: number,
+  n: number,
+  linkHeader: number,
+): number {
+  // hot:
+  const pool = path.pool;
+  const u16 = pool.u16;
+  const offsets = pool.offset;
+  const lengths = pool.length;
+  const next = pool.next;
+  const words = path.table.words;
+  const burst = path.burst;
+  const records = burst.record;
+  const order = burst.order;
+  const ips = burst.ip;
+  const headers = burst.header;
+  const ends = burst.end;
+  const udps = burst.udp;
+  const mask = (hash.length - 1) | 0;
+  const link = linkHeader | 0;
+  let alive = path.alive | 0;
+  let group = path.group | 0;
+  let touched =
+    packets[0] |
+    offsets[0] |
+    lengths[0] |
+    next[0] |
+    words[0] |
+    records[0] |
+    order[0] |
+    ips[0] |
+    headers[0] |
+    ends[0] |
+    udps[0] |
+    u16[0] |
+    hash[0];
+  let i = from | 0;
+  for (; i < n; i++) {
+    const p = packets[base + i] | 0;
+    const at = offsets[p] | 0;
+    const available = (lengths[p] - link) | 0;
+    if ((at & 1) !== 0 || next[p] !== NO_PACKET || available < IPV4_MIN_LENGTH) break;
+    const ip = (at + link) | 0;
+    const q = ip >> 1;
+    const first = u16[q] & 0xff;
+    let total = 0;
+    let header = 0;
+    let destination = 0;
+    const isV4 = first === 0x45;
+    if (isV4) {
+      if (link !== 0 && u16[q - 1] !== ETHERTYPE_IPV4) break;
+      const length = u16[q + 1];
+      const fragment = u16[q + 3];
+      const life = u16[q + 4];
+      const to = u16[q + 8] | (u16[q + 9] << 16);
+      if (life >> 8 !== IP_PROTOCOL_ESP || (fragment & FRAGMENT) !== 0) break;
+      let sum = (u16[q] + length + u16[q + 2] + fragment + life + u16[q + 5] + u16[q + 6] + u16[q + 7]) | 0;
+      sum = (sum + (to & 0xffff) + (to >>> 16)) | 0;
+      sum = ((sum & 0xffff) + (sum >>> 16)) | 0;
+      if (sum !== 0xffff) break;
+      total = ((length & 0xff) << 8) | (length >> 8);
+      header = (ip + IPV4_MIN_LENGTH) | 0;
+      destination = to;
+    } else if (first >> 4 === 6 && available >= IPV6_LENGTH) {
+      if (link !== 0 && u16[q - 1] !== ETHERTYPE_IPV6) break;
+      if ((u16[q + 3] & 0xff) !== IP_PROTOCOL_ESP) break;
+      const length = u16[q + 2];
+      total = (IPV6_LENGTH + (((length & 0xff) << 8) | (length >> 8))) | 0;
+      header = (ip + IPV6_LENGTH) | 0;
+    } else break;
+    if (total > available || header + ESP_LENGTH > ip + total) break;
+
+    // The SA, if the first two pairs of the hash table hold it.
+    const h = header >> 1;
+    const spi = u16[h] | (u16[h + 1] << 16);
+    let pair = (Math.imul(spi, GOLDEN) >>> shift) << 1;
+    if (hash[pair] !== spi) pair = (pair + 2) & mask;
+    if (hash[pair] !== spi) break;
+    const slot = hash[pair + 1];
+    const record = slot << RECORD_SHIFT;
+    if (slot === 0 || (words[record + SA_WORD_KIND] & ESP_IN) !== ESP_IN) break;
+    const bits = words[record + SA_WORD_DESTINATION_BITS];
+    if (isV4) {
+      const differing = destination ^ words[record + SA_WORD_DESTINATION];
+      if (bits !== 0 && (bits >> 8 !== 4 || (differing & words[record + SA_WORD_MASK]) !== 0)) break;
+    } else if (bits !== 0) {
+      const d = (q + 12) | 0;
+      const d0 = (u16[d] | (u16[d + 1] << 16)) ^ words[record + SA_WORD_DESTINATION];
+      const d1 = (u16[d + 2] | (u16[d + 3] << 16)) ^ words[record + SA_WORD_DESTINATION + 1];
+      const d2 = (u16[d + 4] | (u16[d + 5] << 16)) ^ words[record + SA_WORD_DESTINATION + 2];
+      const d3 = (u16[d + 6] | (u16[d + 7] << 16)) ^ words[record + SA_WORD_DESTINATION + 3];
+      const differing =
+        (d0 & words[record + SA_WORD_MASK]) |
+        (d1 & words[record + SA_WORD_MASK + 1]) |
+        (d2 & words[record + SA_WORD_MASK + 2]) |
+        (d3 & words[record + SA_WORD_MASK + 3]);
+      if (bits >> 8 !== 6 || differing !== 0) break;
+    }
+    records[i] = record;
+    ips[i] = ip;
+    headers[i] = header;
+    udps[i] = 0;
+    ends[i] = ip + total;
+    order[alive] = i;
+    alive = (alive + 1) | 0;
+    const own = words[record + SA_WORD_GROUP];
+    touched |= words[record + SA_WORD_OUTER];
+    if (own !== group) group = group === -1 ? own : MIXED;
+  }
+  path.touched = touched;
+  path.alive = alive;
+  path.group = group;
+  return i;
+}
+
+/**
+ * Builds jobs for the packets from `order[from]` on, up to the first that is not simple: replayed, malformed, of an SA that has
+ * expired or may have to be resynchronised. Returns where it stopped, `to` at most.
+ */
+export function openSimple(path: DataPath, from: number, to: number, esn: boolean): number {
+  // hot:
+  const u16 = path.pool.u16;
+  const words = path.table.words;
+  const windows = path.table.windows;
+  const burst = path.burst;
+  const order = burst.order;
+  const records = burst.record;
+  const headers = burst.header;
+  const ends = burst.end;
+  const lows = burst.low;
+  const highs = burst.high;
+  const positions = burst.position;
+  const jobs = burst.jobs;
+  const context = jobs.context;
+  const cipherOffset = jobs.cipherOffset;
+  const cipherLength = jobs.cipherLength;
+  const icvOffset = jobs.icvOffset;
+  const iv = jobs.iv;
+  const aad = jobs.aad;
+  let n = jobs.count | 0;
+  let k = from | 0;
+  path.touched =
+    u16[0] |
+    words[0] |
+    windows[0] |
+    order[0] |
+    records[0] |
+    headers[0] |
+    ends[0] |
+    lows[0] |
+    highs[0] |
+    positions[0] |
+    context[0] |
+    cipherOffset[0] |
+    cipherLength[0] |
+    icvOffset[0] |
+    iv[0] |
+    aad[0];
+  for (; k < to; k++) {
+    const position = order[k];
+    const record = records[position];
+    const kind = words[record + SA_WORD_KIND];
+    const sizes = words[record + SA_WORD_SIZES];
+    if ((kind & (SA_KIND_SIMPLE | SA_KIND_EXPIRED)) !== SA_KIND_SIMPLE) break;
+    const esp = headers[position];
+    const e = esp >> 1;
+
+    // 1. Lengths.
+    const body = (esp + ESP_LENGTH + IV_LENGTH) | 0;
+    const icv = (ends[position] - ((sizes >> SIZES_ICV) & 0xff)) | 0;
+    const plain = (icv - body) | 0;
+    if (plain < ESP_TRAILER_LENGTH || (plain & (sizes >> SIZES_PAD_MASK) & 0xff) !== 0) break;
+
+    // 2. Sequence number and window: `inferHigh` and `isNew`, written out.
+    const sequence = u16[e + 2] | (u16[e + 3] << 16);
+    const low = (sequence >>> 24) | ((sequence >>> 8) & 0xff00) | ((sequence & 0xff00) << 8) | (sequence << 24);
+    const window = words[record + SA_WORD_WINDOW];
+    const topLow = words[record + SA_WORD_SEQUENCE_LOW];
+    const topHigh = words[record + SA_WORD_SEQUENCE_HIGH];
+    let high = 0;
+    if (esn) {
+      if (words[record + SA_WORD_FAILURES] >= RESYNC_FAILURES) break;
+      const span = window === 0 ? NO_WINDOW_SPAN : window;
+      const bottom = (topLow - span + 1) | 0;
+      const isAhead = low >>> 0 >= bottom >>> 0;
+      high = topHigh;
+      if (topLow >>> 0 >= span - 1) {
+        if (!isAhead) high = (topHigh + 1) | 0;
+      } else if (isAhead && topHigh !== 0) high = (topHigh - 1) | 0;
+    }
+    if (window !== 0) {
+      if (high !== topHigh) break;
+      if (low >>> 0 <= topLow >>> 0) {
+        if ((topLow - low) >>> 0 >= window) break;
+        const block = (words[record + SA_WORD_WINDOW_BASE] + ((low >>> 5) & words[record + SA_WORD_WINDOW_MASK])) | 0;
+        if ((windows[block] & (1 << (low & 31))) !== 0) break;
+      }
+    }
+    lows[position] = low;
+    highs[position] = high;
+
+    // 3. The job.
+    const j = n << 2;
+    iv[j] = words[record + SA_WORD_SALT];
+    iv[j + 1] = u16[e + 4] | (u16[e + 5] << 16);
+    iv[j + 2] = u16[e + 6] | (u16[e + 7] << 16);
+    aad[j] = words[record + SA_WORD_SPI];
+    if (esn) {
+      aad[j + 1] = (high >>> 24) | ((high >>> 8) & 0xff00) | ((high & 0xff00) << 8) | (high << 24);
+      aad[j + 2] = sequence;
+    } else {
+      aad[j + 1] = sequence;
+    }
+    context[n] = words[record + SA_WORD_CONTEXT];
+    cipherOffset[n] = body;
+    cipherLength[n] = plain;
+    icvOffset[n] = icv;
+    positions[n] = position;
+    n = (n + 1) | 0;
+  }
+  jobs.count = n;
+  return k;
+}
+
+/**
+ * Delivers the packets of jobs from `from` on, up to the first that is not simple: it failed, it is a replay within the
+ * burst, its padding or inner packet is unusual, its lifetime has to be looked at. Returns where it stopped, the number of
+ * jobs at most. `linkHeader` is 0 or 14.
+ */
+export function completeSimple(
+  path: DataPath,
+  packets: Uint32Array,
+  base: number,
+  from: number,
+  linkHeader: number,
+  verdicts: Uint8Array,
+): number {
+  // hot:
+  const pool = path.pool;
+  const u8 = pool.u8;
+  const u16 = pool.u16;
+  const u32 = pool.u32;
+  const offsets = pool.offset;
+  const lengths = pool.length;
+  const handles = pool.sa;
+  const flags = pool.flags;
+  const words = path.table.words;
+  const windows = path.table.windows;
+  const burst = path.burst;
+  const records = burst.record;
+  const positions = burst.position;
+  const ips = burst.ip;
+  const lows = burst.low;
+  const highs = burst.high;
+  const jobs = burst.jobs;
+  const status = jobs.status;
+  const cipherOffset = jobs.cipherOffset;
+  const cipherLength = jobs.cipherLength;
+  const count = jobs.count | 0;
+  const link = linkHeader | 0;
+  let j = from | 0;
+  path.touched =
+    u8[0] |
+    u16[0] |
+    u32[0] |
+    offsets[0] |
+    lengths[0] |
+    handles[0] |
+    flags[0] |
+    words[0] |
+    windows[0] |
+    records[0] |
+    positions[0] |
+    ips[0] |
+    lows[0] |
+    highs[0] |
+    status[0] |
+    cipherOffset[0] |
+    cipherLength[0] |
+    packets[0] |
+    verdicts[0];
+  for (; j < count; j++) {
+    const position = positions[j];
+    const record = records[position];
+    const kind = words[record + SA_WORD_KIND];
+    if (status[j] !== JOB_STATUS_OK || (kind & SA_KIND_SIMPLE) === 0) break;
+    const p = packets[base + position] | 0;
+
+    // 2. The window moves by a block at most, and the number is still new.
+    const low = lows[position];
+    const topLow = words[record + SA_WORD_SEQUENCE_LOW];
+    const isAhead = low >>> 0 > topLow >>> 0;
+    if (highs[position] !== words[record + SA_WORD_SEQUENCE_HIGH]) break;
+    const window = words[record + SA_WORD_WINDOW];
+    const windowBase = words[record + SA_WORD_WINDOW_BASE];
+    const mask = words[record + SA_WORD_WINDOW_MASK];
+    const block = low >>> 5;
+    const blocks = (block - (topLow >>> 5)) | 0;
+    const at = (windowBase + (block & mask)) | 0;
+    const bit = 1 << (low & 31);
+    if (window !== 0) {
+      if (isAhead) {
+        if (blocks > 1) break;
+      } else if ((topLow - low) >>> 0 >= window || (windows[at] & bit) !== 0) break;
+    }
+
+    // 3. Trailer.
+    const body = cipherOffset[j] | 0;
+    const trailer = (body + cipherLength[j] - ESP_TRAILER_LENGTH) | 0;
+    const padLength = u8[trailer];
+    const nextHeader = u8[trailer + 1];
+    const payload = (trailer - body - padLength) | 0;
+    if (padLength > MOST_PADDING || payload < IPV4_MIN_LENGTH) break;
+    if (padLength > 0 && u8[trailer - padLength] !== 1) break;
+    if (padLength > 1 && u8[trailer - padLength + 1] !== 2) break;
+    if (padLength > 2 && u8[trailer - 1] !== 3) break;
+
+    // 4. The inner packet.
+    const b = body >> 1;
+    const first = u16[b] & 0xff;
+    let total = 0;
+    let type = ETHERTYPE_IPV4;
+    if (nextHeader === IP_PROTOCOL_IPV4) {
+      if (first !== 0x45) break;
+      const length = u16[b + 1];
+      total = ((length & 0xff) << 8) | (length >> 8);
+    } else if (nextHeader === IP_PROTOCOL_IPV6) {
+      if (first >> 4 !== 6) break;
+      const length = u16[b + 2];
+      total = (IPV6_LENGTH + (((length & 0xff) << 8) | (length >> 8))) | 0;
+      type = ETHERTYPE_IPV6;
+    } else break;
+    if (total !== payload) break;
+
+    // 5. Lifetime. From here on nothing can fail.
+    const packetsLeft = words[record + SA_WORD_PACKETS_LEFT];
+    const bytesLeft = words[record + SA_WORD_BYTES_LEFT];
+    if (packetsLeft === 0 || bytesLeft < total) break;
+    words[record + SA_WORD_PACKETS_LEFT] = packetsLeft - 1;
+    words[record + SA_WORD_BYTES_LEFT] = bytesLeft - total;
+    words[record + SA_WORD_FAILURES] = 0;
+    if (window !== 0) windows[at] = isAhead && blocks === 1 ? bit : windows[at] | bit;
+    if (isAhead) words[record + SA_WORD_SEQUENCE_LOW] = low;
+
+    // 6. The link header follows the inner packet: both addresses, 12 bytes.
+    const start = (body - link) | 0;
+    if (link !== 0) {
+      const outer = (ips[position] - link) | 0;
+      if (((outer | start) & 3) === 0) {
+        const x = outer >> 2;
+        const y = start >> 2;
+        u32[y + 2] = u32[x + 2];
+        u32[y + 1] = u32[x + 1];
+        u32[y] = u32[x];
+      } else {
+        const x = outer >> 1;
+        const y = start >> 1;
+        u16[y + 5] = u16[x + 5];
+        u16[y + 4] = u16[x + 4];
+        u16[y + 3] = u16[x + 3];
+        u16[y + 2] = u16[x + 2];
+        u16[y + 1] = u16[x + 1];
+        u16[y] = u16[x];
+      }
+      u16[b - 1] = type;
+    }
+    offsets[p] = start;
+    lengths[p] = total + link;
+    handles[p] = words[record + SA_WORD_HANDLE];
+    const soft = (kind & SA_KIND_SOFT_EXPIRED) !== 0 ? PACKET_FLAG_SOFT_EXPIRY : 0;
+    flags[p] = (flags[p] & ~STALE_FLAGS) | PACKET_FLAG_SECURED | soft;
+    verdicts[base + position] = VERDICT_OK;
+  }
+  return j;
+}
