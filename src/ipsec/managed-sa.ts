@@ -19,6 +19,8 @@ export interface SaOwner {
   remove(sa: ManagedSa): Promise<void>;
 }
 
+type Used = Pick<SaTraffic, 'packets' | 'bytes'>;
+
 type Listeners = { [E in keyof SaEvents]: Set<(...args: SaEvents[E]) => void> };
 
 /** An SA as the application holds it. It knows no key. */
@@ -36,6 +38,8 @@ export class ManagedSa implements SaHandle {
   /** The sequence number that it started with, in the words of `SecurityAssociation.initial`. */
   start: bigint;
   replayWindow: number;
+  /** What its key carried where it was before. */
+  usedBefore: Used = { packets: 0n, bytes: 0n };
   /** Settles when a move that is under way has ended. */
   moving: Promise<void> | null = null;
   /** What the rules of an inbound SA look at. */
@@ -110,16 +114,29 @@ export class ManagedSa implements SaHandle {
     this.#finalTraffic = this.traffic();
   }
 
-  /** The counters are about to begin anew: keeps what was counted so far. */
-  carryTraffic(): void {
+  /** What its key has carried, given what it has where it is: not less, when the key was changed there. */
+  used({ packets, bytes }: Used): Used {
+    return { packets: packets + this.usedBefore.packets, bytes: bytes + this.usedBefore.bytes };
+  }
+
+  /** It goes on elsewhere as `sa`, where counters begin anew; keeps what was counted so far. */
+  moved(sa: SecurityAssociation, placement: Placement): void {
+    const here = this.#owner.traffic(this);
     this.#carried = this.traffic();
+    const used = this.used(here);
+    this.usedBefore = this.became(sa) ? { packets: 0n, bytes: 0n } : used;
+    this.start = sa.initial.sequence;
+    this.placement = placement;
   }
 
   /** It has new parameters. Says whether they come with a new key. */
   became(sa: SecurityAssociation): boolean {
     const id = keyId(sa);
     const rekeyed = id !== this.keyId;
-    if (rekeyed) this.start = sa.initial.sequence;
+    if (rekeyed) {
+      this.start = sa.initial.sequence;
+      this.usedBefore = { packets: 0n, bytes: 0n };
+    }
     this.keyId = id;
     this.replayWindow = sa.replayWindow;
     return rekeyed;

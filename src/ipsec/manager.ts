@@ -292,7 +292,7 @@ export class IpsecManager implements Ipsec {
   /** Between two bursts: the SA, which is in both places, is from now on `where`. */
   #switchOver(managed: ManagedSa, sa: SecurityAssociation, where: Where): void {
     const { handle } = managed;
-    managed.carryTraffic();
+    managed.moved(sa, { where, because: 'it was moved' });
     this.state.remove(handle);
     if (where === 'inline') {
       this.software?.remove(handle);
@@ -303,9 +303,6 @@ export class IpsecManager implements Ipsec {
       this.#countTwins(managed, 1);
       this.state.add(handle, sa, placeOf(sa, where), 0, null);
     }
-    managed.became(sa);
-    managed.start = sa.initial.sequence;
-    managed.placement = { where, because: 'it was moved' };
   }
 
   async remove(managed: ManagedSa): Promise<void> {

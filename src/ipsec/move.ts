@@ -50,7 +50,7 @@ export async function moveSa(
   const before = parts.traffic(managed);
   const plan = planned(parts, managed, sa, where, sameKey, before);
   const initial = plan.initial === 'given' ? sa.initial : { ...sa.initial, sequence: plan.initial };
-  const lifetime = (now: SaTraffic) => (sameKey ? remaining(sa.lifetime, now) : sa.lifetime);
+  const lifetime = (now: SaTraffic) => (sameKey ? remaining(sa.lifetime, managed.used(now)) : sa.lifetime);
   const moved: SecurityAssociation = { ...sa, initial, lifetime: lifetime(before) };
   const obstacle = parts.obstacle(managed, moved, where);
   if (obstacle !== null) {
@@ -157,7 +157,7 @@ async function toSoftware(
 }
 
 /** What is left of the limits after what has passed. Throws IpsecError `SA_MOVE` when it is nothing. */
-function remaining(lifetime: Lifetime, { packets, bytes }: SaTraffic): Lifetime {
+function remaining(lifetime: Lifetime, { packets, bytes }: Pick<SaTraffic, 'packets' | 'bytes'>): Lifetime {
   const hard = (limit: bigint, used: bigint) => {
     if (limit !== 0n && limit <= used) throw refusal('a hard limit of it has been reached');
     return limit === 0n ? 0n : limit - used;

@@ -1,6 +1,7 @@
 /** A fake administration queue whose device has all five capabilities and offers everything in them. */
 import type { SaLimits } from '../../src/ipsec/wire/codec.ts';
 import { ipsecWire } from '../../src/ipsec/wire/revisions.ts';
+import type { WireRevision } from '../../src/virtio/revision.ts';
 import {
   encodeActionCapability,
   encodeFlowFilterLimits,
@@ -9,9 +10,11 @@ import {
 } from '../../src/virtio-net/flow-filter-wire.ts';
 import { FakeAdmin } from '../virtio-net/fake-admin.ts';
 
-const wire = ipsecWire('virtio-1.4');
-
-export function ipsecDevice(limits: SaLimits = { inbound: 8, outbound: 8 }): FakeAdmin {
+export function ipsecDevice(
+  limits: SaLimits = { inbound: 8, outbound: 8 },
+  revision: WireRevision = 'virtio-1.4',
+): FakeAdmin {
+  const wire = ipsecWire(revision);
   const admin = new FakeAdmin();
   const most = {
     groups: 4,
@@ -29,7 +32,7 @@ export function ipsecDevice(limits: SaLimits = { inbound: 8, outbound: 8 }): Fak
   const modes = [1, 2, 3, 4].map((mode) => ({
     mode,
     maxReplayWindow: 4096,
-    options: 0x7f,
+    options: wire.options,
     ciphers: 0x119n,
     macs: (1n << 2n) | (1n << 4n) | (1n << 26n) | (1n << 41n) | (1n << 53n),
     aeads: 0xe,
