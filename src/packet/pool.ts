@@ -27,6 +27,11 @@ export const PacketFlag = {
   securityError: 1 << 3,
   /** Receive: the SA that protected the packet has passed its soft limit. */
   softExpiry: 1 << 4,
+  /**
+   * Transmit: the device is to cut the packet into segments, as `gsoType` and `gsoSize` say. Receive: the packet stands for
+   * several segments. Always together with `needsChecksum`.
+   */
+  segmented: 1 << 5,
 } as const;
 
 export interface PacketPoolOptions {
@@ -59,8 +64,14 @@ export class PacketPool {
   /** With `needsChecksum`: where the checksummed bytes begin, and where in them the checksum goes; bytes from the packet's start. */
   readonly checksumStart: Uint16Array;
   readonly checksumOffset: Uint16Array;
-  /** Next packet of the chain, or `NO_PACKET`. */
+  /** Next packet of the chain, or `NO_PACKET`. All fields but `offset`, `length` and `next` are those of the first one. */
   readonly next: Uint32Array;
+  /** With `segmented`: a `GsoType`, and the bytes of transport payload of each segment (its MSS). */
+  readonly gsoType: Uint8Array;
+  readonly gsoSize: Uint16Array;
+  /** Receive, with HASH_REPORT negotiated: a `HashReport`, 0 for none, and the hash that the device calculated. */
+  readonly hashReport: Uint16Array;
+  readonly hash: Uint32Array;
 
   readonly #free: Uint32Array;
   /** Packet numbers are tokens that callers give back: a set bit says who holds one, so that none is freed twice. */
@@ -92,6 +103,10 @@ export class PacketPool {
     this.checksumStart = new Uint16Array(count);
     this.checksumOffset = new Uint16Array(count);
     this.next = new Uint32Array(count).fill(NO_PACKET);
+    this.gsoType = new Uint8Array(count);
+    this.gsoSize = new Uint16Array(count);
+    this.hashReport = new Uint16Array(count);
+    this.hash = new Uint32Array(count);
     this.#held = new Uint8Array(count);
     this.#free = new Uint32Array(count);
     for (let i = 0; i < count; i++) this.#free[i] = count - 1 - i;
@@ -218,6 +233,44 @@ export class PacketPool {
     this.#available = top;
   }
 
+  /**
+   * Gives `n` packets back, each with all that follow it in its chain. Throws RangeError as `free` does, which a chain that
+   * leads back to itself comes to as well.
+   */
+  freeChains(packets: Uint32Array, n: number): void {
+    // hot:
+    const { next } = this;
+    const free = this.#free;
+    const held = this.#held;
+    let top = this.#available | 0;
+    for (let i = 0; i < n; i++) {
+      let p = packets[i];
+      do {
+        if (held[p] !== 1) {
+          this.#available = top;
+          throw new RangeError(`packet ${p} is not in use`);
+        }
+        held[p] = 0;
+        free[top++] = p;
+        p = next[p];
+      } while (p !== NO_PACKET);
+    }
+    this.#available = top;
+  }
+
+  /** Bytes of `packet` and all that follow it in its chain. */
+  chainLength(packet: number): number {
+    // hot:
+    const { length, next } = this;
+    let bytes = 0;
+    let left = this.count;
+    for (let p = packet; p !== NO_PACKET && left > 0; p = next[p]) {
+      bytes += length[p];
+      left--;
+    }
+    return bytes;
+  }
+
   /** Copies `bytes` into `packet` as its whole content, at the default headroom. */
   write(packet: number, bytes: Uint8Array): void {
     if (bytes.length > this.stride - this.headroom) throw new RangeError(`${bytes.length} bytes do not fit a slot`);
@@ -227,9 +280,20 @@ export class PacketPool {
     this.length[packet] = bytes.length;
   }
 
-  /** A copy of the bytes of `packet`. */
+  /** A copy of the bytes of `packet`, of this slot only. */
   read(packet: number): Uint8Array {
     const at = this.offset[packet];
     return this.u8.slice(at, at + this.length[packet]);
+  }
+
+  /** A copy of the bytes of `packet` and all that follow it in its chain. */
+  readChain(packet: number): Uint8Array {
+    const bytes = new Uint8Array(this.chainLength(packet));
+    let at = 0;
+    for (let p = packet; at < bytes.length; p = this.next[p]) {
+      bytes.set(this.read(p), at);
+      at += this.length[p];
+    }
+    return bytes;
   }
 }

@@ -6,6 +6,7 @@
  * ratified standard's numbers; only this file knows that the draft has others. Fields are little-endian.
  */
 import { VirtioError } from '../errors.ts';
+import { Ethernet, EtherType, Vlan } from '../packet/fields.ts';
 import type { MappedMemory } from '../sys/memory.ts';
 import { Feature, type FeatureSet } from '../virtio/features.ts';
 import type { WireRevision } from '../virtio/revision.ts';
@@ -235,6 +236,48 @@ export function encodeNetHeader(layout: NetHeaderLayout, header: NetHeader, byte
   if (layout.resourceType >= 0) put16(bytes, at + layout.resourceType, header.resourceType);
 }
 
+/** GSO types that may be sent (`HOST_…`) or may come (`GUEST_…`) with `features`: bit t for type t, and bit 7 for ECN. */
+export function sentGsoTypes(features: FeatureSet): number {
+  const { HOST_TSO4, HOST_TSO6, HOST_USO, HOST_ECN } = Feature;
+  return gsoTypes(features, HOST_TSO4, HOST_TSO6, features.has(HOST_USO), HOST_ECN);
+}
+
+export function receivedGsoTypes(features: FeatureSet): number {
+  const { GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6, GUEST_ECN } = Feature;
+  return gsoTypes(features, GUEST_TSO4, GUEST_TSO6, features.hasAny(GUEST_USO4, GUEST_USO6), GUEST_ECN);
+}
+
+function gsoTypes(features: FeatureSet, tso4: number, tso6: number, uso: boolean, ecn: number): number {
+  return (
+    (features.has(tso4) ? 1 << GsoType.TCPV4 : 0) |
+    (features.has(tso6) ? 1 << GsoType.TCPV6 : 0) |
+    (uso ? 1 << GsoType.UDP_L4 : 0) |
+    (features.has(ecn) ? GsoType.ECN : 0)
+  );
+}
+
+/** hot: whether a header's `gso_type`, not NONE, is among `types`. */
+export function isAmong(gsoType: number, types: number): boolean {
+  const base = gsoType & ~GsoType.ECN;
+  if (base > GsoType.UDP_L4 || ((types >>> base) & 1) === 0) return false;
+  // ECN belongs to TCP (5.1.9.2).
+  return (gsoType & GsoType.ECN) === 0 || ((types & GsoType.ECN) !== 0 && base !== GsoType.UDP_L4);
+}
+
+/** `hash_report` (5.1.9.4.4): which fields the hash was calculated over. */
+export const HashReport = {
+  NONE: 0,
+  IPV4: 1,
+  TCPV4: 2,
+  UDPV4: 3,
+  IPV6: 4,
+  TCPV6: 5,
+  UDPV6: 6,
+  IPV6_EX: 7,
+  TCPV6_EX: 8,
+  UDPV6_EX: 9,
+} as const;
+
 /** Packet memory as a transmit queue writes headers: `f64` zeroes two words at once. */
 export interface HeaderMemory {
   readonly u8: Uint8Array;
@@ -278,6 +321,19 @@ export function writeTransmitHeader(
     put32(u8, at + layout.resourceId, resourceId);
     put16(u8, at + layout.resourceType, resourceType);
   }
+}
+
+/**
+ * hot: `outer_nh_offset` for the Ethernet frame at byte `at`: where its IP header begins, behind a VLAN tag too; 0 when it has none. Bytes
+ * that are there: the frame, or what follows it in its slot.
+ */
+export function networkHeaderOffset(u8: Uint8Array, at: number): number {
+  const type = (u8[at + Ethernet.type] << 8) | u8[at + Ethernet.type + 1];
+  if (type === EtherType.ipv4 || type === EtherType.ipv6) return Ethernet.length;
+  if (type !== EtherType.vlan) return 0;
+  const innerAt = at + Ethernet.type + Vlan.length;
+  const inner = (u8[innerAt] << 8) | u8[innerAt + 1];
+  return inner === EtherType.ipv4 || inner === EtherType.ipv6 ? Ethernet.length + Vlan.length : 0;
 }
 
 /** hot: the shortest header at a multiple of 4 of a packet that wants nothing. */
