@@ -6,8 +6,8 @@ import { AdminCommandError, VfioError, VipsecError, VirtioError } from './errors
 import { InboundRules } from './ipsec/inbound-rules.ts';
 import { InlineIpsec, type MutableSaTable } from './ipsec/inline.ts';
 import { ipsecWire } from './ipsec/wire/revisions.ts';
-import type { ResolvedOptions } from './nic-options.ts';
 import type { NicRings } from './nic-rings.ts';
+import type { OpenOptions } from './nic-wire.ts';
 import type { PciFunction } from './vfio/function.ts';
 import type { AdminQueue } from './virtio/admin.ts';
 import { AdminOpcode, adminOpcodeName } from './virtio/admin-wire.ts';
@@ -36,7 +36,7 @@ export interface InlineParts {
   readonly rings: NicRings;
   readonly admin: AdminQueue | null;
   readonly table: MutableSaTable;
-  readonly options: ResolvedOptions;
+  readonly options: OpenOptions;
 }
 
 export interface OpenInline {

@@ -8,7 +8,7 @@ import { openKernelVfio } from './vfio/kernel.ts';
 import { openVfioUser } from './vfio/user.ts';
 import { Feature, FeatureSet } from './virtio/features.ts';
 import { GENERIC_FEATURES } from './virtio/initialize.ts';
-import type { WireRevision } from './virtio/revision.ts';
+import { WIRE_REVISIONS, type WireRevision } from './virtio/revision.ts';
 
 /**
  * Where SAs may run. `auto`: in the device if it can, else in software. `inline`: the device must be able to, and `addSa` refuses what it
@@ -29,8 +29,10 @@ export interface NicOptions {
   readonly ipsec?: IpsecMode;
   /** What does the arithmetic of software SAs. Default `auto`. */
   readonly engine?: 'auto' | EngineName;
-  /** Revision of headers and SA objects. Default `virtio-1.4`. */
-  readonly wire?: WireRevision;
+  /**
+   * Revision of headers and SA objects; `auto` asks the device, which takes one more reset (`nic-wire.ts`). Default `virtio-1.4`.
+   */
+  readonly wire?: WireRevision | 'auto';
   /** Number of the tunnel type IPv4 in SA objects; the standard names none. Default 1. */
   readonly tunnelTypeBase?: 0 | 1;
   /** Bytes of the longest IP packet on the link, when the device does not say. Default 1500. */
@@ -70,6 +72,9 @@ export function resolveOptions(options: NicOptions): ResolvedOptions {
   integer('queueSize', resolved.queueSize, 2, MAX_QUEUE_SIZE);
   if ((resolved.queueSize & (resolved.queueSize - 1)) !== 0) throw invalid('queueSize', 'a power of two');
   integer('mtu', resolved.mtu, MTU.min, MTU.max);
+  if (resolved.wire !== 'auto' && !WIRE_REVISIONS.includes(resolved.wire)) {
+    throw invalid('wire', `auto, ${WIRE_REVISIONS.join(' or ')}`);
+  }
   integer('maxSas', resolved.maxSas, 1, MAX_SAS);
   if (resolved.packets !== undefined) integer('packets', resolved.packets, 2 * resolved.queueSize, 1 << 24);
   if (resolved.packetStride !== undefined) {
@@ -87,11 +92,23 @@ function invalid(name: string, what: string): InputError {
   return new InputError('NIC_OPTION', `${name} must be ${what}`);
 }
 
+/**
+ * What the way to the device requires of it: behind an IOMMU only a device that says so by ACCESS_PLATFORM can be given the addresses that
+ * we have (Virtio 1.4, 6.1). One that does not say so would take them for physical ones, and write over memory of others.
+ */
+export function platformFeatures(fn: Pick<PciFunction, 'behindIommu'>): FeatureSet {
+  return fn.behindIommu ? FeatureSet.of(Feature.ACCESS_PLATFORM) : FeatureSet.empty;
+}
+
 /** What a driver with these options requires of the device, and what it takes when it is offered. */
-export function featuresFor(options: ResolvedOptions): { required: FeatureSet; wanted: FeatureSet } {
+export function featuresFor(
+  options: ResolvedOptions,
+  fn: Pick<PciFunction, 'behindIommu'>,
+): { required: FeatureSet; wanted: FeatureSet } {
   const inline = FeatureSet.of(Feature.IPSEC, Feature.ADMIN_VQ);
   const multiqueue = options.queuePairs > 1 ? FeatureSet.of(Feature.MQ, Feature.CTRL_VQ) : FeatureSet.empty;
-  const useful = GENERIC_FEATURES.with(
+  const platform = platformFeatures(fn);
+  let useful = GENERIC_FEATURES.with(
     Feature.MAC,
     Feature.STATUS,
     Feature.MTU,
@@ -99,8 +116,11 @@ export function featuresFor(options: ResolvedOptions): { required: FeatureSet; w
     Feature.CSUM,
     Feature.GUEST_CSUM,
   );
+  const inlineWanted = options.ipsec === 'auto' || options.ipsec === 'inline';
+  // Only with IPsec, which makes the header longer anyway; the draft has no place for it.
+  if (inlineWanted && options.wire !== 'rfc-2025-01') useful = useful.with(Feature.OUT_NET_HEADER);
   return {
-    required: options.ipsec === 'inline' ? multiqueue.or(inline) : multiqueue,
+    required: multiqueue.or(platform).or(options.ipsec === 'inline' ? inline : FeatureSet.empty),
     wanted: options.ipsec === 'auto' ? useful.or(inline) : useful,
   };
 }

@@ -3,7 +3,7 @@
  * says how many pairs are in use (Virtio 1.4, 5.1.2, 5.1.5, 5.1.9.5.6).
  */
 import { type VipsecError, VirtioError } from './errors.ts';
-import type { ResolvedOptions } from './nic-options.ts';
+import type { OpenOptions } from './nic-wire.ts';
 import { Ethernet } from './packet/fields.ts';
 import { PacketPool } from './packet/pool.ts';
 import type { DmaMemory } from './sys/memory.ts';
@@ -55,7 +55,7 @@ export class NicRings {
     features: FeatureSet,
     config: NetConfig,
     sas: SaTable,
-    options: ResolvedOptions,
+    options: OpenOptions,
   ) {
     this.#fn = fn;
     this.mtu = config.mtu ?? options.mtu;
@@ -84,13 +84,7 @@ export class NicRings {
     return memory;
   }
 
-  #pair(
-    index: number,
-    transport: VirtioTransport,
-    features: FeatureSet,
-    sas: SaTable,
-    options: ResolvedOptions,
-  ): RingPair {
+  #pair(index: number, transport: VirtioTransport, features: FeatureSet, sas: SaTable, options: OpenOptions): RingPair {
     const { pool } = this;
     const layout = netHeaderLayout(features, options.wire);
     const receive = this.#ring(2 * index, transport, features, options.queueSize, layout.length);

@@ -23,6 +23,7 @@ import { featuresFor, type NicOptions, openFunction, type ResolvedOptions, resol
 import { NicRxQueue, NicTxQueue } from './nic-queues.ts';
 import { NicRings } from './nic-rings.ts';
 import { type NicQueue, type NicStatistics, sumStatistics } from './nic-statistics.ts';
+import { type OpenOptions, withRevision } from './nic-wire.ts';
 import type { PacketPool } from './packet/pool.ts';
 import type { PciFunction } from './vfio/function.ts';
 import { AdminQueue } from './virtio/admin.ts';
@@ -61,7 +62,7 @@ export async function openNic(address: string, options: NicOptions = {}): Promis
 }
 
 /** The steps of `openNic` once the PCI function is there. Takes over `fn` and `guard`. */
-async function openNicOn(fn: PciFunction, guard: NonceGuard, options: ResolvedOptions): Promise<Nic> {
+async function openNicOn(fn: PciFunction, guard: NonceGuard, given: ResolvedOptions): Promise<Nic> {
   const table: MutableSaTable = { resourceId: new Uint32Array(0), handle: new Uint32Array(0) };
   let rings: NicRings | null = null;
   let admin: AdminQueue | null = null;
@@ -75,9 +76,10 @@ async function openNicOn(fn: PciFunction, guard: NonceGuard, options: ResolvedOp
         `${fn.address} is a virtio device of type ${found.deviceType}, not a network device`,
       );
     }
+    const options = await withRevision(fn, found, given);
     let config: NetConfig | null = null;
     const features = await initializeDevice(found, {
-      ...featuresFor(options),
+      ...featuresFor(options, fn),
       resetTimeout: options.resetTimeout,
       setup: (negotiated) => {
         config = readNetConfig(found, negotiated);
@@ -94,7 +96,7 @@ async function openNicOn(fn: PciFunction, guard: NonceGuard, options: ResolvedOp
     return nic;
   } catch (error) {
     guard.close();
-    await release(fn, transport, rings, admin, options.resetTimeout);
+    await release(fn, transport, rings, admin, given.resetTimeout);
     throw error;
   }
 }
@@ -129,7 +131,7 @@ interface NicParts {
   readonly rings: NicRings;
   readonly admin: AdminQueue | null;
   readonly table: MutableSaTable;
-  readonly options: ResolvedOptions;
+  readonly options: OpenOptions;
   readonly guard: NonceGuard;
 }
 

@@ -8,7 +8,9 @@
 import { VipsecError, VirtioError } from './errors.ts';
 import { algorithmNames, modeName, optionNamesOf } from './ipsec/capability.ts';
 import type { SaLimits } from './ipsec/wire/codec.ts';
+import { recogniseRevision } from './ipsec/wire/recognise.ts';
 import { ipsecWire } from './ipsec/wire/revisions.ts';
+import { platformFeatures } from './nic-options.ts';
 import { formatMac } from './packet/addresses.ts';
 import {
   ExtendedCapabilityId,
@@ -201,6 +203,8 @@ async function bringUp(
   steps: Steps,
 ): Promise<void> {
   let admin: AdminQueue | undefined;
+  // Where the device must keep to an IOMMU it is given no memory unless it says that it does.
+  const required = offered.and(FeatureSet.of(Feature.VERSION_1)).or(platformFeatures(fn));
   // IPSEC has the device show its capabilities; what else a driver would take does not matter for reading.
   const wanted = GENERIC_FEATURES.with(Feature.ADMIN_VQ, Feature.IPSEC, Feature.MAC, Feature.STATUS);
   const setup = async (features: FeatureSet): Promise<void> => {
@@ -222,7 +226,7 @@ async function bringUp(
     admin = await steps.run('administration queue', () => new AdminQueue(transport, fn, features));
   };
   try {
-    await initializeDevice(transport, { required: offered.and(FeatureSet.of(Feature.VERSION_1)), wanted, setup });
+    await initializeDevice(transport, { required, wanted, setup });
     if (admin === undefined) return;
     const queue = admin;
     const asked = await steps.run('administration commands', () => askCommands(transport, queue));
@@ -309,7 +313,7 @@ async function readIpsec(
   modes: Uint8Array | undefined,
   decode: Decode,
 ): Promise<void> {
-  const spoken = revision === 'auto' ? recogniseRevision(modes) : revision;
+  const spoken = revision === 'auto' ? ((modes && recogniseRevision(modes)) ?? 'virtio-1.4') : revision;
   const wire = ipsecWire(spoken);
   const limits = await decode(CapabilityId.NET_IPSEC_RESOURCE, (value) => wire.decodeSaLimits(value));
   const entries = await decode(CapabilityId.NET_IPSEC_SA, (value) => wire.decodeModes(value));
@@ -329,15 +333,6 @@ async function readIpsec(
       })),
     }),
   };
-}
-
-/** Bytes of an entry of VIRTIO_NET_IPSEC_SA_CAP, by revision, and of what stands before the first. */
-const ModeEntry = { head: 8, standard: 44, draft: 40 } as const;
-
-/** The revisions differ in the length of a capability entry, and the device says how many there are. */
-function recogniseRevision(modes: Uint8Array | undefined): WireRevision {
-  if (modes === undefined || (modes[0] ?? 0) === 0) return 'virtio-1.4';
-  return modes.length === ModeEntry.head + modes[0] * ModeEntry.draft ? 'rfc-2025-01' : 'virtio-1.4';
 }
 
 function isPowerOfTwo(value: number): boolean {

@@ -20,6 +20,7 @@ import {
   NetHeaderField,
   NetHeaderFlag,
   type NetHeaderLayout,
+  networkHeaderOffset,
 } from '../virtio-net/header.ts';
 import { NetCounter } from './counters.ts';
 import type { FaultSet } from './faults.ts';
@@ -352,10 +353,11 @@ export class Receiver implements FrameSink {
     const header = this.#header;
     const flags = pool.flags[packet];
     if (flags === 0 && ((at | layout.length) & 3) === 0 && this.#options.faults.size === 0) {
-      // Nothing to say but the number of buffers, which is the upper half of the third word.
+      // Nothing to say but the number of buffers, which is the upper half of the third word, and where the IP header is.
       const u32 = pool.u32;
       for (let w = at >>> 2; w < (at + layout.length) >>> 2; w++) u32[w] = 0;
       u32[(at + NetHeaderField.csumOffset) >>> 2] = buffers << 16;
+      if (layout.outerNhOffset >= 0) pool.u8[at + layout.outerNhOffset] = this.#networkHeader(packet);
       return;
     }
     let wire = 0;
@@ -379,7 +381,15 @@ export class Receiver implements FrameSink {
     }
     header.flags = wire;
     header.numBuffers = faults.has('rx-buffers-zero') ? 0 : buffers;
+    header.outerNhOffset = layout.outerNhOffset >= 0 ? this.#networkHeader(packet) : 0;
     encodeNetHeader(layout, header, pool.u8, at);
+  }
+
+  /** hot: where the IP header of a frame is, or 0. */
+  #networkHeader(packet: number): number {
+    const { u8, offset, length } = this.#pool;
+    const at = networkHeaderOffset(u8, offset[packet]);
+    return at < length[packet] ? at : 0;
   }
 
   /** hot: bytes of the largest frame that may be passed to the driver. */

@@ -40,6 +40,8 @@ export interface PciFunction {
   /** BAR `index` (0 to 5). An absent BAR has size 0. */
   bar(index: number): Region;
   readonly iovaRanges: readonly IovaRange[];
+  /** Whether the platform translates the addresses that the function uses, so that they are not those of physical memory. */
+  readonly behindIommu: boolean;
   /** Allocates zeroed memory and maps it for DMA, both ways. `size` is rounded up to pages. */
   allocateDma(size: number): DmaMemory;
   /**

@@ -80,6 +80,7 @@ class KernelFunction implements PciFunction, RegionOwner {
   readonly device: number;
   readonly config: Region;
   readonly iovaRanges: readonly IovaRange[];
+  readonly behindIommu = true;
   readonly interruptVectors: number;
   readonly #calls: VfioCalls;
   readonly #bars: Region[] = [];

@@ -207,6 +207,8 @@ class VfioUserFunction implements PciFunction {
   readonly address: string;
   readonly config: Region;
   readonly iovaRanges: readonly IovaRange[];
+  /** The server at the other end of the socket finds all memory by the mappings that it was told of. */
+  readonly behindIommu = false;
   readonly interruptVectors: number;
   readonly #session: UserSession;
   readonly #capabilities: protocol.Capabilities;

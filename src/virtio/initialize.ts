@@ -37,6 +37,14 @@ export async function resetDevice(transport: VirtioTransport, timeout = DEFAULT_
   }
 }
 
+const HINTS = new Map<number, string>([
+  [Feature.VERSION_1, 'A device without VIRTIO_F_VERSION_1 is a legacy device, which this driver does not drive.'],
+  [
+    Feature.ACCESS_PLATFORM,
+    'Behind an IOMMU a device must say that it keeps to it; for a QEMU device that is the property iommu_platform=on.',
+  ],
+]);
+
 /**
  * What to accept of what the device offers. Throws `VirtioError` FEATURES_MISSING, naming each required feature that is
  * not offered or whose requirements are not.
@@ -46,13 +54,11 @@ export function negotiateFeatures(offered: FeatureSet, required: FeatureSet, wan
   const accepted = withRequirementsMet(offered.and(needed.or(wanted)));
   const missing = needed.minus(accepted);
   if (!missing.isEmpty) {
-    const legacy = missing.has(Feature.VERSION_1);
+    const hint = [...HINTS].find(([bit]) => missing.has(bit))?.[1];
     throw new VirtioError(
       'FEATURES_MISSING',
       `the device does not offer ${missing.names().join(', ')}`,
-      legacy
-        ? { hint: 'A device without VIRTIO_F_VERSION_1 is a legacy device, which this driver does not drive.' }
-        : {},
+      hint === undefined ? {} : { hint },
     );
   }
   return accepted;

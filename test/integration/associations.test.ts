@@ -1,104 +1,20 @@
 import { afterEach, describe, expect, it } from 'vitest';
-import type { SecurityAssociationInput } from '../../src/index.ts';
-import { capture, cleanUp, freshKey, open, openPair, receive, saPair, send, startDevice, until } from './support.ts';
+import { WIRE_REVISIONS } from '../../src/index.ts';
+import { capture, cleanUp, open, openPair, receive, saPair, send, startDevice, until } from './support.ts';
 
 afterEach(cleanUp);
 
 const code = (name: string) => expect.objectContaining({ code: name });
 const ip = capture('http-ipv4').filter((frame) => frame.readUInt16BE(12) === 0x0800);
-const ip6 = capture('dns-ipv6').filter((frame) => frame.readUInt16BE(12) === 0x86dd && frame[14 + 6] !== 58);
 
-const esn = { esn: true };
-const everything = { esn: true, copyDscp: true, copyDf: true, ecn: true };
-
-/** What runs inline on one side and in software on the other, in both directions. */
-const kinds: [string, () => Partial<SecurityAssociationInput>][] = [
-  ['AES-256-GCM tunnel', () => ({ aead: { name: 'aes-gcm', key: freshKey(32), salt: '01020304' } })],
-  ['AES-128-GCM transport', () => ({ mode: 'transport' })],
-  ['AES-128-GCM tunnel with ESN', () => ({ options: esn })],
-  ['AES-128-GCM tunnel with all options', () => ({ options: everything })],
-  ['AES-128-GCM tunnel in UDP', () => ({ udpEncap: {} })],
-  ['AES-128-CCM tunnel', () => ({ aead: { name: 'aes-ccm', key: freshKey(), salt: '010203' } })],
-  ['ChaCha20-Poly1305 tunnel', () => ({ aead: { name: 'chacha20-poly1305', key: freshKey(32), salt: '01020304' } })],
-  ['AES-GMAC tunnel', () => ({ aead: { name: 'aes-gmac', key: freshKey(), salt: '01020304' } })],
-  [
-    'AES-128-CBC with HMAC-SHA-256 tunnel',
-    () => ({ cipher: { name: 'aes-cbc', key: freshKey() }, auth: { name: 'hmac-sha256', key: freshKey(32) } }),
-  ],
-  [
-    'AES-128-CTR with HMAC-SHA1 transport with ESN',
-    () => ({
-      mode: 'transport',
-      options: esn,
-      cipher: { name: 'aes-ctr', key: freshKey(), salt: '01020304' },
-      auth: { name: 'hmac-sha1', key: freshKey(20) },
-    }),
-  ],
-  [
-    '3DES-CBC with AES-XCBC tunnel',
-    () => ({
-      cipher: { name: '3des-cbc', key: Buffer.from(crypto.getRandomValues(new Uint8Array(24))).toString('hex') },
-      auth: { name: 'aes-xcbc', key: freshKey() },
-    }),
-  ],
-  ['NULL with AES-CMAC tunnel', () => ({ cipher: { name: 'null' }, auth: { name: 'aes-cmac', key: freshKey() } })],
-  ['AH with HMAC-SHA1 tunnel', () => ({ protocol: 'ah', auth: { name: 'hmac-sha1', key: freshKey(20) } })],
-  [
-    'AH with HMAC-SHA-256 transport',
-    () => ({ protocol: 'ah', mode: 'transport', auth: { name: 'hmac-sha256', key: freshKey(32) } }),
-  ],
-];
-
-describe('SAs of every kind', () => {
-  it.each(kinds)('carry traffic from inline to software and back: %s', async (_name, change) => {
-    const { a, b, wire } = await openPair({}, { ipsec: false });
-    for (const [frames, ipv6] of [
-      [ip.slice(0, 20), false],
-      [ip6.slice(0, 20), true],
-    ] as const) {
-      const forth = saPair(change(), ipv6);
-      const back = saPair(change(), ipv6);
-      const outA = await a.ipsec.addSa(forth.outbound, { require: 'inline' });
-      const inB = await b.ipsec.addSa(forth.inbound);
-      const outB = await b.ipsec.addSa(back.outbound);
-      const inA = await a.ipsec.addSa(back.inbound, { require: 'inline' });
-      wire.frames.length = 0;
-      const [, atB] = await Promise.all([send(a, frames, outA), receive(b, frames.length)]);
-      const [, atA] = await Promise.all([send(b, frames, outB), receive(a, frames.length)]);
-      expect(atB.map(({ frame }, i) => frame.equals(frames[i]))).toEqual(frames.map(() => true));
-      expect(atA.map(({ frame }, i) => frame.equals(frames[i]))).toEqual(frames.map(() => true));
-      expect(atB.every(({ sa }) => sa === inB.handle)).toBe(true);
-      expect(atA.every(({ sa }) => sa === inA.handle)).toBe(true);
-      expect(wire.frames.every(({ frame }) => !frames.some((clear) => clear.equals(frame)))).toBe(true);
-      for (const sa of [outA, inB, outB, inA]) await sa.remove();
-    }
-  });
-
-  it('run in software on both sides when the device cannot express them', async () => {
-    const { a, b, wire } = await openPair();
-    const { outbound, inbound } = saPair({
-      cipher: { name: 'aes-cbc', key: freshKey() },
-      auth: { name: 'hmac-sha512', key: freshKey(64) },
-    });
-    const out = await a.ipsec.addSa(outbound);
-    const inn = await b.ipsec.addSa(inbound);
-    expect([out, inn].map(({ placement }) => placement)).toEqual([
-      { where: 'software', because: 'hmac-sha512 key does not fit the SA object' },
-      { where: 'software', because: 'hmac-sha512 key does not fit the SA object' },
-    ]);
-    const [, received] = await Promise.all([send(a, ip.slice(0, 20), out), receive(b, 20)]);
-    expect(received.map(({ frame, sa }) => sa === inn.handle && ip.some((clear) => clear.equals(frame)))).toEqual(
-      Array(20).fill(true),
-    );
-    expect(wire.frames.every(({ frame }) => frame[14 + 9] === 50)).toBe(true);
-  });
-});
-
-describe('packets that are not what was sent', () => {
+describe.each(WIRE_REVISIONS)('packets that are not what was sent, by %s', (revision) => {
   it.each(['inline', 'software'] as const)(
     'are refused when they were changed, cut or replayed: receiver %s',
     async (where) => {
-      const { a, b, wire } = await openPair({}, where === 'software' ? { ipsec: false } : {});
+      const { a, b, wire } = await openPair(
+        { wire: revision },
+        where === 'software' ? { ipsec: false } : { wire: revision },
+      );
       const { outbound, inbound } = saPair();
       const out = await a.ipsec.addSa(outbound);
       const inn = await b.ipsec.addSa(inbound);
@@ -140,9 +56,9 @@ describe('packets that are not what was sent', () => {
   );
 });
 
-describe('packets without an SA', () => {
+describe.each(WIRE_REVISIONS)('packets without an SA, by %s', (revision) => {
   it('are dropped and counted when they name one that was removed, is inbound, or never was', async () => {
-    const { a, b, wire } = await openPair();
+    const { a, b, wire } = await openPair({ wire: revision }, { wire: revision });
     const inline = await a.ipsec.addSa(saPair().outbound);
     const software = await a.ipsec.addSa(saPair().outbound, { require: 'software' });
     const inbound = await a.ipsec.addSa(saPair().inbound);
@@ -162,7 +78,7 @@ describe('packets without an SA', () => {
   });
 
   it('do not leave when they are too long for the link once protected', async () => {
-    const { a, wire } = await openPair();
+    const { a, wire } = await openPair({ wire: revision }, { wire: revision });
     const frame = Buffer.concat([ip[0].subarray(0, 14), Buffer.alloc(1480, 0x45)]);
     frame.writeUInt16BE(1480, 16);
     for (const require of ['inline', 'software'] as const) {

@@ -188,6 +188,11 @@ export interface Pair {
   readonly wire: Wire;
 }
 
+/** A driver that is not told which revision the device speaks finds out. */
+export function spoken(setup: DeviceSetup): NicOptions {
+  return setup.wire === undefined ? {} : { wire: 'auto' };
+}
+
 /** Two NICs of two devices with the test's wire between them. */
 export async function openPair(
   a: DeviceSetup & { nic?: NicOptions } = {},
@@ -200,8 +205,8 @@ export async function openPair(
     startDevice({ ...b, link: `unix:${linkB}` }),
   ]);
   const wire = await Wire.between(linkA, linkB);
-  const nicA = await open(deviceA.addresses[0], a.nic);
-  const nicB = await open(deviceB.addresses[0], b.nic);
+  const nicA = await open(deviceA.addresses[0], { ...spoken(a), ...a.nic });
+  const nicB = await open(deviceB.addresses[0], { ...spoken(b), ...b.nic });
   return { a: nicA, b: nicB, deviceA, deviceB, wire };
 }
 

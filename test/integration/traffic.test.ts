@@ -1,9 +1,20 @@
 import { createDecipheriv } from 'node:crypto';
-import { afterEach, describe, expect, it } from 'vitest';
-import { PacketFlag, type SaHandle, type SecurityAssociationInput } from '../../src/index.ts';
-import { capture, cleanUp, isProtected, openPair, type Received, receive, saPair, send, type Wire } from './support.ts';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { PacketFlag, type SaHandle, type SecurityAssociationInput, WIRE_REVISIONS } from '../../src/index.ts';
+import {
+  capture,
+  cleanUp,
+  isProtected,
+  openPair,
+  type Pair,
+  type Received,
+  receive,
+  saPair,
+  send,
+  type Wire,
+} from './support.ts';
 
-afterEach(cleanUp);
+afterAll(cleanUp);
 
 const ESP = 50;
 
@@ -56,9 +67,15 @@ function expectArrived(received: readonly Received[], sent: readonly Buffer[], s
 
 const names = ['ping', 'dns', 'http', 'fragments', 'bulk'].flatMap((what) => [`${what}-ipv4`, `${what}-ipv6`]);
 
-describe('real traffic, inline on one side and in software on the other', () => {
+describe.each(WIRE_REVISIONS)('real traffic, inline on one side by %s and in software on the other', (revision) => {
+  let pair: Pair;
+  beforeAll(async () => {
+    pair = await openPair({ wire: revision }, { ipsec: false });
+  });
+
   it.each(names)('%s goes out of the device encrypted and comes back whole, both ways', async (name) => {
-    const { a, b, wire } = await openPair({}, { ipsec: false });
+    const { a, b, wire } = pair;
+    wire.frames.length = 0;
     const frames = capture(name).slice(0, 400);
     const forth = saPair();
     const back = saPair({}, true);
@@ -83,6 +100,7 @@ describe('real traffic, inline on one side and in software on the other', () => 
 
     const count = BigInt(frames.filter(isProtected).length);
     for (const sa of [outA, inB, outB, inA]) expect(sa.traffic()).toMatchObject({ packets: count, dropped: {} });
+    for (const sa of [outA, inB, outB, inA]) await sa.remove();
     expect(a.statistics().rx.securityError + b.statistics().rx.securityError).toBe(0);
   });
 });

@@ -20,6 +20,7 @@ export const Place = { common: 0x000, notify: 0x1000, isr: 0x2000, device: 0x300
 export class FakeFunction implements PciFunction {
   readonly address = 'fake-pci:0';
   readonly memory = new TestMemory();
+  readonly behindIommu = false;
   readonly iovaRanges = [{ start: 0, last: 2 ** 48 - 1 }];
   readonly interruptVectors = 3;
   gone = false;

@@ -31,6 +31,7 @@ function interruptible(vectors: number) {
     config: region,
     bar: () => region,
     iovaRanges: [],
+    behindIommu: false,
     allocateDma: nothing,
     freeDma: nothing,
     interruptVectors: vectors,
