@@ -5,10 +5,9 @@
  * keep-alives. What claims to be IPsec has to be whole: fragments are dropped (RFC 4303, 3.4.1; reassemble first), and
  * so is what has no SA. An SA with UDP encapsulation takes encapsulated packets only, one without takes none of them.
  */
-import { Ah, Esp, Ethernet, IpProtocol, Ipv4, Ipv6, Udp } from '../packet/fields.ts';
+import { Ah, Esp, IpProtocol, Ipv4, Ipv6, Udp } from '../packet/fields.ts';
 import { NO_PACKET } from '../packet/pool.ts';
 import { align, type DataPath } from './burst.ts';
-import { classifySimple } from './esp-inbound-simple.ts';
 import { MIXED } from './esp-outbound-simple.ts';
 import { Chain, walkIpv6 } from './extension-headers.ts';
 import { RECORD_SHIFT, SaKind, SaWord } from './sa-table.ts';
@@ -30,7 +29,7 @@ const Swapped = {
 } as const;
 
 /**
- * Looks at packets 0 to `n - 1` of the burst, which begins at `packets[base]`. Fills the burst (record, order, ip, header, udp,
+ * Looks at packets `start` to `n - 1` of the burst, which begins at `packets[base]`. Fills the burst (record, order, ip, header, udp,
  * nextHeaderAt, end) for those with an SA and `verdicts` for the others. `path.alive` is how many have one, `path.group`
  * the group of all of them, or `MIXED`.
  */
@@ -40,6 +39,7 @@ export function classify(
   espPorts: Uint8Array,
   packets: Uint32Array,
   base: number,
+  start: number,
   n: number,
   linkHeader: number,
   verdicts: Uint8Array,
@@ -47,14 +47,9 @@ export function classify(
   // hot:
   const { burst } = path;
   const { words } = path.table;
-  const isSimpleLink = linkHeader === 0 || linkHeader === Ethernet.length;
   path.alive = 0;
   path.group = -1;
-  for (let i = 0; i < n; i++) {
-    if (isSimpleLink) {
-      i = classifySimple(path, sad.hash, sad.shift, packets, base, i, n, linkHeader);
-      if (i === n) break;
-    }
+  for (let i = start; i < n; i++) {
     burst.record[i] = 0;
     const verdict = classifyOne(path, sad, espPorts, packets[base + i], i, linkHeader);
     verdicts[base + i] = verdict;
@@ -65,8 +60,8 @@ export function classify(
   }
 }
 
-/** Looks at packet `p`, at position `i` of the burst; `Verdict.ok` when it has an SA. */
-function classifyOne(
+/** Looks at packet `p`, at position `i` of the burst; `Verdict.ok` when it has an SA, whose record is then in the burst. */
+export function classifyOne(
   path: DataPath,
   sad: SaDatabase,
   espPorts: Uint8Array,

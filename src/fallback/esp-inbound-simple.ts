@@ -3,14 +3,13 @@
  * headers outside, no more padding than needed. The steps are those of `classify.ts`, `esp-inbound.ts` and `deliver.ts`,
  * which do everything else.
  *
- * Three loops in which nothing is called and nothing loops, with constants of this module; why, says
+ * Two loops in which nothing is called and nothing loops, with constants of this module; why, says
  * `esp-outbound-simple.ts`. A packet that is not simple ends the loop.
  */
 import * as fields from '../packet/fields.ts';
 import * as pools from '../packet/pool.ts';
 import type { DataPath } from './burst.ts';
 import * as engines from './engines/engine.ts';
-import * as simpleOutbound from './esp-outbound-simple.ts';
 import * as table from './sa-table.ts';
 import * as sad from './sad.ts';
 import * as numbers from './sequence.ts';
@@ -20,9 +19,8 @@ import * as verdictNumbers from './verdict.ts';
 const { Esp, IpProtocol, Ipv4, Ipv6 } = fields;
 const { NO_PACKET, PacketFlag } = pools;
 const { JobStatus } = engines;
-const { RECORD_SHIFT, SaKind, SaWord, Sizes } = table;
+const { RECORD, RECORD_SHIFT, SaKind, SaWord, Sizes } = table;
 const { GOLDEN } = sad;
-const { MIXED } = simpleOutbound;
 const { NO_WINDOW_SPAN, Resync } = numbers;
 const { Verdict } = verdictNumbers;
 const {
@@ -35,18 +33,17 @@ const {
   handle: SA_WORD_HANDLE,
   kind: SA_WORD_KIND,
   mask: SA_WORD_MASK,
-  outer: SA_WORD_OUTER,
   packetsLeft: SA_WORD_PACKETS_LEFT,
   salt: SA_WORD_SALT,
   sequenceHigh: SA_WORD_SEQUENCE_HIGH,
   sequenceLow: SA_WORD_SEQUENCE_LOW,
   sizes: SA_WORD_SIZES,
-  spi: SA_WORD_SPI,
   window: SA_WORD_WINDOW,
   windowBase: SA_WORD_WINDOW_BASE,
   windowMask: SA_WORD_WINDOW_MASK,
 } = SaWord;
 const {
+  esn: SA_KIND_ESN,
   esp: SA_KIND_ESP,
   expired: SA_KIND_EXPIRED,
   inbound: SA_KIND_INBOUND,
@@ -75,19 +72,22 @@ const ETHERTYPE_IPV6 = 0xdd86;
 /** Fragment offset and "more fragments". */
 const FRAGMENT = 0xff3f;
 
-const ESP_IN = SA_KIND_INBOUND | SA_KIND_ESP | SA_KIND_SIMPLE;
-/** Explicit IV of an AEAD. */
-const IV_LENGTH = 8;
+const OURS = SA_KIND_INBOUND | SA_KIND_ESP | SA_KIND_SIMPLE;
+/** ESP header and the explicit IV of an AEAD. */
+const AEAD_HEADER = ESP_LENGTH + 8;
 /** Padding that AEADs need at most. */
 const MOST_PADDING = 3;
+/** Says that a record begins at no negative index and has room behind it, which saves overflow checks. */
+const RECORD_MASK = 0x7fffffff & -RECORD;
 const STALE_FLAGS =
   PACKET_FLAG_NEEDS_CHECKSUM | PACKET_FLAG_CHECKSUM_VALID | PACKET_FLAG_SECURITY_ERROR | PACKET_FLAG_SOFT_EXPIRY;
 
 /**
- * Classifies packets from position `from` on, up to the first that is not ESP in plain IPv4 or IPv6 for an SA that is found
- * at once. Returns where it stopped, `n` at most. `linkHeader` is 0 or 14.
+ * Takes packets from position `from` of the burst on, up to the first that is not simple: finds the SA, checks number and window, and
+ * adds a job. Returns where it stopped, `n` at most. All are of group `path.group`, which the first packet decides when
+ * it is -1. `linkHeader` is 0 or 14.
  */
-export function classifySimple(
+export function openSimple(
   path: DataPath,
   hash: Int32Array,
   shift: number,
@@ -104,44 +104,41 @@ export function classifySimple(
   const lengths = pool.length;
   const next = pool.next;
   const words = path.table.words;
+  const windows = path.table.windows;
   const burst = path.burst;
   const records = burst.record;
-  const order = burst.order;
   const ips = burst.ip;
   const headers = burst.header;
   const ends = burst.end;
-  const udps = burst.udp;
+  const lows = burst.low;
+  const highs = burst.high;
+  const positions = burst.position;
+  const jobs = burst.jobs;
+  const context = jobs.context;
+  const cipherOffset = jobs.cipherOffset;
+  const cipherLength = jobs.cipherLength;
+  const icvOffset = jobs.icvOffset;
+  const iv = jobs.iv;
+  const aad = jobs.aad;
   const mask = (hash.length - 1) | 0;
   const link = linkHeader | 0;
-  let alive = path.alive | 0;
   let group = path.group | 0;
-  let touched =
-    packets[0] |
-    offsets[0] |
-    lengths[0] |
-    next[0] |
-    words[0] |
-    records[0] |
-    order[0] |
-    ips[0] |
-    headers[0] |
-    ends[0] |
-    udps[0] |
-    u16[0] |
-    hash[0];
+  let count = jobs.count | 0;
   let i = from | 0;
   for (; i < n; i++) {
-    const p = packets[base + i] | 0;
+    const p = packets[(base + i) | 0] & 0x7fffffff;
     const at = offsets[p] | 0;
     const available = (lengths[p] - link) | 0;
     if ((at & 1) !== 0 || next[p] !== NO_PACKET || available < IPV4_MIN_LENGTH) break;
     const ip = (at + link) | 0;
     const q = ip >> 1;
-    const first = u16[q] & 0xff;
+
+    // 1. ESP in plain IPv4 or IPv6, whole, with a right header checksum.
+    const first = u16[q];
     let total = 0;
     let header = 0;
     let destination = 0;
-    const isV4 = first === 0x45;
+    const isV4 = (first & 0xff) === 0x45;
     if (isV4) {
       if (link !== 0 && u16[q - 1] !== ETHERTYPE_IPV4) break;
       const length = u16[q + 1];
@@ -149,31 +146,32 @@ export function classifySimple(
       const life = u16[q + 4];
       const to = u16[q + 8] | (u16[q + 9] << 16);
       if (life >> 8 !== IP_PROTOCOL_ESP || (fragment & FRAGMENT) !== 0) break;
-      let sum = (u16[q] + length + u16[q + 2] + fragment + life + u16[q + 5] + u16[q + 6] + u16[q + 7]) | 0;
+      let sum = (first + length + u16[q + 2] + fragment + life + u16[q + 5] + u16[q + 6] + u16[q + 7]) | 0;
       sum = (sum + (to & 0xffff) + (to >>> 16)) | 0;
       sum = ((sum & 0xffff) + (sum >>> 16)) | 0;
       if (sum !== 0xffff) break;
       total = ((length & 0xff) << 8) | (length >> 8);
       header = (ip + IPV4_MIN_LENGTH) | 0;
       destination = to;
-    } else if (first >> 4 === 6 && available >= IPV6_LENGTH) {
+    } else if ((first & 0xf0) === 0x60 && available >= IPV6_LENGTH) {
       if (link !== 0 && u16[q - 1] !== ETHERTYPE_IPV6) break;
       if ((u16[q + 3] & 0xff) !== IP_PROTOCOL_ESP) break;
       const length = u16[q + 2];
       total = (IPV6_LENGTH + (((length & 0xff) << 8) | (length >> 8))) | 0;
       header = (ip + IPV6_LENGTH) | 0;
     } else break;
-    if (total > available || header + ESP_LENGTH > ip + total) break;
+    const end = (ip + total) | 0;
+    if (total > available || header + AEAD_HEADER > end) break;
 
-    // The SA, if the first two pairs of the hash table hold it.
+    // 2. The SA, if the first two pairs of the hash table hold it.
     const h = header >> 1;
     const spi = u16[h] | (u16[h + 1] << 16);
-    let pair = (Math.imul(spi, GOLDEN) >>> shift) << 1;
+    let pair = ((Math.imul(spi, GOLDEN) >>> shift) << 1) & mask;
     if (hash[pair] !== spi) pair = (pair + 2) & mask;
     if (hash[pair] !== spi) break;
-    const slot = hash[pair + 1];
-    const record = slot << RECORD_SHIFT;
-    if (slot === 0 || (words[record + SA_WORD_KIND] & ESP_IN) !== ESP_IN) break;
+    const record = (hash[pair + 1] << RECORD_SHIFT) & RECORD_MASK;
+    const kind = words[record + SA_WORD_KIND];
+    if ((kind & (OURS | SA_KIND_EXPIRED)) !== OURS) break;
     const bits = words[record + SA_WORD_DESTINATION_BITS];
     if (isV4) {
       const differing = destination ^ words[record + SA_WORD_DESTINATION];
@@ -191,87 +189,26 @@ export function classifySimple(
         (d3 & words[record + SA_WORD_MASK + 3]);
       if (bits >> 8 !== 6 || differing !== 0) break;
     }
-    records[i] = record;
-    ips[i] = ip;
-    headers[i] = header;
-    udps[i] = 0;
-    ends[i] = ip + total;
-    order[alive] = i;
-    alive = (alive + 1) | 0;
     const own = words[record + SA_WORD_GROUP];
-    touched |= words[record + SA_WORD_OUTER];
-    if (own !== group) group = group === -1 ? own : MIXED;
-  }
-  path.touched = touched;
-  path.alive = alive;
-  path.group = group;
-  return i;
-}
+    if (own !== group) {
+      if (group !== -1) break;
+      group = own;
+    }
 
-/**
- * Builds jobs for the packets from `order[from]` on, up to the first that is not simple: replayed, malformed, of an SA that has
- * expired or may have to be resynchronised. Returns where it stopped, `to` at most.
- */
-export function openSimple(path: DataPath, from: number, to: number, esn: boolean): number {
-  // hot:
-  const u16 = path.pool.u16;
-  const words = path.table.words;
-  const windows = path.table.windows;
-  const burst = path.burst;
-  const order = burst.order;
-  const records = burst.record;
-  const headers = burst.header;
-  const ends = burst.end;
-  const lows = burst.low;
-  const highs = burst.high;
-  const positions = burst.position;
-  const jobs = burst.jobs;
-  const context = jobs.context;
-  const cipherOffset = jobs.cipherOffset;
-  const cipherLength = jobs.cipherLength;
-  const icvOffset = jobs.icvOffset;
-  const iv = jobs.iv;
-  const aad = jobs.aad;
-  let n = jobs.count | 0;
-  let k = from | 0;
-  path.touched =
-    u16[0] |
-    words[0] |
-    windows[0] |
-    order[0] |
-    records[0] |
-    headers[0] |
-    ends[0] |
-    lows[0] |
-    highs[0] |
-    positions[0] |
-    context[0] |
-    cipherOffset[0] |
-    cipherLength[0] |
-    icvOffset[0] |
-    iv[0] |
-    aad[0];
-  for (; k < to; k++) {
-    const position = order[k];
-    const record = records[position];
-    const kind = words[record + SA_WORD_KIND];
+    // 3. Lengths.
     const sizes = words[record + SA_WORD_SIZES];
-    if ((kind & (SA_KIND_SIMPLE | SA_KIND_EXPIRED)) !== SA_KIND_SIMPLE) break;
-    const esp = headers[position];
-    const e = esp >> 1;
-
-    // 1. Lengths.
-    const body = (esp + ESP_LENGTH + IV_LENGTH) | 0;
-    const icv = (ends[position] - ((sizes >> SIZES_ICV) & 0xff)) | 0;
+    const body = (header + AEAD_HEADER) | 0;
+    const icv = (end - ((sizes >> SIZES_ICV) & 0xff)) | 0;
     const plain = (icv - body) | 0;
     if (plain < ESP_TRAILER_LENGTH || (plain & (sizes >> SIZES_PAD_MASK) & 0xff) !== 0) break;
 
-    // 2. Sequence number and window: `inferHigh` and `isNew`, written out.
-    const sequence = u16[e + 2] | (u16[e + 3] << 16);
+    // 4. Sequence number and window: `inferHigh` and `isNew`, written out.
+    const sequence = u16[h + 2] | (u16[h + 3] << 16);
     const low = (sequence >>> 24) | ((sequence >>> 8) & 0xff00) | ((sequence & 0xff00) << 8) | (sequence << 24);
     const window = words[record + SA_WORD_WINDOW];
     const topLow = words[record + SA_WORD_SEQUENCE_LOW];
     const topHigh = words[record + SA_WORD_SEQUENCE_HIGH];
+    const esn = (kind & SA_KIND_ESN) !== 0;
     let high = 0;
     if (esn) {
       if (words[record + SA_WORD_FAILURES] >= RESYNC_FAILURES) break;
@@ -291,30 +228,35 @@ export function openSimple(path: DataPath, from: number, to: number, esn: boolea
         if ((windows[block] & (1 << (low & 31))) !== 0) break;
       }
     }
-    lows[position] = low;
-    highs[position] = high;
 
-    // 3. The job.
-    const j = n << 2;
+    // 5. The job.
+    const j = (count & 0xff) << 2;
     iv[j] = words[record + SA_WORD_SALT];
-    iv[j + 1] = u16[e + 4] | (u16[e + 5] << 16);
-    iv[j + 2] = u16[e + 6] | (u16[e + 7] << 16);
-    aad[j] = words[record + SA_WORD_SPI];
+    iv[j + 1] = u16[h + 4] | (u16[h + 5] << 16);
+    iv[j + 2] = u16[h + 6] | (u16[h + 7] << 16);
+    aad[j] = spi;
     if (esn) {
       aad[j + 1] = (high >>> 24) | ((high >>> 8) & 0xff00) | ((high & 0xff00) << 8) | (high << 24);
       aad[j + 2] = sequence;
     } else {
       aad[j + 1] = sequence;
     }
-    context[n] = words[record + SA_WORD_CONTEXT];
-    cipherOffset[n] = body;
-    cipherLength[n] = plain;
-    icvOffset[n] = icv;
-    positions[n] = position;
-    n = (n + 1) | 0;
+    context[count] = words[record + SA_WORD_CONTEXT];
+    cipherOffset[count] = body;
+    cipherLength[count] = plain;
+    icvOffset[count] = icv;
+    positions[count] = i;
+    count = (count + 1) | 0;
+    records[i] = record;
+    ips[i] = ip;
+    headers[i] = header;
+    ends[i] = end;
+    lows[i] = low;
+    highs[i] = high;
   }
-  jobs.count = n;
-  return k;
+  path.group = group;
+  jobs.count = count;
+  return i;
 }
 
 /**
@@ -376,10 +318,10 @@ export function completeSimple(
     verdicts[0];
   for (; j < count; j++) {
     const position = positions[j];
-    const record = records[position];
+    const record = records[position] & RECORD_MASK;
     const kind = words[record + SA_WORD_KIND];
     if (status[j] !== JOB_STATUS_OK || (kind & SA_KIND_SIMPLE) === 0) break;
-    const p = packets[base + position] | 0;
+    const p = packets[(base + position) | 0] & 0x7fffffff;
 
     // 2. The window moves by a block at most, and the number is still new.
     const low = lows[position];
@@ -403,12 +345,12 @@ export function completeSimple(
     const body = cipherOffset[j] | 0;
     const trailer = (body + cipherLength[j] - ESP_TRAILER_LENGTH) | 0;
     const padLength = u8[trailer];
-    const nextHeader = u8[trailer + 1];
+    const nextHeader = u8[(trailer + 1) | 0];
     const payload = (trailer - body - padLength) | 0;
     if (padLength > MOST_PADDING || payload < IPV4_MIN_LENGTH) break;
-    if (padLength > 0 && u8[trailer - padLength] !== 1) break;
-    if (padLength > 1 && u8[trailer - padLength + 1] !== 2) break;
-    if (padLength > 2 && u8[trailer - 1] !== 3) break;
+    if (padLength > 0 && u8[(trailer - padLength) | 0] !== 1) break;
+    if (padLength > 1 && u8[(trailer - padLength + 1) | 0] !== 2) break;
+    if (padLength > 2 && u8[(trailer - 1) | 0] !== 3) break;
 
     // 4. The inner packet.
     const b = body >> 1;
@@ -464,7 +406,7 @@ export function completeSimple(
     handles[p] = words[record + SA_WORD_HANDLE];
     const soft = (kind & SA_KIND_SOFT_EXPIRED) !== 0 ? PACKET_FLAG_SOFT_EXPIRY : 0;
     flags[p] = (flags[p] & ~STALE_FLAGS) | PACKET_FLAG_SECURED | soft;
-    verdicts[base + position] = VERDICT_OK;
+    verdicts[(base + position) | 0] = VERDICT_OK;
   }
   return j;
 }

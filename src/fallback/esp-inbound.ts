@@ -5,16 +5,18 @@
  * inner headers, selector, ECN, TTL. Everything before the ICV is told by a liar, so it only ever leads to a drop;
  * what the window learns, it learns after the ICV.
  *
- * `classify.ts` has found the SA and put the offsets of the headers into the burst.
+ * `classify.ts` finds the SA and puts the offsets of the headers into the burst.
  */
 import { Esp } from '../packet/fields.ts';
 import type { DataPath, Group } from './burst.ts';
+import { classifyOne } from './classify.ts';
 import { complete } from './deliver.ts';
 import { openEsnGap } from './esn-gap.ts';
 import { openSimple } from './esp-inbound-simple.ts';
 import { setAad, setNonce, swapBytes } from './jobs.ts';
 import { isNew } from './replay.ts';
 import { drop, RECORD, SaKind, SaWord, Sizes } from './sa-table.ts';
+import type { SaDatabase } from './sad.ts';
 import { inferHigh, NO_WINDOW_SPAN, Resync, writeNumber } from './sequence.ts';
 import { VERDICTS, Verdict } from './verdict.ts';
 
@@ -34,24 +36,69 @@ export function decapsulate(
 ): void {
   // hot:
   const { burst } = path;
-  const { jobs, order } = burst;
-  const isSimple = group.family === 'aead' && !path.resyncing;
-  jobs.count = 0;
+  burst.jobs.count = 0;
   path.candidate = -1;
   for (let k = from; k < to; k++) {
-    if (isSimple) {
-      k = openSimple(path, k, to, group.esn);
-      if (k === to) break;
-    }
-    const position = order[k];
-    const verdict = openOne(path, group, packets[base + position], position, jobs.count);
+    const position = burst.order[k];
+    const verdict = openOne(path, group, packets[base + position], position);
     verdicts[base + position] = verdict;
-    if (verdict === Verdict.ok) burst.position[jobs.count++] = position;
-    else drop(path.table, burst.record[position], verdict);
   }
-  if (jobs.count === 0) return;
+  decryptJobs(path, group, packets, base, linkHeader, verdicts);
+}
 
-  // Authenticate and decrypt, all at once; then what came out, in the order of arrival.
+/**
+ * The usual burst: ESP of one group, mostly simple. Takes packets from the first on; stops at the first of another group and
+ * returns its position, `n` when there is none. `linkHeader` is 0 or 14.
+ */
+export function decapsulateUniform(
+  path: DataPath,
+  sad: SaDatabase,
+  espPorts: Uint8Array,
+  packets: Uint32Array,
+  base: number,
+  n: number,
+  linkHeader: number,
+  verdicts: Uint8Array,
+): number {
+  // hot:
+  const { burst } = path;
+  const words = path.table.words;
+  burst.jobs.count = 0;
+  path.candidate = -1;
+  path.group = -1;
+  let i = 0;
+  for (; i < n; i++) {
+    i = openSimple(path, sad.hash, sad.shift, packets, base, i, n, linkHeader);
+    if (i === n) break;
+    const p = packets[base + i];
+    const verdict = classifyOne(path, sad, espPorts, p, i, linkHeader);
+    if (verdict === Verdict.ok) {
+      const own = words[burst.record[i] + SaWord.group];
+      const group = path.groups[own];
+      if ((path.group !== -1 && path.group !== own) || group.protocol !== 'esp') break;
+      path.group = own;
+      verdicts[base + i] = openOne(path, group, p, i);
+    } else {
+      burst.record[i] = 0;
+      verdicts[base + i] = verdict;
+    }
+  }
+  if (path.group !== -1) decryptJobs(path, path.groups[path.group], packets, base, linkHeader, verdicts);
+  return i;
+}
+
+/** Authenticates and decrypts all jobs at once; then what came out, in the order of arrival. */
+function decryptJobs(
+  path: DataPath,
+  group: Group,
+  packets: Uint32Array,
+  base: number,
+  linkHeader: number,
+  verdicts: Uint8Array,
+): void {
+  // hot:
+  const { jobs } = path.burst;
+  if (jobs.count === 0) return;
   jobs.aadLength = group.aadLength;
   group.engine.decrypt(group.transform, jobs);
   complete(path, group, packets, base, linkHeader, verdicts);
@@ -61,8 +108,18 @@ export function decapsulate(
   }
 }
 
+/** Adds a job for packet `p` if nothing speaks against it; returns the verdict so far. */
+function openOne(path: DataPath, group: Group, p: number, position: number): number {
+  // hot:
+  const { burst } = path;
+  const verdict = buildJob(path, group, p, position, burst.jobs.count);
+  if (verdict === Verdict.ok) burst.position[burst.jobs.count++] = position;
+  else drop(path.table, burst.record[position], verdict);
+  return verdict;
+}
+
 /** Checks what can be checked before the ICV and builds job `n`; returns the verdict. */
-function openOne(path: DataPath, group: Group, p: number, position: number, n: number): number {
+function buildJob(path: DataPath, group: Group, p: number, position: number, n: number): number {
   // hot:
   const { pool, burst } = path;
   const { u8, u16, stride } = pool;
@@ -167,14 +224,14 @@ function resynchronize(
   const esp = burst.header[position];
   const size = burst.end[position] - esp + 4;
   const inferred = burst.high[position];
-  const k = burst.order.indexOf(position);
   const icvDrops = (record / RECORD) * VERDICTS + Verdict.icv;
   const counted = table.dropped[icvDrops];
   path.resyncing = true;
   for (let step = 1; step <= Resync.candidates; step++) {
     pool.u8.set(path.copy.subarray(0, size), esp - 4);
     path.forcedHigh = (inferred + step) | 0;
-    decapsulate(path, group, packets, base, k, k + 1, linkHeader, verdicts);
+    burst.order[0] = position;
+    decapsulate(path, group, packets, base, 0, 1, linkHeader, verdicts);
     if (verdicts[base + position] !== Verdict.icv) break;
   }
   path.resyncing = false;

@@ -18,7 +18,7 @@ import * as verdictNumbers from './verdict.ts';
 // Bound in this module, see above.
 const { Esp, IpProtocol, Ipv4, Ipv6 } = fields;
 const { NO_PACKET, PacketFlag } = pools;
-const { RECORD_SHIFT, SaKind, SaWord, Sizes } = table;
+const { RECORD, RECORD_SHIFT, SaKind, SaWord, Sizes } = table;
 const { Verdict } = verdictNumbers;
 const {
   bytesLeft: SA_WORD_BYTES_LEFT,
@@ -68,6 +68,8 @@ const DONT_FRAGMENT = 0x0040;
 const AEAD_HEADER = ESP_LENGTH + 8;
 
 const COPIES = SA_KIND_COPY_DSCP | SA_KIND_ECN | SA_KIND_COPY_DF;
+/** Says that a record begins at no negative index and has room behind it, which saves overflow checks. */
+const RECORD_MASK = 0x7fffffff & -RECORD;
 const STALE_FLAGS =
   PACKET_FLAG_NEEDS_CHECKSUM | PACKET_FLAG_CHECKSUM_VALID | PACKET_FLAG_SECURED | PACKET_FLAG_SECURITY_ERROR;
 
@@ -104,9 +106,9 @@ export function lookUp(
     packets[0] | offsets[0] | handles[0] | next[0] | words[0] | records[0] | order[0] | verdicts[0] | slotOf[0];
   let i = from | 0;
   for (; i < n; i++) {
-    const p = packets[base + i] | 0;
+    const p = packets[(base + i) | 0] & 0x7fffffff;
     const handle = handles[p] | 0;
-    const record = handle > 0 && handle < handleEnd ? slotOf[handle] << RECORD_SHIFT : 0;
+    const record = handle > 0 && handle < handleEnd ? (slotOf[handle] << RECORD_SHIFT) & RECORD_MASK : 0;
     let verdict: number = VERDICT_OK;
     if ((words[record + SA_WORD_KIND] & SA_KIND_OUTBOUND) === 0) {
       verdict = handle === 0 ? VERDICT_NOT_IPSEC : VERDICT_NO_SA;
@@ -115,7 +117,7 @@ export function lookUp(
     }
     if (verdict !== VERDICT_OK) {
       records[i] = 0;
-      verdicts[base + i] = verdict;
+      verdicts[(base + i) | 0] = verdict;
       continue;
     }
     if ((offsets[p] & 1) !== 0) break;
@@ -195,8 +197,8 @@ export function encapsulateSimple(
 
   for (; k < to; k++) {
     const position = order[k];
-    const p = packets[base + position] | 0;
-    const record = records[position];
+    const p = packets[(base + position) | 0] & 0x7fffffff;
+    const record = records[position] & RECORD_MASK;
     const kind = words[record + SA_WORD_KIND];
     if ((kind & SA_KIND_SIMPLE) === 0) break;
     const at = offsets[p] | 0;
@@ -248,11 +250,11 @@ export function encapsulateSimple(
 
     // 5. Trailer.
     const trailer = (icv - ESP_TRAILER_LENGTH) | 0;
-    if (padLength > 0) u8[trailer - padLength] = 1;
-    if (padLength > 1) u8[trailer - padLength + 1] = 2;
-    if (padLength > 2) u8[trailer - 1] = 3;
+    if (padLength > 0) u8[(trailer - padLength) | 0] = 1;
+    if (padLength > 1) u8[(trailer - padLength + 1) | 0] = 2;
+    if (padLength > 2) u8[(trailer - 1) | 0] = 3;
     u8[trailer] = padLength;
-    u8[trailer + 1] = nextHeader;
+    u8[(trailer + 1) | 0] = nextHeader;
 
     // 6. Link and outer headers.
     let tos = words[record + SA_WORD_TOS];
@@ -375,7 +377,7 @@ export function encapsulateSimple(
     }
 
     // 9. The job.
-    const j = n << 2;
+    const j = (n & 0xff) << 2;
     iv[j] = words[record + SA_WORD_SALT];
     iv[j + 1] = ivFirst;
     iv[j + 2] = ivSecond;
@@ -395,7 +397,7 @@ export function encapsulateSimple(
     offsets[p] = start;
     lengths[p] = end - start;
     flags[p] &= ~STALE_FLAGS;
-    verdicts[base + position] = VERDICT_OK;
+    verdicts[(base + position) | 0] = VERDICT_OK;
   }
   path.identification = identification;
   jobs.count = n;

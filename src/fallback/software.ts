@@ -18,7 +18,7 @@
 import { createHmac, randomBytes } from 'node:crypto';
 import { IpsecError } from '../errors.ts';
 import type { SecurityAssociation } from '../ipsec/sa.ts';
-import { UdpEsp } from '../packet/fields.ts';
+import { Ethernet, UdpEsp } from '../packet/fields.ts';
 import type { PacketPool } from '../packet/pool.ts';
 import { authenticate, verify } from './ah.ts';
 import { align, DataPath, type Group } from './burst.ts';
@@ -26,7 +26,7 @@ import { classify } from './classify.ts';
 import { type EngineOption, EngineSource } from './engine-source.ts';
 import { type CryptoEngine, type EngineName, MAX_BURST, type Transform } from './engines/engine.ts';
 import { keysOf, transformOf } from './engines/transform.ts';
-import { decapsulate } from './esp-inbound.ts';
+import { decapsulate, decapsulateUniform } from './esp-inbound.ts';
 import { encapsulate } from './esp-outbound.ts';
 import { lookUp, MIXED } from './esp-outbound-simple.ts';
 import { type SaEvent, SaLifetime } from './lifetime.ts';
@@ -296,8 +296,13 @@ export class SoftwareIpsec {
     // hot:
     const path = this.#path;
     const { burst } = path;
-    const { words } = path.table;
-    classify(path, this.#sad, this.#espPorts, packets, base, n, linkHeader, verdicts);
+    const isSimpleLink = linkHeader === 0 || linkHeader === Ethernet.length;
+    const start = isSimpleLink
+      ? decapsulateUniform(path, this.#sad, this.#espPorts, packets, base, n, linkHeader, verdicts)
+      : 0;
+    if (start === n) return;
+    classify(path, this.#sad, this.#espPorts, packets, base, start, n, linkHeader, verdicts);
+    const words = path.table.words;
     const runs = path.group === MIXED ? burst.sort(words, path.alive) : burst.single(words, path.alive);
     for (let run = 0; run < runs; run++) {
       const of = path.groups[burst.runGroup[run]];
