@@ -28,6 +28,14 @@ export type {
 export type { MoveOptions } from './ipsec/move.ts';
 export type { Placement, Where } from './ipsec/placement.ts';
 export { OutboundPolicy } from './ipsec/policy.ts';
+export {
+  type PreparedPair,
+  type RekeyOptions,
+  type Retirement,
+  SaPair,
+  type SaPairInput,
+  type SaPairOptions,
+} from './ipsec/rekey.ts';
 // SAs and policies without a NIC.
 export type {
   Aead,

@@ -1,4 +1,5 @@
 /** A manager with a device in memory and the real software side, and packets through both. */
+import { VirtioError } from '../../src/errors.ts';
 import { SoftwareIpsec } from '../../src/fallback/software.ts';
 import { Verdict } from '../../src/fallback/verdict.ts';
 import { InboundRules } from '../../src/ipsec/inbound-rules.ts';
@@ -35,8 +36,17 @@ export interface MoveSetup {
   receive(peer: SecurityAssociation, sequence: bigint): number;
 }
 
+/** All pools lie in the same memory: only the last one that was opened is in use. */
+const packetMemory = mapAnonymous(64 * 2048);
+const endings: (() => void)[] = [];
+
+/** Ends what was opened; belongs into an `afterEach`. */
+export function closeMoves(): void {
+  for (const end of endings.splice(0)) end();
+}
+
 export async function openForMoves(revision: WireRevision = 'virtio-1.4'): Promise<MoveSetup> {
-  const pool = new PacketPool(mapAnonymous(64 * 2048));
+  const pool = new PacketPool(packetMemory);
   const admin = ipsecDevice({ inbound: 8, outbound: 8 }, revision);
   const filter = await FlowFilter.open(admin, IDS);
   const table: MutableSaTable = { resourceId: new Uint32Array(0), handle: new Uint32Array(0) };
@@ -96,8 +106,13 @@ export async function openForMoves(revision: WireRevision = 'virtio-1.4'): Promi
   };
   const send = (handle: number, n: number) => Array.from({ length: n }, () => one(handle));
 
-  const peerSide = new SoftwareIpsec(pool, { engine: 'noble' });
+  let peerSide: SoftwareIpsec | null = null;
+  endings.push(() => {
+    manager.close(new VirtioError('NIC_CLOSED', 'closed'));
+    peerSide?.close();
+  });
   const receive = (peer: SecurityAssociation, sequence: bigint): number => {
+    peerSide ??= new SoftwareIpsec(pool, { engine: 'noble' });
     peerSide.add(1, { ...peer, direction: 'outbound', initial: { sequence } });
     pool.allocate(packets, 1);
     const [p] = packets;

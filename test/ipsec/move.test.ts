@@ -1,5 +1,5 @@
 import fc from 'fast-check';
-import { describe, expect, it } from 'vitest';
+import { afterEach, describe, expect, it } from 'vitest';
 import { VipsecError, VirtioError } from '../../src/errors.ts';
 import { Verdict } from '../../src/fallback/verdict.ts';
 import type { SaHandle } from '../../src/ipsec/ipsec.ts';
@@ -9,8 +9,10 @@ import type { SecurityAssociation } from '../../src/ipsec/sa.ts';
 import { ipsecWire } from '../../src/ipsec/wire/revisions.ts';
 import { AdminStatus } from '../../src/virtio/admin-wire.ts';
 import { refuse } from '../virtio-net/fake-admin.ts';
-import { type MoveSetup, openForMoves } from './move-support.ts';
+import { closeMoves, type MoveSetup, openForMoves } from './move-support.ts';
 import { inbound, key, outbound } from './support.ts';
+
+afterEach(closeMoves);
 
 const code = (name: string) => expect.objectContaining({ code: name });
 const gcm = (first: number) => ({ name: 'aes-gcm', key: key(16, first), salt: key(4), icvLength: 16 }) as const;
@@ -389,7 +391,7 @@ describe('nonces', () => {
               if (!(error instanceof VipsecError)) throw error;
             }
           }
-          setup.manager.close(new VirtioError('NIC_CLOSED', 'closed'));
+          closeMoves();
         }),
         { numRuns: 1000 },
       );

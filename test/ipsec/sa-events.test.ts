@@ -1,8 +1,8 @@
-import { describe, expect, it } from 'vitest';
+import { afterEach, describe, expect, it } from 'vitest';
 import { Verdict } from '../../src/fallback/verdict.ts';
 import type { SaHandle, SaNotification } from '../../src/ipsec/ipsec.ts';
 import type { IpsecManager } from '../../src/ipsec/manager.ts';
-import { openForMoves } from './move-support.ts';
+import { closeMoves, openForMoves } from './move-support.ts';
 import { inbound, key, outbound } from './support.ts';
 
 const none = { softPackets: 0n, hardPackets: 0n, softBytes: 0n, hardBytes: 0n };
@@ -27,6 +27,8 @@ function record(sa: SaHandle): string[] {
   sa.on('sequence-overflow', () => told.push('overflow'));
   return told;
 }
+
+afterEach(closeMoves);
 
 describe('the events of SAs', () => {
   it('are the same stream wherever an SA runs, once each', async () => {
