@@ -336,6 +336,13 @@ export function networkHeaderOffset(u8: Uint8Array, at: number): number {
   return inner === EtherType.ipv4 || inner === EtherType.ipv6 ? Ethernet.length + Vlan.length : 0;
 }
 
+/** hot: adds to a header at byte `at` how the packet behind it is to be segmented: `hdrLen` bytes of headers, `gsoSize` of payload. */
+export function writeSegmentation(u8: Uint8Array, at: number, gsoType: number, hdrLen: number, gsoSize: number): void {
+  u8[at + NetHeaderField.gsoType] = gsoType;
+  put16(u8, at + NetHeaderField.hdrLen, hdrLen);
+  put16(u8, at + NetHeaderField.gsoSize, gsoSize);
+}
+
 /** hot: the shortest header at a multiple of 4 of a packet that wants nothing. */
 export function writeBasicHeader(u32: Uint32Array, at: number): void {
   u32[at >> 2] = 0;

@@ -3,24 +3,30 @@
  * headroom right in front of it.
  *
  * A packet with `pool.sa[p]` not 0 asks for IPsec: its header carries SECURITY and the SA's resource. When that SA is
- * not on the device the packet is dropped and counted; it is never sent in the clear. Left out: GSO, packets over several
- * buffers.
+ * not on the device the packet is dropped and counted; it is never sent in the clear. A packet with `PacketFlag.segmented`
+ * is cut into segments by the device (HOST_TSO4, HOST_TSO6, HOST_USO). A chain of slots is one buffer of several
+ * descriptors; its header stands in the first slot, and all headers of the packet must be there. Left out: UFO and UDP tunnels.
  */
 import type { VirtioError } from '../errors.ts';
+import { Ethernet, Tcp, Udp, Vlan } from '../packet/fields.ts';
 import { NO_PACKET, PacketFlag, type PacketPool } from '../packet/pool.ts';
 import { ResourceType } from '../virtio/admin-wire.ts';
 import type { QueueNotifier } from '../virtio/transport.ts';
 import type { Virtqueue } from '../virtqueue/virtqueue.ts';
 import {
+  GsoType,
   type HeaderMemory,
   headerMemory,
+  isAmong,
   NET_HEADER_MAX,
   NET_HEADER_MIN,
   NetHeaderFlag,
   type NetHeaderLayout,
+  networkHeaderOffset,
   writeBasicHeader,
   writePlainHeader,
   writeSecurityHeader,
+  writeSegmentation,
   writeTransmitHeader,
 } from './header.ts';
 import { NOT_INLINE, type SaTable } from './sa-table.ts';
@@ -34,7 +40,9 @@ export interface TxQueueOptions {
   readonly sas: SaTable;
   /** True when CSUM was negotiated. */
   readonly checksum?: boolean;
-  /** Bytes of the longest packet, link header included: with MTU negotiated, the MTU + 14. Default: what a slot holds. */
+  /** Bit t is set when packets of `GsoType` t may be sent: see `sentGsoTypes`. Default none. */
+  readonly gsoTypes?: number;
+  /** Bytes of the longest packet that is not to be segmented, link header included: with MTU negotiated, the MTU + 14. Default: what a slot holds. */
   readonly maxLength?: number;
 }
 
@@ -44,11 +52,18 @@ export const TxCounter = {
   bytes: 1,
   /** Dropped: the SA that was asked for is not on the device. */
   droppedSa: 2,
-  /** Dropped: empty, too long, outside its slot or without headroom, a chain, or a checksum that the device cannot fill. */
+  /** Dropped: empty, too long, outside its slots or without headroom, or a checksum or segments that the device cannot make. */
   droppedInvalid: 3,
   /** `burst` took fewer packets than it was given. */
   ringFull: 4,
 } as const;
+
+/** Most slots of a chain: 64 KiB in slots of 2 KiB, and some. */
+export const MAX_CHAIN = 40;
+/** Longest packet that is to be segmented: the longest IP packet, an Ethernet header and two VLAN tags. */
+const MAX_SEGMENTED = 0xffff + Ethernet.length + 2 * Vlan.length;
+/** What `#prepare` found: one buffer of one descriptor, or a chain; else the counter of why the packet is dropped. */
+const Prepared = { single: 0, chain: -1 } as const;
 
 /** `burst` reclaims once this many are out: packets that come back soon are still in the cache. */
 const RECLAIM_AT = 64;
@@ -62,10 +77,18 @@ export class TxQueue {
   readonly #layout: NetHeaderLayout;
   readonly #sas: SaTable;
   readonly #checksum: boolean;
+  readonly #gsoTypes: number;
   readonly #maxLength: number;
+  readonly #maxChain: number;
   readonly #memory: HeaderMemory;
   readonly #returned: Uint32Array;
   readonly #written: Uint32Array;
+  /** The chain that was prepared last: IOVA low, high and length of each piece. */
+  readonly #pieces = new Uint32Array(3 * MAX_CHAIN);
+  #pieceCount = 0;
+  #chainBytes = 0;
+  /** Set with the first chain: what comes back from then on may be one. */
+  #hasChains = false;
 
   constructor(options: TxQueueOptions) {
     const { pool, queue, layout } = options;
@@ -75,7 +98,9 @@ export class TxQueue {
     this.#layout = layout;
     this.#sas = options.sas;
     this.#checksum = options.checksum ?? false;
-    this.#maxLength = Math.min(options.maxLength ?? pool.stride, pool.stride);
+    this.#gsoTypes = options.gsoTypes ?? 0;
+    this.#maxLength = options.maxLength ?? pool.stride;
+    this.#maxChain = Math.min(MAX_CHAIN, queue.size);
     this.#memory = headerMemory(pool.memory);
     this.#returned = new Uint32Array(queue.size);
     this.#written = new Uint32Array(queue.size);
@@ -101,7 +126,7 @@ export class TxQueue {
     const queue = this.#queue;
     const { free } = queue;
     if (free < n || queue.size - free >= RECLAIM_AT) this.reclaim();
-    const count = Math.min(n, queue.free);
+    let count = Math.min(n, queue.free);
     if (count < n) this.counters[TxCounter.ringFull]++;
     if (count <= 0 || queue.broken !== null) return 0;
     const { pool } = this;
@@ -118,9 +143,10 @@ export class TxQueue {
     // The layouts that whole words are written of, and what their places are multiples of.
     const slow = basic || headerLength === NET_HEADER_MAX ? 0 : 1;
     const misaligned = basic ? 3 : 7;
+    const outer = layout.outerNhOffset >= 0;
     const maxLength = this.#maxLength | 0;
     const security = layout.security | 0;
-    const needsChecksum = PacketFlag.needsChecksum | 0;
+    const offloads = PacketFlag.needsChecksum | PacketFlag.segmented | 0;
     const noPacket = NO_PACKET | 0;
     const notInline = NOT_INLINE | 0;
     const type = ResourceType.NET_IPSEC_OUTB_SA | 0;
@@ -165,11 +191,11 @@ export class TxQueue {
           (end - before3 - size3) |
           (size3 - 1) |
           (maxLength - size3);
-        // Not 0 as soon as one of them is a chain, wants a checksum, or has its header in an unusual place.
+        // Not 0 as soon as one of them is a chain, wants something computed, or has its header in an unusual place.
         const unusual =
           slow |
           ((at0 | at1 | at2 | at3) & misaligned) |
-          ((flags[p0] | flags[p1] | flags[p2] | flags[p3]) & needsChecksum) |
+          ((flags[p0] | flags[p1] | flags[p2] | flags[p3]) & offloads) |
           ((next[p0] & next[p1] & next[p2] & next[p3]) ^ noPacket);
         const handle0 = sa[p0] | 0;
         const handle1 = sa[p1] | 0;
@@ -187,6 +213,7 @@ export class TxQueue {
               writePlainHeader(f64, at1);
               writePlainHeader(f64, at2);
               writePlainHeader(f64, at3);
+              if (outer) this.#markNetworkHeaders(p0, p1, p2, p3);
             }
             bytes += size0 + size1 + size2 + size3;
             i += 4;
@@ -202,6 +229,7 @@ export class TxQueue {
             writeSecurityHeader(u32, f64, at1, security, id1, type);
             writeSecurityHeader(u32, f64, at2, security, id2, type);
             writeSecurityHeader(u32, f64, at3, security, id3, type);
+            if (outer) this.#markNetworkHeaders(p0, p1, p2, p3);
             bytes += size0 + size1 + size2 + size3;
             i += 4;
             continue;
@@ -209,17 +237,28 @@ export class TxQueue {
         }
       }
       const p = packets[i];
-      const drop = this.#prepare(p);
-      if (drop === 0) {
+      const prepared = this.#prepare(p);
+      if (prepared === Prepared.single) {
         bytes += length[p];
       } else {
-        // What was accepted before it goes to the ring; the dropped packet goes back to the pool.
+        // What was accepted before it goes to the ring first.
         queue.postBurst(packets, from, i, offset, length, false);
         from = i + 1;
-        dropped++;
-        this.counters[drop]++;
-        this.#returned[0] = p;
-        pool.free(this.#returned, 1);
+        if (prepared === Prepared.chain) {
+          if (!this.#postChain(p)) {
+            this.counters[TxCounter.ringFull]++;
+            count = i;
+            from = i;
+            break;
+          }
+          this.#hasChains = true;
+          bytes += this.#chainBytes;
+          count = Math.min(count, from + queue.free);
+        } else {
+          dropped++;
+          this.counters[prepared]++;
+          this.#drop(p);
+        }
       }
       i++;
     }
@@ -231,7 +270,24 @@ export class TxQueue {
     return count;
   }
 
-  /** Checks one packet and writes its header: 0, or the counter of why it is dropped. `burst` does the same for four usual ones. */
+  /** hot: posts the chain that was prepared last, when need be in the place of what the device is done with; false when there is no room. */
+  #postChain(head: number): boolean {
+    const queue = this.#queue;
+    if (queue.postChain(head, this.#pieces, this.#pieceCount, 0)) return true;
+    return this.reclaim() > 0 && queue.postChain(head, this.#pieces, this.#pieceCount, 0);
+  }
+
+  /** Back to the pool with it, and with what follows it: a chain that does not end is cut. */
+  #drop(p: number): void {
+    const { next } = this.pool;
+    let last = p;
+    for (let left = this.#maxChain; next[last] < this.pool.count && left > 0; left--) last = next[last];
+    next[last] = NO_PACKET;
+    this.#returned[0] = p;
+    this.pool.freeChains(this.#returned, 1);
+  }
+
+  /** Checks one packet and writes its header; gives one of `Prepared`, or a counter. `burst` does the same for four usual ones. */
   #prepare(p: number): number {
     const { pool } = this;
     const layout = this.#layout;
@@ -240,7 +296,11 @@ export class TxQueue {
     const slot = pool.slot(p);
     // Also false for a number that is no packet: its offset and length are undefined.
     const inside = at >= slot && at + layout.length + size <= slot + pool.stride;
-    if (!inside || size === 0 || size > this.#maxLength || pool.next[p] !== NO_PACKET) return TxCounter.droppedInvalid;
+    if (!inside || size === 0) return TxCounter.droppedInvalid;
+    const isChain = pool.next[p] !== NO_PACKET;
+    const total = isChain ? this.#describe(p) : size;
+    const isSegmented = (pool.flags[p] & PacketFlag.segmented) !== 0;
+    if (total === 0 || total > (isSegmented ? MAX_SEGMENTED : this.#maxLength)) return TxCounter.droppedInvalid;
 
     let flags = 0;
     let csumStart = 0;
@@ -251,6 +311,8 @@ export class TxQueue {
       if (!this.#checksum || csumStart + csumOffset + 2 > size) return TxCounter.droppedInvalid;
       flags = NetHeaderFlag.NEEDS_CSUM;
     }
+    const headers = isSegmented ? this.#headersOf(p, flags, size) : 0;
+    if (isSegmented && (headers === 0 || headers >= total)) return TxCounter.droppedInvalid;
     let resource = 0;
     let type = 0;
     const handle = pool.sa[p];
@@ -262,7 +324,67 @@ export class TxQueue {
       type = ResourceType.NET_IPSEC_OUTB_SA;
     }
     writeTransmitHeader(this.#memory, at, layout, flags, csumStart, csumOffset, resource, type);
-    return 0;
+    if (isSegmented) writeSegmentation(this.#memory.u8, at, pool.gsoType[p], headers, pool.gsoSize[p]);
+    if (layout.outerNhOffset >= 0) this.#markNetworkHeader(p);
+    return isChain ? Prepared.chain : Prepared.single;
+  }
+
+  /** Lists the pieces of a chain whose first slot is good; returns its length, or 0 when it is none that can be sent. */
+  #describe(head: number): number {
+    const { pool } = this;
+    const pieces = this.#pieces;
+    const header = this.#layout.length;
+    let total = 0;
+    let count = 0;
+    for (let p = head; p !== NO_PACKET; p = pool.next[p]) {
+      if (p >= pool.count || count === this.#maxChain) return 0;
+      const at = pool.offset[p];
+      const size = pool.length[p];
+      const slot = pool.slot(p);
+      if (at < slot || size === 0 || at + size > slot + pool.stride) return 0;
+      const front = count === 0 ? header : 0;
+      pieces[3 * count] = pool.iovaLow + at - front;
+      pieces[3 * count + 1] = pool.iovaHigh;
+      pieces[3 * count + 2] = size + front;
+      total += size;
+      count++;
+    }
+    this.#pieceCount = count;
+    this.#chainBytes = total;
+    return total;
+  }
+
+  /**
+   * Bytes of all headers of a packet that is to be segmented: what is repeated in front of each segment (GUEST_HDRLEN asks for
+   * exactly this). 0 when they do not lie in the first `size` bytes, or the device cannot segment it.
+   */
+  #headersOf(p: number, flags: number, size: number): number {
+    const { pool } = this;
+    const type = pool.gsoType[p];
+    if (flags === 0 || pool.gsoSize[p] === 0 || !isAmong(type, this.#gsoTypes)) return 0;
+    const start = pool.checksumStart[p];
+    const isUdp = (type & ~GsoType.ECN) === GsoType.UDP_L4;
+    if (start + (isUdp ? Udp.length : Tcp.minLength) > size) return 0;
+    const transport = isUdp ? Udp.length : (pool.u8[pool.offset[p] + start + Tcp.dataOffset] >>> 4) * 4;
+    if (!isUdp && transport < Tcp.minLength) return 0;
+    return start + transport <= size ? start + transport : 0;
+  }
+
+  /** hot: says in four headers where the IP header is, which are in their usual places (OUT_NET_HEADER, 5.1.9.2.1). */
+  #markNetworkHeaders(p0: number, p1: number, p2: number, p3: number): void {
+    this.#markNetworkHeader(p0);
+    this.#markNetworkHeader(p1);
+    this.#markNetworkHeader(p2);
+    this.#markNetworkHeader(p3);
+  }
+
+  /** hot: no more than a byte of the offset is needed, and the header is zero there. A frame too short for an IP header has none. */
+  #markNetworkHeader(p: number): void {
+    const { pool } = this;
+    const layout = this.#layout;
+    const at = pool.offset[p];
+    const offset = networkHeaderOffset(pool.u8, at);
+    if (offset < pool.length[p]) pool.u8[at - layout.length + layout.outerNhOffset] = offset;
   }
 
   /** Returns the packets that the device is done with to the pool, and says how many. */
@@ -270,7 +392,9 @@ export class TxQueue {
     // hot:
     const returned = this.#returned;
     const n = this.#queue.take(returned, this.#written, returned.length);
-    if (n !== 0) this.pool.free(returned, n);
+    if (n === 0) return 0;
+    if (this.#hasChains) this.pool.freeChains(returned, n);
+    else this.pool.free(returned, n);
     return n;
   }
 
@@ -285,6 +409,6 @@ export class TxQueue {
 
   /** Returns all packets to the pool, also those that the device had. Only after the device was reset or is gone. */
   close(): void {
-    this.pool.free(this.#returned, this.#queue.reclaimAll(this.#returned));
+    this.pool.freeChains(this.#returned, this.#queue.reclaimAll(this.#returned));
   }
 }

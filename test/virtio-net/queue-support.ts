@@ -1,12 +1,18 @@
 /** A transmit and a receive queue over one pool, with naive devices on the other side. */
 import { PacketPool } from '../../src/packet/pool.ts';
-import { FeatureSet } from '../../src/virtio/features.ts';
+import { Feature, FeatureSet } from '../../src/virtio/features.ts';
 import type { WireRevision } from '../../src/virtio/revision.ts';
-import { decodeNetHeader, NetHeader, netHeaderLayout } from '../../src/virtio-net/header.ts';
-import { RxQueue } from '../../src/virtio-net/rx.ts';
+import {
+  decodeNetHeader,
+  NetHeader,
+  netHeaderLayout,
+  receivedGsoTypes,
+  sentGsoTypes,
+} from '../../src/virtio-net/header.ts';
+import { createRxQueue } from '../../src/virtio-net/rx-merge.ts';
 import { createSaTable } from '../../src/virtio-net/sa-table.ts';
 import { TxQueue } from '../../src/virtio-net/tx.ts';
-import { allocateSplitVirtqueue } from '../../src/virtqueue/split.ts';
+import { allocateVirtqueue } from '../../src/virtqueue/create.ts';
 import { NaiveSplitDevice, setupOf, TestMemory } from '../virtqueue/support.ts';
 
 export interface Options {
@@ -16,6 +22,10 @@ export interface Options {
   packets?: number;
   checksum?: boolean;
   maxLength?: number;
+  /** Bytes of a slot. */
+  stride?: number;
+  /** Entries of indirect tables of the transmit queue. */
+  indirectEntries?: number;
   /** Size of the table of inbound SAs. */
   inbound?: number;
 }
@@ -24,18 +34,22 @@ export interface Sent {
   readonly head: number;
   readonly header: NetHeader;
   readonly bytes: Uint8Array;
+  /** Lengths of the descriptors' pieces. */
+  readonly pieces: readonly number[];
 }
 
 export function queues(options: Options = {}) {
   const { features = [70, 69], revision = 'virtio-1.4', size = 16, packets = 64, checksum = false } = options;
+  const { stride = 2048, indirectEntries = 0 } = options;
   const memory = new TestMemory(0x3_2000_0000);
-  const pool = new PacketPool(memory.allocateDma(packets * 2048));
-  const layout = netHeaderLayout(FeatureSet.of(...features), revision);
+  const pool = new PacketPool(memory.allocateDma(packets * stride), { stride });
+  const negotiated = FeatureSet.of(...features);
+  const layout = netHeaderLayout(negotiated, revision);
   const sas = createSaTable(100, options.inbound ?? 50);
   const { iovaLow, iovaHigh } = pool;
   const common = { size, iovaLow, iovaHigh, headroom: layout.length };
-  const txRing = allocateSplitVirtqueue(memory, { index: 1, ...common });
-  const rxRing = allocateSplitVirtqueue(memory, { index: 0, ...common });
+  const txRing = allocateVirtqueue('split', memory, { index: 1, ...common, indirectEntries });
+  const rxRing = allocateVirtqueue('split', memory, { index: 0, ...common });
   const notified = { tx: 0, rx: 0 };
   const count = (which: 'tx' | 'rx') => ({ notify: () => void notified[which]++ });
   const { maxLength } = options;
@@ -46,9 +60,19 @@ export function queues(options: Options = {}) {
     layout,
     sas,
     checksum,
+    gsoTypes: sentGsoTypes(negotiated),
     ...(maxLength !== undefined && { maxLength }),
   });
-  const rx = new RxQueue({ queue: rxRing, notifier: count('rx'), pool, layout, sas, guestChecksum: checksum });
+  const rx = createRxQueue({
+    queue: rxRing,
+    notifier: count('rx'),
+    pool,
+    layout,
+    sas,
+    guestChecksum: checksum,
+    gsoTypes: receivedGsoTypes(negotiated),
+    mergeable: negotiated.has(Feature.MRG_RXBUF),
+  });
   const txDevice = new NaiveSplitDevice(memory, setupOf(txRing));
   const rxDevice = new NaiveSplitDevice(memory, setupOf(rxRing));
 
@@ -69,11 +93,12 @@ export function queues(options: Options = {}) {
   const sent = (keep = false): Sent[] => {
     const list: Sent[] = [];
     for (let chain = txDevice.fetch(); chain !== undefined; chain = txDevice.fetch()) {
-      if (chain.pieces.length !== 1 || chain.pieces[0].writable) throw new Error('a packet is one readable piece');
-      const bytes = memory.bytes(chain.pieces[0].iova, chain.pieces[0].length).slice();
+      if (chain.pieces.some(({ writable }) => writable)) throw new Error('a packet is readable');
+      const pieces = chain.pieces.map(({ length }) => length);
+      const bytes = Uint8Array.from(chain.pieces.flatMap(({ iova, length }) => [...memory.bytes(iova, length)]));
       const header = new NetHeader();
       if (!decodeNetHeader(layout, bytes, 0, bytes.length, header)) throw new Error('no header');
-      list.push({ head: chain.head, header, bytes: bytes.subarray(layout.length) });
+      list.push({ head: chain.head, header, bytes: bytes.subarray(layout.length), pieces });
       if (!keep) txDevice.complete(chain.head, 0);
     }
     return list;

@@ -102,7 +102,8 @@ describe('a transmit queue', () => {
     { name: 'is in another slot', spoil: (q, p) => (q.pool.offset[p] += 2048) },
     { name: 'has a length of 4 GiB', spoil: (q, p) => (q.pool.length[p] = 0xffffffff) },
     { name: 'has an offset of 4 GiB', spoil: (q, p) => (q.pool.offset[p] = 0xfffffff0) },
-    { name: 'is a chain', spoil: (q, p) => (q.pool.next[p] = 5) },
+    { name: 'is a chain that leads out of the pool', spoil: (q, p) => (q.pool.next[p] = 64) },
+    { name: 'wants segments that were not negotiated', spoil: (q, p) => (q.pool.flags[p] = PacketFlag.segmented) },
     {
       name: 'wants a checksum that the device cannot fill',
       spoil: (q, p) => (q.pool.flags[p] = PacketFlag.needsChecksum),
