@@ -32,14 +32,13 @@ export interface IovaRange {
   readonly last: number;
 }
 
-export interface PciFunction {
-  /** The device address as the user wrote it: `0000:01:00.0`, `vfio-user:/path`. */
+/**
+ * What a driver needs of a device besides its registers, however it is reached: memory that both can use, interrupts, a
+ * way to know that it is gone. A PCI function has more; a vhost-user port (`virtio/vhost-user.ts`) has just this.
+ */
+export interface DeviceFunction {
+  /** The device address as the user wrote it: `0000:01:00.0`, `vfio-user:/path`, `vhost-user:/path`. */
   readonly address: string;
-  /** PCI configuration space; may be 256 or 4096 bytes. */
-  readonly config: Region;
-  /** BAR `index` (0 to 5). An absent BAR has size 0. */
-  bar(index: number): Region;
-  readonly iovaRanges: readonly IovaRange[];
   /** Whether the platform translates the addresses that the function uses, so that they are not those of physical memory. */
   readonly behindIommu: boolean;
   /** Allocates zeroed memory and maps it for DMA, both ways. `size` is rounded up to pages. */
@@ -48,12 +47,10 @@ export interface PciFunction {
    * Unmaps and frees memory of `allocateDma`. Views of it that are left read zeros, never foreign memory.
    */
   freeDma(memory: DmaMemory): void;
-  /** Number of MSI-X vectors; 0 without MSI-X. */
+  /** Number of MSI-X vectors, or what stands for them; 0 without. */
   readonly interruptVectors: number;
-  /** Routes vector i to eventfd `eventfds[i]` for all i at once; an empty list disables MSI-X. */
+  /** Routes vector i to eventfd `eventfds[i]` for all i at once; an empty list disables interrupts. */
   setInterrupts(eventfds: readonly number[]): void;
-  /** Function-level reset. */
-  reset(): void;
   /** True once the device process died, the socket broke or the function was unplugged. */
   readonly gone: boolean;
   /**
@@ -65,11 +62,21 @@ export interface PciFunction {
   close(): void;
 }
 
+export interface PciFunction extends DeviceFunction {
+  /** PCI configuration space; may be 256 or 4096 bytes. */
+  readonly config: Region;
+  /** BAR `index` (0 to 5). An absent BAR has size 0. */
+  bar(index: number): Region;
+  readonly iovaRanges: readonly IovaRange[];
+  /** Function-level reset. */
+  reset(): void;
+}
+
 /**
  * Frees DMA memory of a function that may be lost: then there is nobody to withdraw it from, and the loss is known
  * already.
  */
-export function releaseDma(fn: Pick<PciFunction, 'freeDma' | 'gone'>, memory: DmaMemory): void {
+export function releaseDma(fn: Pick<DeviceFunction, 'freeDma' | 'gone'>, memory: DmaMemory): void {
   try {
     fn.freeDma(memory);
   } catch (error) {
