@@ -175,9 +175,10 @@ export class Driver {
     const { at, length } = this.place(frame, options.header);
     const ring = this.ring(options.queue ?? 1);
     const before = this.target.memory.u8.slice(at, at + length);
-    ring.offer(...cut(at, length, options.cuts ?? []));
+    const head = ring.offer(...cut(at, length, options.cuts ?? []));
     this.kick(ring);
     const used = await ring.wait(this.patience);
+    if (used.id !== head) throw new Failed(`queue ${ring.index}: buffer ${used.id} came back instead of ${head}`);
     return { before, after: this.target.memory.u8.slice(at, at + length), length: used.length };
   }
 

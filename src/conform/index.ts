@@ -6,7 +6,10 @@
  */
 import type { Check } from './check.ts';
 import { adminChecks } from './checks/admin.ts';
+import { capabilityChecks } from './checks/capabilities.ts';
+import { objectChecks } from './checks/objects.ts';
 import { pciChecks } from './checks/pci.ts';
+import { resetChecks } from './checks/reset.ts';
 
 export {
   AREAS,
@@ -22,4 +25,10 @@ export {
 export { type ConformanceOptions, type ConformanceReport, runConformance } from './runner.ts';
 
 /** All checks, area by area. */
-export const CHECKS: readonly Check[] = [...pciChecks, ...adminChecks];
+export const CHECKS: readonly Check[] = [
+  ...pciChecks,
+  ...resetChecks,
+  ...adminChecks,
+  ...capabilityChecks,
+  ...objectChecks,
+];

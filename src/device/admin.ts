@@ -89,16 +89,22 @@ export class AdminProcessor {
 
   /** Device reset: no capability set, no object, only LIST_QUERY and LIST_USE in use. */
   clear(): void {
+    const { faults } = this.#options;
+    this.commands = 0;
     this.#used = new Set(INITIAL);
-    this.#options.capabilities.clear();
+    if (!faults.has('reset-keeps-capabilities')) this.#options.capabilities.clear();
+    if (!faults.has('reset-keeps-objects')) this.#clearObjects();
+  }
+
+  #clearObjects(): void {
     this.#options.flowFilter.clear();
     this.#options.ipsec.clear();
     this.#flowObjects.clear();
-    this.commands = 0;
   }
 
   close(): void {
     this.clear();
+    this.#clearObjects();
     this.#options.arena.release(this.#scratch, COMMAND_MAX);
   }
 

@@ -3,7 +3,15 @@
  *
  * A rule gets the command and `next`, which executes it, or another, as the device would. It may ask `next` several times.
  */
-import { type AdminCommand, AdminOpcode, AdminQualifier, AdminStatus, encodeIdList } from '../virtio/admin-wire.ts';
+import {
+  type AdminCommand,
+  AdminOpcode,
+  AdminQualifier,
+  AdminStatus,
+  CapabilityCommandField,
+  encodeIdList,
+  ResourceCommandField,
+} from '../virtio/admin-wire.ts';
 import { type CommandResult, failed, OK_RESULT, succeeded } from './command-result.ts';
 import type { FaultName, FaultSet } from './faults.ts';
 
@@ -24,7 +32,7 @@ export interface RuleContext {
   fail(reason: string): void;
 }
 
-const { EINVAL, ENOMEM, EBUSY, EEXIST, OK } = AdminStatus;
+const { EINVAL, ENOMEM, EBUSY, EEXIST, ENXIO, ENOSPC, OK } = AdminStatus;
 const Q = AdminQualifier;
 const O = AdminOpcode;
 const LISTS: readonly number[] = [O.LIST_QUERY, O.LIST_USE];
@@ -42,6 +50,39 @@ function padded(bytes: Uint8Array): Uint8Array {
   const out = new Uint8Array(64);
   out.set(bytes);
   return out;
+}
+
+const INVALID_FIELD = failed(EINVAL, Q.INVALID_FIELD);
+const OBJECTS: readonly number[] = [
+  O.RESOURCE_OBJ_CREATE,
+  O.RESOURCE_OBJ_MODIFY,
+  O.RESOURCE_OBJ_QUERY,
+  O.RESOURCE_OBJ_DESTROY,
+];
+
+/** The result of a command of `opcodes` with another one in place of those of `status`. */
+function replaced(
+  call: AdminCall,
+  next: Execute,
+  opcodes: readonly number[],
+  status: number,
+  instead: CommandResult,
+): CommandResult {
+  const result = next(call);
+  return opcodes.includes(call.opcode) && result.status === status ? instead : result;
+}
+
+/** Whether a DRIVER_CAP_SET sets what the device offers. */
+function isSame(call: AdminCall, next: Execute): boolean {
+  if (call.opcode !== O.DRIVER_CAP_SET) return false;
+  const offered = next({ ...call, opcode: O.DEVICE_CAP_GET }).result;
+  const { data } = CapabilityCommandField;
+  return offered?.every((byte, i) => byte === call.data[data + i]) ?? false;
+}
+
+/** Type and id of the object that a command is about, as text. */
+function objectName({ data }: AdminCall): string {
+  return Buffer.from(data.subarray(ResourceCommandField.type, ResourceCommandField.flags)).toString('hex');
 }
 
 /** Makes the rule of each fault, with a state of its own. */
@@ -138,6 +179,85 @@ const RULES: Partial<Record<FaultName, (context: RuleContext) => Rule>> = {
       const result = late === null ? next(call) : OK_RESULT;
       if (before !== null) next(before);
       return result;
+    };
+  },
+  'cap-get-missing': () => (call, next) => {
+    const result = next(call);
+    if (call.opcode === O.LIST_QUERY && result.result !== undefined) result.result[1] &= ~1;
+    return result;
+  },
+  'cap-list-short': () => (call, next) => {
+    const result = next(call);
+    // Capabilities 0x801 and 0x804.
+    if (call.opcode === O.CAP_ID_LIST_QUERY && result.result !== undefined) result.result[0x100] &= ~0x12;
+    return result;
+  },
+  'cap-same-refused': () => (call, next) => (isSame(call, next) ? failed(EINVAL, Q.INVALID_FIELD) : next(call)),
+  'cap-smaller-refused': () => (call, next) =>
+    call.opcode === O.DRIVER_CAP_SET && !isSame(call, next) ? failed(EINVAL, Q.INVALID_FIELD) : next(call),
+  'cap-busy-unchecked': () => (call, next) => replaced(call, next, [O.DRIVER_CAP_SET], EBUSY, OK_RESULT),
+  'cap-unknown-as-einval': () => (call, next) =>
+    replaced(call, next, [O.DEVICE_CAP_GET, O.DRIVER_CAP_SET], ENXIO, INVALID_FIELD),
+  'cap-unset-allowed': () => (call, next) => replaced(call, next, [O.RESOURCE_OBJ_CREATE], EINVAL, OK_RESULT),
+  'obj-disabled-as-enomem': () => (call, next) => replaced(call, next, OBJECTS, EINVAL, failed(ENOMEM, Q.NORESOURCE)),
+  'obj-exists-as-einval': () => (call, next) => replaced(call, next, OBJECTS, EEXIST, INVALID_FIELD),
+  'obj-missing-as-einval': () => (call, next) => replaced(call, next, OBJECTS, ENXIO, INVALID_FIELD),
+  'obj-full-as-einval': () => (call, next) => replaced(call, next, OBJECTS, ENOSPC, INVALID_FIELD),
+  'obj-busy-unchecked': () => (call, next) => replaced(call, next, OBJECTS, EBUSY, OK_RESULT),
+  'obj-invalid-accepted': () => (call, next) => replaced(call, next, [O.RESOURCE_OBJ_CREATE], EINVAL, OK_RESULT),
+  'obj-modify-refused': () => (call, next) =>
+    call.opcode === O.RESOURCE_OBJ_MODIFY ? failed(ENOMEM, Q.NORESOURCE) : next(call),
+  'obj-flags-refused': () => (call, next) =>
+    call.opcode === O.RESOURCE_OBJ_CREATE && call.data[ResourceCommandField.flags] !== 0 ? INVALID_FIELD : next(call),
+  'obj-id-once': () => {
+    const destroyed = new Set<string>();
+    return (call, next) => {
+      if (call.opcode === O.RESOURCE_OBJ_CREATE && destroyed.has(objectName(call))) return INVALID_FIELD;
+      if (call.opcode === O.RESOURCE_OBJ_DESTROY) destroyed.add(objectName(call));
+      return next(call);
+    };
+  },
+  'obj-ids-in-order': () => {
+    let created = 0;
+    return (call, next) => {
+      if (call.opcode !== O.RESOURCE_OBJ_CREATE) return next(call);
+      return call.data[ResourceCommandField.id] === created++ ? next(call) : INVALID_FIELD;
+    };
+  },
+  'obj-two-only': () => {
+    const objects = new Set<string>();
+    return (call, next) => {
+      if (call.opcode === O.RESOURCE_OBJ_DESTROY) objects.delete(objectName(call));
+      if (call.opcode !== O.RESOURCE_OBJ_CREATE) return next(call);
+      objects.add(objectName(call));
+      return objects.size > 2 ? failed(ENOSPC, Q.NORESOURCE) : next(call);
+    };
+  },
+  'obj-modify-destroys': () => (call, next) => {
+    const result = next(call);
+    if (call.opcode === O.RESOURCE_OBJ_MODIFY && result.status !== OK) {
+      next({ ...call, opcode: O.RESOURCE_OBJ_DESTROY });
+    }
+    return result;
+  },
+  'obj-query-zeros': () => (call, next) => {
+    const result = next(call);
+    if (call.opcode === O.RESOURCE_OBJ_QUERY && result.result !== undefined) {
+      return succeeded(new Uint8Array(result.result.length));
+    }
+    return result;
+  },
+  'obj-query-stale': () => {
+    const created = new Map<string, Uint8Array>();
+    return (call, next) => {
+      const result = next(call);
+      if (call.opcode === O.RESOURCE_OBJ_CREATE) {
+        created.set(objectName(call), call.data.slice(ResourceCommandField.object, 512));
+      }
+      const first = created.get(objectName(call));
+      return call.opcode === O.RESOURCE_OBJ_QUERY && result.status === OK && first !== undefined
+        ? succeeded(first)
+        : result;
     };
   },
 };

@@ -1,5 +1,5 @@
 /** How the faults of `faults.ts` that concern the common configuration structure are made: rules around its registers. */
-import { DeviceStatus, CommonCfgField as F } from '../virtio/pci-layout.ts';
+import { DeviceStatus, CommonCfgField as F, NO_VECTOR } from '../virtio/pci-layout.ts';
 import type { FaultName, FaultSet } from './faults.ts';
 
 /** Access to the registers as they are. */
@@ -8,33 +8,112 @@ export interface Registers {
   write(at: number, width: number, value: number): void;
 }
 
-/** Changes what a register reads as. */
-const READS: Partial<Record<FaultName, (at: number, value: number, registers: Registers) => number>> = {
-  'queue-size-zero': (at, value) => (at === F.queueSize ? 0 : value),
-  'queue-size-odd': (at, value) => (at === F.queueSize && value !== 0 ? 255 : value),
-  'notify-outside-bar': (at, value) => (at === F.queueNotifyOff ? 0xffff : value),
-  'reset-stuck': (at, value) => (at === F.deviceStatus ? value | DeviceStatus.ACKNOWLEDGE : value),
-};
+/** What differs: what a register reads as, and what a write does. */
+interface Rule {
+  read?(at: number, value: number): number;
+  write?(at: number, width: number, value: number): void;
+}
 
-/** Does something else than writing `value` to a register. */
-const WRITES: Partial<Record<FaultName, (at: number, width: number, value: number, registers: Registers) => void>> = {
-  'address-halves': (at, width, value, registers) => {
-    registers.write(at, width, value);
-    if (at === F.queueDesc || at === F.queueDriver || at === F.queueDevice) registers.write(at + 4, 4, 0);
+const VECTORS: readonly number[] = [F.configMsixVector, F.queueMsixVector];
+const AREAS: readonly number[] = [F.queueDesc, F.queueDriver, F.queueDevice];
+
+/** The register `field` reads as `change` says. */
+function reads(field: number | readonly number[], change: (value: number) => number): () => Rule {
+  const fields = [field].flat();
+  return () => ({ read: (at, value) => (fields.includes(at) ? change(value) : value) });
+}
+
+/** Writes to the register `field` become what `change` says; null: nothing. */
+function writes(
+  field: number | readonly number[],
+  change: (value: number) => number | null,
+): (registers: Registers) => Rule {
+  const fields = [field].flat();
+  return (registers) => ({
+    write: (at, width, value) => {
+      const written = fields.includes(at) ? change(value) : value;
+      if (written !== null) registers.write(at, width, written);
+    },
+  });
+}
+
+const { ACKNOWLEDGE, DRIVER, FEATURES_OK } = DeviceStatus;
+
+/** Makes the rule of each fault, with a state of its own. */
+const RULES: Partial<Record<FaultName, (registers: Registers) => Rule>> = {
+  'queue-size-zero': reads(F.queueSize, () => 0),
+  'queue-size-odd': reads(F.queueSize, (value) => (value === 0 ? 0 : 255)),
+  'queue-size-any': reads(F.queueSize, (value) => (value === 0 ? 64 : value)),
+  'notify-outside-bar': reads(F.queueNotifyOff, () => 0xffff),
+  'reset-stuck': reads(F.deviceStatus, (value) => value | ACKNOWLEDGE),
+  'features-ok-always': reads(F.deviceStatus, (value) =>
+    value === (ACKNOWLEDGE | DRIVER) ? value | FEATURES_OK : value,
+  ),
+  'driver-feature-zero': reads(F.driverFeature, () => 0),
+  'queue-enable-one': reads(F.queueEnable, () => 1),
+  'queue-reset-one': reads(F.queueReset, () => 1),
+  'admin-index-zero': reads(F.adminQueueIndex, () => 0),
+  'admin-num-high': reads(F.adminQueueNum, () => 0xffff),
+  'vector-sticks': reads(VECTORS, (value) => (value === NO_VECTOR ? 0 : value)),
+  'vector-zero-only': reads(VECTORS, (value) => (value === 0 ? 0 : NO_VECTOR)),
+  'vector-wrong': reads(VECTORS, (value) => (value === NO_VECTOR ? value : value + 1)),
+  'vector-any': (registers) => {
+    const written = new Map<number, number>();
+    return {
+      read: (at, value) => (VECTORS.includes(at) ? (written.get(at) ?? value) : value),
+      write: (at, width, value) => {
+        written.set(at, value);
+        registers.write(at, width, value);
+      },
+    };
+  },
+  'vector-kept': writes(VECTORS, (value) => (value === NO_VECTOR ? null : value)),
+  'queue-reset-ignored': writes(F.queueReset, () => null),
+  'feature-wraps': writes(F.deviceFeatureSelect, (value) => value & 3),
+  'address-halves': (registers) => ({
+    write: (at, width, value) => {
+      registers.write(at, width, value);
+      if (AREAS.includes(at)) registers.write(at + 4, 4, 0);
+    },
+  }),
+  'reset-keeps-features': (registers) => {
+    let features = 0;
+    return {
+      read: (at, value) => (at === F.driverFeature ? features : value),
+      write: (at, width, value) => {
+        if (at === F.driverFeature) features = Math.max(features, value);
+        registers.write(at, width, value);
+      },
+    };
+  },
+  'features-once': (registers) => {
+    let times = 0;
+    return {
+      write: (at, width, value) => {
+        const again = at === F.deviceStatus && (value & FEATURES_OK) !== 0 && (value & DeviceStatus.DRIVER_OK) === 0;
+        if (again && ++times % 2 === 0) registers.write(at, width, value & ~FEATURES_OK);
+        else registers.write(at, width, value);
+      },
+    };
   },
 };
 
-/** `registers` with the faults. */
+/** `registers` with the rules of `faults` around them. */
 export function withRegisterFaults(registers: Registers, faults: FaultSet): Registers {
   let chain = registers;
   for (const name of faults) {
     const next = chain;
-    const read = READS[name];
-    const write = WRITES[name];
-    if (read === undefined && write === undefined) continue;
+    const rule = RULES[name]?.(next);
+    if (rule === undefined) continue;
     chain = {
-      read: (at, width) => (read === undefined ? next.read(at, width) : read(at, next.read(at, width), next)),
-      write: (at, width, value) => (write === undefined ? next.write(at, width, value) : write(at, width, value, next)),
+      read: (at, width) => {
+        const value = next.read(at, width);
+        return rule.read?.(at, value) ?? value;
+      },
+      write: (at, width, value) => {
+        if (rule.write === undefined) next.write(at, width, value);
+        else rule.write(at, width, value);
+      },
     };
   }
   return chain;

@@ -17,6 +17,7 @@ import {
   type FlowFilterLimits,
   type FlowRule,
   type FlowSelector,
+  hasWholeFields,
   keyLengthOf,
   SELECTOR_LENGTH,
   SelectorType,
@@ -215,28 +216,5 @@ const STACK: readonly (readonly number[])[] = [
 
 function isAllOnes(mask: Uint8Array, at: number, length: number): boolean {
   for (let i = at; i < at + length; i++) if (mask[i] !== 0xff) return false;
-  return true;
-}
-
-/**
- * Bits of each field of a header, in order: without partial masks a field is matched whole or not at all. TCP control
- * bits are single fields.
- */
-const FIELD_BITS: Readonly<Record<number, readonly number[]>> = {
-  [SelectorType.eth]: [48, 48, 16],
-  [SelectorType.ipv4]: [4, 4, 6, 2, 16, 16, 3, 13, 8, 8, 16, 32, 32],
-  [SelectorType.ipv6]: [4, 8, 20, 16, 8, 8, 128, 128],
-  [SelectorType.tcp]: [16, 16, 32, 32, 4, 4, 1, 1, 1, 1, 1, 1, 1, 1, 16, 16, 16],
-  [SelectorType.udp]: [16, 16, 16, 16],
-  [SelectorType.esp]: [32, 32],
-};
-
-function hasWholeFields(selector: FlowSelector): boolean {
-  let bit = 0;
-  for (const width of FIELD_BITS[selector.type]) {
-    let ones = 0;
-    for (let i = 0; i < width; i++, bit++) ones += (selector.mask[bit >>> 3] >>> (7 - (bit & 7))) & 1;
-    if (ones !== 0 && ones !== width) return false;
-  }
   return true;
 }

@@ -62,10 +62,15 @@ export class VirtioFunction {
   readonly #registers: Registers;
   #model: DeviceModel | null = null;
   #isr = 0;
+  /** Queues that the driver has reset, for a fault. */
+  readonly #wasReset = new Set<number>();
+  /** Faults: queues are worked on whatever device_status says. */
+  readonly #undead: boolean;
 
   constructor(memory: GuestMemory, options: VirtioFunctionOptions) {
     this.memory = memory;
     this.faults = options.faults;
+    this.#undead = this.faults.has('reset-keeps-queues') || this.faults.has('early-start');
     this.#options = options;
     this.#scratchSize = MAX_QUEUE_BYTES;
     this.#scratch = memory.arena.allocate(this.#scratchSize);
@@ -92,7 +97,7 @@ export class VirtioFunction {
           !this.faults.has('features-ok-refused') && this.#device.acceptsFeatures(features),
         driverOk: () => this.#start(),
         queueEnabled: (queue) => this.#enable(queue),
-        queueReset: (queue) => this.#device.detachQueue(queue.index),
+        queueReset: (queue) => this.#resetQueue(queue.index),
       },
     );
     this.#registers = withRegisterFaults(this.common, this.faults);
@@ -111,7 +116,7 @@ export class VirtioFunction {
 
   /** hot: whether queues may be worked on: the driver is ready, and the function may do DMA. */
   get isLive(): boolean {
-    return this.common.isLive && (this.config.bytes[COMMAND_BYTE] & Command.busMaster) !== 0;
+    return (this.common.isLive || this.#undead) && (this.config.bytes[COMMAND_BYTE] & Command.busMaster) !== 0;
   }
 
   /**
@@ -238,17 +243,25 @@ export class VirtioFunction {
       (this.msix.enabled ? MsixControl.enable : 0) | (this.msix.functionMasked ? MsixControl.functionMask : 0);
   }
 
+  #resetQueue(index: number): void {
+    if (this.faults.has('queue-reset-half')) return;
+    this.#wasReset.add(index);
+    this.#device.detachQueue(index);
+  }
+
   #enable(queue: QueueConfig): void {
+    if (this.faults.has('queue-reset-for-good') && this.#wasReset.has(queue.index)) return;
     const features = this.common.features;
     const split: DeviceQueue = new SplitDeviceQueue(this.memory, {
       index: queue.index,
-      size: queue.size,
+      size: this.faults.has('queue-size-sticks') ? queue.maxSize : queue.size,
       addresses: queueAddresses(queue),
       eventIdx: features.has(Feature.EVENT_IDX),
       indirect: features.has(Feature.INDIRECT_DESC),
       scratch: this.#scratch,
     });
     this.#device.attachQueue(this.faults.size === 0 ? split : new FaultyQueue(split, this.faults));
+    if (this.faults.has('early-start')) this.#device.start(features);
     this.#options.wake();
   }
 
@@ -260,8 +273,13 @@ export class VirtioFunction {
 
   #stop(): void {
     this.failure = null;
+    this.#wasReset.clear();
     this.#isr = 0;
     this.config.interruptStatus = false;
+    if (this.faults.has('reset-keeps-queues')) {
+      this.#options.wake();
+      return;
+    }
     for (const queue of this.common.queues) this.#device.detachQueue(queue.index);
     this.#device.stop();
   }

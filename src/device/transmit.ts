@@ -4,7 +4,7 @@
  * A buffer is copied once, header and frame together, into a packet of the pool; everything after that looks at the
  * copy, which the driver cannot change. A frame that asked for SECURITY goes out protected or not at all.
  *
- * Left out: segmentation (GSO types other than NONE are not offered, so they are dropped).
+ * A packet that the driver wants segmented is gathered into a place of its own and cut from there (`segment.ts`).
  */
 import { Verdict } from '../fallback/verdict.ts';
 import { addBytes, finish } from '../packet/checksum.ts';
@@ -20,19 +20,27 @@ import {
   NetHeaderField,
   NetHeaderFlag,
   type NetHeaderLayout,
+  sentGsoTypes,
 } from '../virtio-net/header.ts';
+import type { Arena } from './arena.ts';
 import { NetCounter } from './counters.ts';
 import type { FaultSet } from './faults.ts';
 import { isIpFrame } from './frames.ts';
 import type { DeviceIpsec } from './ipsec.ts';
 import type { Link } from './links/link.ts';
 import { type DeviceQueue, NO_BUFFER } from './queues.ts';
+import { MAX_LARGE_FRAME, MAX_SEGMENTS, Segmenter } from './segment.ts';
 import type { Steering } from './steering.ts';
 
 /** Most frames that one poll takes from a queue. */
 const BURST = 64;
+/** Private bytes for one packet that is to be segmented, its header in front; and for what is read of a short one. */
+const Large = { headroom: 64, size: 0x11000 } as const;
+/** What `#segment` says. */
+const Outcome = { done: 0, dropped: 1, wait: 2 } as const;
 
 export interface TransmitterOptions {
+  readonly arena: Arena;
   readonly pool: PacketPool;
   readonly ipsec: DeviceIpsec | null;
   readonly link: Link;
@@ -51,21 +59,36 @@ export class Transmitter {
   readonly #counters: Float64Array;
   readonly #header = new NetHeader();
   readonly #fresh = new Uint32Array(BURST);
+  /** Frames that are ready to be sent, and how many of them. */
   readonly #out = new Uint32Array(BURST);
+  #ready = 0;
+  /** Whether one of them asked for IPsec. */
+  #secured = false;
+  readonly #segments = new Uint32Array(MAX_SEGMENTS);
+  readonly #segmenter: Segmenter;
+  readonly #large: number;
   readonly #dropped = new Uint32Array(BURST);
   readonly #verdicts = new Uint8Array(BURST);
   #layout: NetHeaderLayout | null = null;
   #checksums = false;
+  #gsoTypes = 0;
 
   constructor(options: TransmitterOptions) {
     this.#options = options;
     this.#pool = options.pool;
     this.#counters = options.counters;
+    this.#large = options.arena.allocate(Large.size);
+    this.#segmenter = new Segmenter(options.pool.u8);
+  }
+
+  close(): void {
+    this.#options.arena.release(this.#large, Large.size);
   }
 
   start(layout: NetHeaderLayout, features: FeatureSet): void {
     this.#layout = layout;
     this.#checksums = features.has(Feature.CSUM);
+    this.#gsoTypes = sentGsoTypes(features);
     this.blocked = false;
   }
 
@@ -91,30 +114,110 @@ export class Transmitter {
     const got = this.#pool.allocate(this.#fresh, want);
     if (got < want) this.blocked = true;
     let taken = 0;
-    let used = 0;
     let drops = 0;
-    let secured = false;
+    this.#ready = 0;
+    this.#secured = false;
+    let left = room;
     for (; taken < got; taken++) {
       const id = queue.take();
       if (id === NO_BUFFER) break;
       const packet = this.#fresh[taken];
-      const accepted = this.#receive(queue, layout, packet);
-      if (queue.broken !== null) break;
-      if (!this.#options.faults.has('tx-never-completes')) queue.complete(id, 0);
-      if (accepted) {
-        this.#out[used++] = packet;
-        secured ||= this.#pool.sa[packet] !== 0;
-        this.#options.steering.sent(this.#pool.u8, this.#pool.offset[packet], this.#pool.length[packet], pair);
+      let kept = false;
+      if (this.#isLarge(queue, layout)) {
+        const count = this.#stage(queue, layout);
+        if (queue.broken !== null) break;
+        if (count > left || count > this.#pool.available) {
+          queue.putBack(1);
+          this.blocked = true;
+          break;
+        }
+        this.#segment(count, pair);
+        left -= count;
       } else {
-        this.#dropped[drops++] = packet;
+        kept = this.#receive(queue, layout, packet);
+        if (queue.broken !== null) break;
+        if (kept) this.#emit(packet, pair);
+        left--;
       }
+      if (!this.#options.faults.has('tx-never-completes')) queue.complete(id, 0);
+      if (!kept) this.#dropped[drops++] = packet;
     }
     for (let i = taken; i < got; i++) this.#fresh[i - taken] = this.#fresh[i];
     this.#pool.free(this.#fresh, got - taken);
     this.#pool.free(this.#dropped, drops);
-    if (secured) used = this.#protect(used);
-    if (used > 0) this.#send(used);
+    this.#flush();
     return taken;
+  }
+
+  /** hot: whether the buffer that was taken last is longer than a frame, and may be segmented. */
+  #isLarge(queue: DeviceQueue, layout: NetHeaderLayout): boolean {
+    return this.#gsoTypes !== 0 && queue.readableBytes - layout.length > this.#options.maxFrame;
+  }
+
+  /**
+   * hot: copies the buffer that was taken last to where large packets are segmented, and checks it; returns how many
+   * segments it makes, 0 when it must be dropped.
+   */
+  #stage(queue: DeviceQueue, layout: NetHeaderLayout): number {
+    const frame = queue.readableBytes - layout.length;
+    if (frame > MAX_LARGE_FRAME) return this.#refuse(NetCounter.txLength);
+    const at = this.#large + Large.headroom;
+    if (queue.gather(0, queue.readableBytes, at - layout.length) < 0) return 0;
+    return this.#plan(layout, at, frame);
+  }
+
+  /** hot: */
+  #refuse(counter: number): 0 {
+    this.#counters[counter]++;
+    return 0;
+  }
+
+  /** hot: how many segments the packet at `at` makes, behind its header; 0 when it must be dropped. */
+  #plan(layout: NetHeaderLayout, at: number, frame: number): number {
+    const header = this.#header;
+    decodeNetHeader(layout, this.#pool.u8, at - layout.length, at, header);
+    const segmenter = this.#segmenter;
+    const count = segmenter.plan(header, this.#gsoTypes, at, frame);
+    if (count === 0) return this.#refuse(NetCounter.txHeader);
+    if (segmenter.headers + Math.min(segmenter.size, frame) > this.#options.maxFrame) {
+      return this.#refuse(NetCounter.txLength);
+    }
+    return count;
+  }
+
+  /** hot: emits the `count` segments of the planned packet, for which the pool has room. */
+  #segment(count: number, pair: number): void {
+    const pool = this.#pool;
+    pool.allocate(this.#segments, count);
+    for (let k = 0; k < count; k++) {
+      const packet = this.#segments[k];
+      pool.length[packet] = this.#segmenter.cut(k, pool.offset[packet]);
+      if (this.#header.flags & NetHeaderFlag.SECURITY && !this.#tag(packet)) {
+        // What is true of this one is true of the others.
+        pool.free(this.#segments.subarray(k), count - k);
+        return;
+      }
+      this.#emit(packet, pair);
+    }
+    this.#counters[NetCounter.txSegmented]++;
+    this.#counters[NetCounter.txSegments] += count;
+  }
+
+  /** hot: puts a frame among those that are ready. */
+  #emit(packet: number, pair: number): void {
+    const { u8, offset, length, sa } = this.#pool;
+    this.#options.steering.sent(u8, offset[packet], length[packet], pair);
+    this.#out[this.#ready++] = packet;
+    this.#secured ||= sa[packet] !== 0;
+    if (this.#ready === BURST) this.#flush();
+  }
+
+  /** hot: protects and sends what is ready. */
+  #flush(): void {
+    const n = this.#secured ? this.#protect(this.#ready) : this.#ready;
+    if (n > 0) this.#send(n);
+    this.#ready = 0;
+    this.#secured = false;
   }
 
   /** hot: copies the buffer that was taken last into `packet` and checks it; false when it must be dropped. */
