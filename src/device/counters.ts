@@ -27,6 +27,9 @@ export const NetCounter = {
   rxNoQueue: 13,
   /** No room in the slot for the header. */
   rxNoRoom: 14,
+  /** Packets that were cut into segments, and the segments. */
+  txSegmented: 15,
+  txSegments: 16,
 } as const;
 
 export type NetCounterName = keyof typeof NetCounter;

@@ -87,7 +87,7 @@ export class NetDevice implements DeviceModel {
       },
       queuePairs,
     );
-    this.#transmitter = new Transmitter({ ...shared, link, maxFrame: options.maxFrame });
+    this.#transmitter = new Transmitter({ ...shared, arena, link, maxFrame: options.maxFrame });
     this.admin =
       wire === null || this.#ipsec === null || this.#flowFilter === null
         ? null
@@ -158,6 +158,7 @@ export class NetDevice implements DeviceModel {
     this.stop();
     this.admin?.close();
     this.#control.close();
+    this.#transmitter.close();
     this.#ipsec?.close();
     this.#options.link.close();
   }

@@ -36,8 +36,8 @@ import type { Steering } from './steering.ts';
 const BURST = 64;
 /** Private bytes for one packet that is to be segmented, its header in front; and for what is read of a short one. */
 const Large = { headroom: 64, size: 0x11000 } as const;
-/** What `#segment` says. */
-const Outcome = { done: 0, dropped: 1, wait: 2 } as const;
+/** What becomes of a buffer, if not a number of segments. */
+const Fate = { dropped: 0, whole: -1 } as const;
 
 export interface TransmitterOptions {
   readonly arena: Arena;
@@ -68,6 +68,7 @@ export class Transmitter {
   readonly #segmenter: Segmenter;
   readonly #large: number;
   readonly #dropped = new Uint32Array(BURST);
+  readonly #refused = new Uint32Array(BURST);
   readonly #verdicts = new Uint8Array(BURST);
   #layout: NetHeaderLayout | null = null;
   #checksums = false;
@@ -122,25 +123,18 @@ export class Transmitter {
       const id = queue.take();
       if (id === NO_BUFFER) break;
       const packet = this.#fresh[taken];
-      let kept = false;
-      if (this.#isLarge(queue, layout)) {
-        const count = this.#stage(queue, layout);
-        if (queue.broken !== null) break;
-        if (count > left || count > this.#pool.available) {
-          queue.putBack(1);
-          this.blocked = true;
-          break;
-        }
-        this.#segment(count, pair);
-        left -= count;
-      } else {
-        kept = this.#receive(queue, layout, packet);
-        if (queue.broken !== null) break;
-        if (kept) this.#emit(packet, pair);
-        left--;
+      const count = this.#isLarge(queue, layout) ? this.#stage(queue, layout) : this.#receive(queue, layout, packet);
+      if (queue.broken !== null) break;
+      if (count > left || count > this.#pool.available) {
+        queue.putBack(1);
+        this.blocked = true;
+        break;
       }
       if (!this.#options.faults.has('tx-never-completes')) queue.complete(id, 0);
-      if (!kept) this.#dropped[drops++] = packet;
+      if (count === Fate.whole) this.#emit(packet, pair);
+      else this.#dropped[drops++] = packet;
+      if (count > 0) this.#segment(count, pair);
+      left -= Math.abs(count);
     }
     for (let i = taken; i < got; i++) this.#fresh[i - taken] = this.#fresh[i];
     this.#pool.free(this.#fresh, got - taken);
@@ -162,23 +156,23 @@ export class Transmitter {
     const frame = queue.readableBytes - layout.length;
     if (frame > MAX_LARGE_FRAME) return this.#refuse(NetCounter.txLength);
     const at = this.#large + Large.headroom;
-    if (queue.gather(0, queue.readableBytes, at - layout.length) < 0) return 0;
-    return this.#plan(layout, at, frame);
+    if (queue.gather(0, queue.readableBytes, at - layout.length) < 0) return Fate.dropped;
+    decodeNetHeader(layout, this.#pool.u8, at - layout.length, at, this.#header);
+    return this.#plan(at, frame);
   }
 
   /** hot: */
-  #refuse(counter: number): 0 {
+  #refuse(counter: number): number {
     this.#counters[counter]++;
-    return 0;
+    return Fate.dropped;
   }
 
-  /** hot: how many segments the packet at `at` makes, behind its header; 0 when it must be dropped. */
-  #plan(layout: NetHeaderLayout, at: number, frame: number): number {
+  /** hot: how many segments the packet at `at`, whose header was decoded, makes; 0 when it must be dropped. */
+  #plan(at: number, frame: number): number {
     const header = this.#header;
-    decodeNetHeader(layout, this.#pool.u8, at - layout.length, at, header);
     const segmenter = this.#segmenter;
     const count = segmenter.plan(header, this.#gsoTypes, at, frame);
-    if (count === 0) return this.#refuse(NetCounter.txHeader);
+    if (count === 0 || !isAcceptable(header.flags, header.gsoType, true)) return this.#refuse(NetCounter.txHeader);
     if (segmenter.headers + Math.min(segmenter.size, frame) > this.#options.maxFrame) {
       return this.#refuse(NetCounter.txLength);
     }
@@ -188,15 +182,14 @@ export class Transmitter {
   /** hot: emits the `count` segments of the planned packet, for which the pool has room. */
   #segment(count: number, pair: number): void {
     const pool = this.#pool;
+    const isSecured = (this.#header.flags & NetHeaderFlag.SECURITY) !== 0;
+    const handle = isSecured ? this.#outboundHandle() : 0;
+    if (isSecured && handle === 0) return;
     pool.allocate(this.#segments, count);
     for (let k = 0; k < count; k++) {
       const packet = this.#segments[k];
       pool.length[packet] = this.#segmenter.cut(k, pool.offset[packet]);
-      if (this.#header.flags & NetHeaderFlag.SECURITY && !this.#tag(packet)) {
-        // What is true of this one is true of the others.
-        pool.free(this.#segments.subarray(k), count - k);
-        return;
-      }
+      pool.sa[packet] = handle;
       this.#emit(packet, pair);
     }
     this.#counters[NetCounter.txSegmented]++;
@@ -220,36 +213,34 @@ export class Transmitter {
     this.#secured = false;
   }
 
-  /** hot: copies the buffer that was taken last into `packet` and checks it; false when it must be dropped. */
-  #receive(queue: DeviceQueue, layout: NetHeaderLayout, packet: number): boolean {
+  /** hot: copies the buffer that was taken last into `packet` and checks it: `Fate`, or a number of segments as `#stage`. */
+  #receive(queue: DeviceQueue, layout: NetHeaderLayout, packet: number): number {
     const pool = this.#pool;
+    const { u8 } = pool;
     const frame = queue.readableBytes - layout.length;
-    if (frame < Ethernet.length || frame > this.#options.maxFrame) {
-      this.#counters[NetCounter.txLength]++;
-      return false;
-    }
+    if (frame < Ethernet.length || frame > this.#options.maxFrame) return this.#refuse(NetCounter.txLength);
     const at = pool.offset[packet];
     const headerAt = at - layout.length;
-    if (queue.gather(0, queue.readableBytes, headerAt) < 0) return false;
+    if (queue.gather(0, queue.readableBytes, headerAt) < 0) return Fate.dropped;
     pool.length[packet] = frame;
     // Most headers ask for nothing.
-    if (pool.u8[headerAt] === 0 && pool.u8[headerAt + NetHeaderField.gsoType] === GsoType.NONE) return true;
+    if (u8[headerAt] === 0 && u8[headerAt + NetHeaderField.gsoType] === GsoType.NONE) return Fate.whole;
     const header = this.#header;
-    decodeNetHeader(layout, pool.u8, headerAt, at, header);
-    if (header.gsoType !== GsoType.NONE || !isAcceptable(header.flags, header.gsoType, true)) {
-      this.#counters[NetCounter.txHeader]++;
-      return false;
+    decodeNetHeader(layout, u8, headerAt, at, header);
+    if (header.gsoType !== GsoType.NONE) {
+      const to = this.#large + Large.headroom;
+      u8.copyWithin(to, at, at + frame);
+      return this.#plan(to, frame);
     }
+    if (!isAcceptable(header.flags, header.gsoType, true)) return this.#refuse(NetCounter.txHeader);
     if ((header.flags & NetHeaderFlag.NEEDS_CSUM) !== 0 && !this.#fillChecksum(at, frame)) {
-      this.#counters[NetCounter.txHeader]++;
-      return false;
+      return this.#refuse(NetCounter.txHeader);
     }
-    if ((header.flags & NetHeaderFlag.SECURITY) === 0) return true;
-    if (!isIpFrame(pool.u8, at)) {
-      this.#counters[NetCounter.txIpsec]++;
-      return false;
-    }
-    return this.#tag(packet);
+    if ((header.flags & NetHeaderFlag.SECURITY) === 0) return Fate.whole;
+    if (!isIpFrame(u8, at)) return this.#refuse(NetCounter.txIpsec);
+    const handle = this.#outboundHandle();
+    pool.sa[packet] = handle;
+    return handle === 0 ? Fate.dropped : Fate.whole;
   }
 
   /** hot: computes the checksum that the driver left to the device (5.1.9.2.2). */
@@ -265,17 +256,13 @@ export class Transmitter {
     return true;
   }
 
-  /** hot: names the SA that the header asks for. */
-  #tag(packet: number): boolean {
+  /** hot: the SA that the header asks for; 0, and counted, when it is none. */
+  #outboundHandle(): number {
     const ipsec = this.#options.ipsec;
     const isOutbound = this.#header.resourceType === ResourceType.NET_IPSEC_OUTB_SA;
     const handle = ipsec !== null && isOutbound ? ipsec.outboundHandle(this.#header.resourceId) : 0;
-    if (handle === 0) {
-      this.#counters[NetCounter.txNoSa]++;
-      return false;
-    }
-    this.#pool.sa[packet] = handle;
-    return true;
+    if (handle === 0) this.#counters[NetCounter.txNoSa]++;
+    return handle;
   }
 
   /** hot: protects what asked for it; what cannot be protected is dropped. Returns how many are left. */
@@ -290,10 +277,10 @@ export class Transmitter {
       const packet = this.#out[i];
       const verdict = this.#verdicts[i];
       if (verdict === Verdict.ok || (verdict === Verdict.notIpsec && sa[packet] === 0)) this.#out[kept++] = packet;
-      else this.#dropped[drops++] = packet;
+      else this.#refused[drops++] = packet;
     }
     this.#counters[NetCounter.txIpsec] += drops;
-    this.#pool.free(this.#dropped, drops);
+    this.#pool.free(this.#refused, drops);
     return kept;
   }
 

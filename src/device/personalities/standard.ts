@@ -101,6 +101,11 @@ export function offeredFeatures(options: PersonalityOptions): FeatureSet {
     F.MTU,
     F.MAC,
     F.STATUS,
+    F.HOST_TSO4,
+    F.HOST_TSO6,
+    F.HOST_USO,
+    F.HOST_ECN,
+    F.GUEST_HDRLEN,
     F.MRG_RXBUF,
     F.SPEED_DUPLEX,
   );
