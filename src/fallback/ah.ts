@@ -16,7 +16,7 @@ import { Ah, IpProtocol, Ipv4, Ipv6 } from '../packet/fields.ts';
 import { PacketFlag } from '../packet/pool.ts';
 import { zeroMutable } from './ah-mutable.ts';
 import { keepHeaders, MAX_SAVED, restoreHeaders } from './ah-saved.ts';
-import type { DataPath, Group } from './burst.ts';
+import { At, type DataPath, type Group } from './burst.ts';
 import { complete } from './deliver.ts';
 import { JobStatus } from './engines/engine.ts';
 import { Chain, insertionPoint } from './extension-headers.ts';
@@ -73,7 +73,7 @@ export function authenticate(
     const verdict = addHeader(path, group, p, position, n, linkHeader);
     verdicts[base + position] = verdict;
     if (verdict === Verdict.ok) burst.position[n++] = position;
-    else drop(path.table, burst.record[position], verdict);
+    else drop(path.table, burst.state[(position << 3) + At.record], verdict);
   }
   if (n === 0) return;
   jobs.count = n;
@@ -81,13 +81,13 @@ export function authenticate(
   group.engine.encrypt(group.transform, jobs);
   for (let j = 0; j < n; j++) {
     const position = burst.position[j];
-    const ah = burst.header[position];
+    const ah = burst.state[(position << 3) + At.header];
     if (jobs.status[j] !== JobStatus.ok) {
       pool.length[packets[base + position]] = 0;
-      verdicts[base + position] = drop(path.table, burst.record[position], Verdict.engine);
+      verdicts[base + position] = drop(path.table, burst.state[(position << 3) + At.record], Verdict.engine);
       continue;
     }
-    restoreHeaders(pool.u8, position, burst.ip[position], ah);
+    restoreHeaders(pool.u8, position, burst.state[(position << 3) + At.ip], ah);
   }
 }
 
@@ -98,7 +98,7 @@ function addHeader(path: DataPath, group: Group, p: number, position: number, n:
   const { u8, u16, u32 } = pool;
   const { words, halves } = path.table;
   const { jobs } = burst;
-  const record = burst.record[position];
+  const record = burst.state[(position << 3) + At.record];
   const kind = words[record + SaWord.kind];
   const sizes = words[record + SaWord.sizes];
   const at = pool.offset[p];
@@ -183,8 +183,8 @@ function addHeader(path: DataPath, group: Group, p: number, position: number, n:
 
   // 6. The job: mutable fields zeroed, high half behind the packet.
   keepHeaders(u8, position, outer, ah);
-  burst.ip[position] = outer;
-  burst.header[position] = ah;
+  burst.state[(position << 3) + At.ip] = outer;
+  burst.state[(position << 3) + At.header] = ah;
   if (!zeroMutable(u8, outer, ah, true)) return Verdict.malformed;
   jobs.context[n] = words[record + SaWord.context];
   jobs.authOffset[n] = outer;
@@ -227,7 +227,7 @@ export function verify(
     const verdict = prepareCheck(path, group, packets[base + position], position, n);
     verdicts[base + position] = verdict;
     if (verdict === Verdict.ok) burst.position[n++] = position;
-    else drop(path.table, burst.record[position], verdict);
+    else drop(path.table, burst.state[(position << 3) + At.record], verdict);
   }
   if (n === 0) return;
   jobs.count = n;
@@ -242,12 +242,12 @@ function prepareCheck(path: DataPath, group: Group, p: number, position: number,
   const { u8 } = pool;
   const { words } = path.table;
   const { jobs } = burst;
-  const record = burst.record[position];
+  const record = burst.state[(position << 3) + At.record];
   const kind = words[record + SaWord.kind];
   const sizes = words[record + SaWord.sizes];
-  const ip = burst.ip[position];
-  const ah = burst.header[position];
-  const end = burst.end[position];
+  const ip = burst.state[(position << 3) + At.ip];
+  const ah = burst.state[(position << 3) + At.header];
+  const end = burst.state[(position << 3) + At.end];
   if (ah - ip > MAX_SAVED) return Verdict.malformed;
 
   // 1. The length of AH: what the transform needs, padded to 4 or to 8.
@@ -268,8 +268,8 @@ function prepareCheck(path: DataPath, group: Group, p: number, position: number,
     return Verdict.replay;
   }
   if ((kind & SaKind.expired) !== 0) return Verdict.expired;
-  burst.low[position] = low;
-  burst.high[position] = high;
+  burst.state[(position << 3) + At.low] = low;
+  burst.state[(position << 3) + At.high] = high;
 
   // 3. The ICV moves behind the packet, its field becomes zero.
   const ivLength = (sizes >>> Sizes.iv) & 0xff;

@@ -23,10 +23,27 @@ export interface Group {
   readonly aadLength: number;
 }
 
+/** What `Burst.state` says about a packet; offsets are in memory. */
+export const At = {
+  /** First word of its SA record; 0 when it has no SA. */
+  record: 0,
+  /** Its number. */
+  packet: 1,
+  /** Offset of the IP header, of the ESP or AH header, of the end of the IP packet. */
+  ip: 2,
+  header: 3,
+  end: 4,
+  /** Sequence number. */
+  low: 5,
+  high: 6,
+  /** Offset of the byte that names the protocol behind the IP headers. */
+  nextHeaderAt: 7,
+} as const;
+
 export class Burst {
   readonly jobs = new CryptoBurst();
-  /** By position in the burst: first word of the packet's SA record; 0 when the packet has its verdict. */
-  readonly record = new Int32Array(MAX_BURST);
+  /** By position in the burst: 8 words, see `At`. One array and not eight, because each costs a loop six instructions a round. */
+  readonly state = new Int32Array(8 * MAX_BURST);
   /** Positions in the burst, run by run. */
   order = new Uint16Array(MAX_BURST);
   /** By run: its group and where it begins in `order`; `runStart[runs]` is the end of the last one. */
@@ -35,18 +52,7 @@ export class Burst {
   /** By job of the current run: position in the burst. */
   readonly position = new Uint16Array(MAX_BURST);
 
-  /** By position: offset in memory of the IP header and of the ESP or AH header; bytes of UDP header between them. */
-  readonly ip = new Int32Array(MAX_BURST);
-  readonly header = new Int32Array(MAX_BURST);
-  readonly udp = new Uint8Array(MAX_BURST);
-  /** By position: offset of the byte that names the protocol behind the IP headers. */
-  readonly nextHeaderAt = new Int32Array(MAX_BURST);
-  /** By position: end of the IP packet. */
-  readonly end = new Int32Array(MAX_BURST);
-  /** By position: sequence number. */
-  readonly low = new Int32Array(MAX_BURST);
-  readonly high = new Int32Array(MAX_BURST);
-  /** By position: words to be put back after the crypto. */
+  /** By position: what the ESN gap covers (`esn-gap.ts`). */
   readonly savedA = new Int32Array(MAX_BURST);
 
   #counts = new Uint16Array(64);
@@ -61,7 +67,7 @@ export class Burst {
   single(words: Int32Array, alive: number): number {
     // hot:
     if (alive === 0) return 0;
-    this.runGroup[0] = words[this.record[this.order[0]] + SaWord.group];
+    this.runGroup[0] = words[this.state[(this.order[0] << 3) + At.record] + SaWord.group];
     this.runStart[0] = 0;
     this.runStart[1] = alive;
     return 1;
@@ -72,13 +78,13 @@ export class Burst {
     // hot:
     const order = this.order;
     const other = this.#other;
-    const record = this.record;
+    const state = this.state;
     const counts = this.#counts;
     const runGroup = this.runGroup;
     const runStart = this.runStart;
     let runs = 0;
     for (let k = 0; k < alive; k++) {
-      const group = words[record[order[k]] + SaWord.group];
+      const group = words[state[(order[k] << 3) + At.record] + SaWord.group];
       if (counts[group] === 0) runGroup[runs++] = group;
       counts[group]++;
     }
@@ -93,7 +99,7 @@ export class Burst {
     runStart[runs] = start;
     for (let k = 0; k < alive; k++) {
       const position = order[k];
-      other[counts[words[record[position] + SaWord.group]]++] = position;
+      other[counts[words[state[(position << 3) + At.record] + SaWord.group]]++] = position;
     }
     for (let run = 0; run < runs; run++) counts[runGroup[run]] = 0;
     this.order = other;

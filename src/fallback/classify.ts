@@ -7,7 +7,7 @@
  */
 import { Ah, Esp, IpProtocol, Ipv4, Ipv6, Udp } from '../packet/fields.ts';
 import { NO_PACKET } from '../packet/pool.ts';
-import { align, type DataPath } from './burst.ts';
+import { At, align, type DataPath } from './burst.ts';
 import { MIXED } from './esp-outbound-simple.ts';
 import { Chain, walkIpv6 } from './extension-headers.ts';
 import { RECORD_SHIFT, SaKind, SaWord } from './sa-table.ts';
@@ -50,12 +50,12 @@ export function classify(
   path.alive = 0;
   path.group = -1;
   for (let i = start; i < n; i++) {
-    burst.record[i] = 0;
+    burst.state[(i << 3) + At.record] = 0;
     const verdict = classifyOne(path, sad, espPorts, packets[base + i], i, linkHeader);
     verdicts[base + i] = verdict;
     if (verdict !== Verdict.ok) continue;
     burst.order[path.alive++] = i;
-    const own = words[burst.record[i] + SaWord.group];
+    const own = words[burst.state[(i << 3) + At.record] + SaWord.group];
     if (own !== path.group) path.group = path.group === -1 ? own : MIXED;
   }
 }
@@ -165,12 +165,12 @@ export function classifyOne(
   const slot = sad.lookup(spi, protocolBit, u16, ip, version);
   const record = slot << RECORD_SHIFT;
   if (slot === 0 || ((words[record + SaWord.kind] & SaKind.udp) !== 0) !== (udp !== 0)) return Verdict.noSa;
-  burst.ip[i] = ip;
-  burst.header[i] = header;
-  burst.udp[i] = udp;
-  burst.nextHeaderAt[i] = nextHeaderAt;
-  burst.end[i] = end;
-  burst.record[i] = record;
+  burst.state[(i << 3) + At.packet] = p;
+  burst.state[(i << 3) + At.ip] = ip;
+  burst.state[(i << 3) + At.header] = header;
+  burst.state[(i << 3) + At.nextHeaderAt] = nextHeaderAt;
+  burst.state[(i << 3) + At.end] = end;
+  burst.state[(i << 3) + At.record] = record;
   return Verdict.ok;
 }
 

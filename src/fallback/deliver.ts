@@ -4,10 +4,10 @@
  *
  * Every address, length and version inside was protected, but by a peer that may be wrong: it is checked like any other.
  */
-import { Ah, Esp, Ethernet, IpProtocol, Ipv4, Ipv6 } from '../packet/fields.ts';
+import { Ah, Esp, Ethernet, IpProtocol, Ipv4, Ipv6, Udp } from '../packet/fields.ts';
 import { PacketFlag } from '../packet/pool.ts';
 import { restoreHeaders } from './ah-saved.ts';
-import type { DataPath, Group } from './burst.ts';
+import { At, type DataPath, type Group } from './burst.ts';
 import { JobStatus } from './engines/engine.ts';
 import { closeEsnGap } from './esn-gap.ts';
 import { completeSimple } from './esp-inbound-simple.ts';
@@ -49,13 +49,13 @@ export function complete(
   const isSimple = group.protocol === 'esp' && group.family === 'aead' && isSimpleLink;
   for (let j = 0; j < count; j++) {
     if (isSimple) {
-      j = completeSimple(path, packets, base, j, linkHeader, verdicts);
+      j = completeSimple(path, base, j, linkHeader, verdicts);
       if (j === count) break;
     }
     const position = burst.position[j];
     const verdict = completeOne(path, group, packets[base + position], position, j, linkHeader);
     verdicts[base + position] = verdict;
-    if (verdict !== Verdict.ok) drop(table, burst.record[position], verdict);
+    if (verdict !== Verdict.ok) drop(table, burst.state[(position << 3) + At.record], verdict);
   }
 }
 
@@ -67,7 +67,7 @@ function completeOne(path: DataPath, group: Group, p: number, position: number, 
   const { words, windows } = path.table;
   const { jobs } = burst;
   const { status, cipherOffset, cipherLength } = jobs;
-  const record = burst.record[position];
+  const record = burst.state[(position << 3) + At.record];
   const isEsp = group.protocol === 'esp';
   const gap = isEsp && group.family === 'gmac' && group.esn;
 
@@ -79,8 +79,8 @@ function completeOne(path: DataPath, group: Group, p: number, position: number, 
   if (gap) closeEsnGap(u16, jobs.authOffset[j] + 4, burst.savedA[position]);
 
   // 2. The window learns of the number, unless another copy in the same burst was faster (RFC 4303, 3.4.3).
-  const low = burst.low[position];
-  const high = burst.high[position];
+  const low = burst.state[(position << 3) + At.low];
+  const high = burst.state[(position << 3) + At.high];
   const topLow = words[record + SaWord.sequenceLow];
   const topHigh = words[record + SaWord.sequenceHigh];
   const window = words[record + SaWord.window];
@@ -114,10 +114,10 @@ function completeOne(path: DataPath, group: Group, p: number, position: number, 
       return verdict === Verdict.ok ? Verdict.dummy : verdict;
     }
   } else {
-    const ah = burst.header[position];
-    restoreHeaders(u8, position, burst.ip[position], ah);
+    const ah = burst.state[(position << 3) + At.header];
+    restoreHeaders(u8, position, burst.state[(position << 3) + At.ip], ah);
     body = (ah + (u8[ah + Ah.payloadLength] + 2) * 4) | 0;
-    payload = (burst.end[position] - body) | 0;
+    payload = (burst.state[(position << 3) + At.end] - body) | 0;
     nextHeader = u8[ah + Ah.nextHeader];
   }
   const kind = words[record + SaWord.kind];
@@ -146,7 +146,7 @@ function completeOne(path: DataPath, group: Group, p: number, position: number, 
   }
   words[record + SaWord.packetsLeft]--;
   words[record + SaWord.bytesLeft] -= total;
-  const outer = burst.ip[position];
+  const outer = burst.state[(position << 3) + At.ip];
   if ((kind & CHECKED) !== 0) {
     const verdict = checkInner(path, record, kind, outer, body, body + total);
     if (verdict !== Verdict.ok) return verdict;
@@ -208,8 +208,9 @@ function deliverTransport(
 ): number {
   // hot:
   const { pool, burst } = path;
-  const outer = burst.ip[position];
-  const headerLength = burst.header[position] - outer - burst.udp[position];
+  const outer = burst.state[(position << 3) + At.ip];
+  const udp = (path.table.words[record] & SaKind.udp) === 0 ? 0 : Udp.length;
+  const headerLength = burst.state[(position << 3) + At.header] - outer - udp;
   const total = headerLength + payload;
   const verdict = charge(path, record, total);
   if (verdict !== Verdict.ok) return verdict;
@@ -217,7 +218,7 @@ function deliverTransport(
   const shift = start + linkHeader - outer;
   moveUp(pool.u16, pool.u32, outer - linkHeader, start, linkHeader + headerLength);
   const ip = start + linkHeader;
-  rewriteHeader(pool.u8, ip, total, burst.nextHeaderAt[position] + shift, headerLength, nextHeader);
+  rewriteHeader(pool.u8, ip, total, burst.state[(position << 3) + At.nextHeaderAt] + shift, headerLength, nextHeader);
   if ((path.table.words[record] & SaKind.selector) !== 0 && !fitsSelector(path, record, ip, ip + total)) {
     return Verdict.selector;
   }

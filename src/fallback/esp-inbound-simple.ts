@@ -8,7 +8,7 @@
  */
 import * as fields from '../packet/fields.ts';
 import * as pools from '../packet/pool.ts';
-import type { DataPath } from './burst.ts';
+import * as bursts from './burst.ts';
 import * as engines from './engines/engine.ts';
 import * as table from './sa-table.ts';
 import * as sad from './sad.ts';
@@ -18,11 +18,12 @@ import * as verdictNumbers from './verdict.ts';
 // Bound in this module, see above.
 const { Esp, IpProtocol, Ipv4, Ipv6 } = fields;
 const { NO_PACKET, PacketFlag } = pools;
-const { JobStatus } = engines;
+const { BurstOffset, JobStatus } = engines;
 const { RECORD, RECORD_SHIFT, SaKind, SaWord, Sizes } = table;
 const { GOLDEN } = sad;
 const { NO_WINDOW_SPAN, Resync } = numbers;
 const { Verdict } = verdictNumbers;
+const { At } = bursts;
 const {
   bytesLeft: SA_WORD_BYTES_LEFT,
   context: SA_WORD_CONTEXT,
@@ -65,6 +66,15 @@ const {
 } = PacketFlag;
 const { ok: JOB_STATUS_OK } = JobStatus;
 const { failures: RESYNC_FAILURES } = Resync;
+const {
+  end: AT_END,
+  header: AT_HEADER,
+  high: AT_HIGH,
+  ip: AT_IP,
+  low: AT_LOW,
+  packet: AT_PACKET,
+  record: AT_RECORD,
+} = At;
 
 /** Fields as their 16-bit words are in memory, bytes swapped. */
 const ETHERTYPE_IPV4 = 0x0008;
@@ -73,6 +83,9 @@ const ETHERTYPE_IPV6 = 0xdd86;
 const FRAGMENT = 0xff3f;
 
 const OURS = SA_KIND_INBOUND | SA_KIND_ESP | SA_KIND_SIMPLE;
+/** Words of `CryptoBurst.memory` where the nonces and the AAD begin. */
+const IV = BurstOffset.iv >> 2;
+const AAD = BurstOffset.aad >> 2;
 /** ESP header and the explicit IV of an AEAD. */
 const AEAD_HEADER = ESP_LENGTH + 8;
 /** Padding that AEADs need at most. */
@@ -88,7 +101,7 @@ const STALE_FLAGS =
  * it is -1. `linkHeader` is 0 or 14.
  */
 export function openSimple(
-  path: DataPath,
+  path: bursts.DataPath,
   hash: Int32Array,
   shift: number,
   packets: Uint32Array,
@@ -106,20 +119,14 @@ export function openSimple(
   const words = path.table.words;
   const windows = path.table.windows;
   const burst = path.burst;
-  const records = burst.record;
-  const ips = burst.ip;
-  const headers = burst.header;
-  const ends = burst.end;
-  const lows = burst.low;
-  const highs = burst.high;
+  const state = burst.state;
   const positions = burst.position;
   const jobs = burst.jobs;
   const context = jobs.context;
   const cipherOffset = jobs.cipherOffset;
   const cipherLength = jobs.cipherLength;
   const icvOffset = jobs.icvOffset;
-  const iv = jobs.iv;
-  const aad = jobs.aad;
+  const nonces = jobs.memory.u32;
   const mask = (hash.length - 1) | 0;
   const link = linkHeader | 0;
   let group = path.group | 0;
@@ -231,15 +238,15 @@ export function openSimple(
 
     // 5. The job.
     const j = (count & 0xff) << 2;
-    iv[j] = words[record + SA_WORD_SALT];
-    iv[j + 1] = u16[h + 4] | (u16[h + 5] << 16);
-    iv[j + 2] = u16[h + 6] | (u16[h + 7] << 16);
-    aad[j] = spi;
+    nonces[j + IV] = words[record + SA_WORD_SALT];
+    nonces[j + IV + 1] = u16[h + 4] | (u16[h + 5] << 16);
+    nonces[j + IV + 2] = u16[h + 6] | (u16[h + 7] << 16);
+    nonces[j + AAD] = spi;
     if (esn) {
-      aad[j + 1] = (high >>> 24) | ((high >>> 8) & 0xff00) | ((high & 0xff00) << 8) | (high << 24);
-      aad[j + 2] = sequence;
+      nonces[j + AAD + 1] = (high >>> 24) | ((high >>> 8) & 0xff00) | ((high & 0xff00) << 8) | (high << 24);
+      nonces[j + AAD + 2] = sequence;
     } else {
-      aad[j + 1] = sequence;
+      nonces[j + AAD + 1] = sequence;
     }
     context[count] = words[record + SA_WORD_CONTEXT];
     cipherOffset[count] = body;
@@ -247,12 +254,14 @@ export function openSimple(
     icvOffset[count] = icv;
     positions[count] = i;
     count = (count + 1) | 0;
-    records[i] = record;
-    ips[i] = ip;
-    headers[i] = header;
-    ends[i] = end;
-    lows[i] = low;
-    highs[i] = high;
+    const s = (i & 0xff) << 3;
+    state[s + AT_RECORD] = record;
+    state[s + AT_PACKET] = p;
+    state[s + AT_IP] = ip;
+    state[s + AT_HEADER] = header;
+    state[s + AT_END] = end;
+    state[s + AT_LOW] = low;
+    state[s + AT_HIGH] = high;
   }
   path.group = group;
   jobs.count = count;
@@ -265,8 +274,7 @@ export function openSimple(
  * jobs at most. `linkHeader` is 0 or 14.
  */
 export function completeSimple(
-  path: DataPath,
-  packets: Uint32Array,
+  path: bursts.DataPath,
   base: number,
   from: number,
   linkHeader: number,
@@ -284,50 +292,26 @@ export function completeSimple(
   const words = path.table.words;
   const windows = path.table.windows;
   const burst = path.burst;
-  const records = burst.record;
+  const state = burst.state;
   const positions = burst.position;
-  const ips = burst.ip;
-  const lows = burst.low;
-  const highs = burst.high;
   const jobs = burst.jobs;
   const status = jobs.status;
-  const cipherOffset = jobs.cipherOffset;
-  const cipherLength = jobs.cipherLength;
   const count = jobs.count | 0;
   const link = linkHeader | 0;
   let j = from | 0;
-  path.touched =
-    u8[0] |
-    u16[0] |
-    u32[0] |
-    offsets[0] |
-    lengths[0] |
-    handles[0] |
-    flags[0] |
-    words[0] |
-    windows[0] |
-    records[0] |
-    positions[0] |
-    ips[0] |
-    lows[0] |
-    highs[0] |
-    status[0] |
-    cipherOffset[0] |
-    cipherLength[0] |
-    packets[0] |
-    verdicts[0];
   for (; j < count; j++) {
     const position = positions[j];
-    const record = records[position] & RECORD_MASK;
+    const s = (position & 0xff) << 3;
+    const record = state[s + AT_RECORD] & RECORD_MASK;
     const kind = words[record + SA_WORD_KIND];
     if (status[j] !== JOB_STATUS_OK || (kind & SA_KIND_SIMPLE) === 0) break;
-    const p = packets[(base + position) | 0] & 0x7fffffff;
+    const p = state[s + AT_PACKET] & 0x7fffffff;
 
     // 2. The window moves by a block at most, and the number is still new.
-    const low = lows[position];
+    const low = state[s + AT_LOW];
     const topLow = words[record + SA_WORD_SEQUENCE_LOW];
     const isAhead = low >>> 0 > topLow >>> 0;
-    if (highs[position] !== words[record + SA_WORD_SEQUENCE_HIGH]) break;
+    if (state[s + AT_HIGH] !== words[record + SA_WORD_SEQUENCE_HIGH]) break;
     const window = words[record + SA_WORD_WINDOW];
     const windowBase = words[record + SA_WORD_WINDOW_BASE];
     const mask = words[record + SA_WORD_WINDOW_MASK];
@@ -342,8 +326,9 @@ export function completeSimple(
     }
 
     // 3. Trailer.
-    const body = cipherOffset[j] | 0;
-    const trailer = (body + cipherLength[j] - ESP_TRAILER_LENGTH) | 0;
+    const body = (state[s + AT_HEADER] + AEAD_HEADER) | 0;
+    const icvLength = (words[record + SA_WORD_SIZES] >> SIZES_ICV) & 0xff;
+    const trailer = (state[s + AT_END] - icvLength - ESP_TRAILER_LENGTH) | 0;
     const padLength = u8[trailer];
     const nextHeader = u8[(trailer + 1) | 0];
     const payload = (trailer - body - padLength) | 0;
@@ -382,7 +367,7 @@ export function completeSimple(
     // 6. The link header follows the inner packet: both addresses, 12 bytes.
     const start = (body - link) | 0;
     if (link !== 0) {
-      const outer = (ips[position] - link) | 0;
+      const outer = (state[s + AT_IP] - link) | 0;
       if (((outer | start) & 3) === 0) {
         const x = outer >> 2;
         const y = start >> 2;

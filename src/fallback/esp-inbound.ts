@@ -8,7 +8,7 @@
  * `classify.ts` finds the SA and puts the offsets of the headers into the burst.
  */
 import { Esp } from '../packet/fields.ts';
-import type { DataPath, Group } from './burst.ts';
+import { At, type DataPath, type Group } from './burst.ts';
 import { classifyOne } from './classify.ts';
 import { complete } from './deliver.ts';
 import { openEsnGap } from './esn-gap.ts';
@@ -73,13 +73,13 @@ export function decapsulateUniform(
     const p = packets[base + i];
     const verdict = classifyOne(path, sad, espPorts, p, i, linkHeader);
     if (verdict === Verdict.ok) {
-      const own = words[burst.record[i] + SaWord.group];
+      const own = words[burst.state[(i << 3) + At.record] + SaWord.group];
       const group = path.groups[own];
       if ((path.group !== -1 && path.group !== own) || group.protocol !== 'esp') break;
       path.group = own;
       verdicts[base + i] = openOne(path, group, p, i);
     } else {
-      burst.record[i] = 0;
+      burst.state[(i << 3) + At.record] = 0;
       verdicts[base + i] = verdict;
     }
   }
@@ -114,7 +114,7 @@ function openOne(path: DataPath, group: Group, p: number, position: number): num
   const { burst } = path;
   const verdict = buildJob(path, group, p, position, burst.jobs.count);
   if (verdict === Verdict.ok) burst.position[burst.jobs.count++] = position;
-  else drop(path.table, burst.record[position], verdict);
+  else drop(path.table, burst.state[(position << 3) + At.record], verdict);
   return verdict;
 }
 
@@ -125,11 +125,11 @@ function buildJob(path: DataPath, group: Group, p: number, position: number, n: 
   const { u8, u16, stride } = pool;
   const { words, windows } = path.table;
   const { jobs } = burst;
-  const record = burst.record[position];
-  const end = burst.end[position];
+  const record = burst.state[(position << 3) + At.record];
+  const end = burst.state[(position << 3) + At.end];
   const kind = words[record + SaWord.kind];
   const sizes = words[record + SaWord.sizes];
-  const esp = burst.header[position];
+  const esp = burst.state[(position << 3) + At.header];
   const e = esp >> 1;
 
   // 1. Lengths: at least a trailer, and whole blocks.
@@ -163,8 +163,8 @@ function buildJob(path: DataPath, group: Group, p: number, position: number, n: 
     if (!isNew(windows, windowBase, mask, window, topLow, topHigh, low, high)) return Verdict.replay;
   }
   if ((kind & SaKind.expired) !== 0) return Verdict.expired;
-  burst.low[position] = low;
-  burst.high[position] = high;
+  burst.state[(position << 3) + At.low] = low;
+  burst.state[(position << 3) + At.high] = high;
 
   // 3. The job.
   if ((kind & SaKind.counterIv) !== 0) {
@@ -220,10 +220,10 @@ function resynchronize(
   verdicts: Uint8Array,
 ): void {
   const { burst, pool, table } = path;
-  const record = burst.record[position];
-  const esp = burst.header[position];
-  const size = burst.end[position] - esp + 4;
-  const inferred = burst.high[position];
+  const record = burst.state[(position << 3) + At.record];
+  const esp = burst.state[(position << 3) + At.header];
+  const size = burst.state[(position << 3) + At.end] - esp + 4;
+  const inferred = burst.state[(position << 3) + At.high];
   const icvDrops = (record / RECORD) * VERDICTS + Verdict.icv;
   const counted = table.dropped[icvDrops];
   path.resyncing = true;

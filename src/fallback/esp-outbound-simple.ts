@@ -11,7 +11,8 @@
  */
 import * as fields from '../packet/fields.ts';
 import * as pools from '../packet/pool.ts';
-import type { DataPath } from './burst.ts';
+import * as bursts from './burst.ts';
+import * as engines from './engines/engine.ts';
 import * as table from './sa-table.ts';
 import * as verdictNumbers from './verdict.ts';
 
@@ -20,6 +21,8 @@ const { Esp, IpProtocol, Ipv4, Ipv6 } = fields;
 const { NO_PACKET, PacketFlag } = pools;
 const { RECORD, RECORD_SHIFT, SaKind, SaWord, Sizes } = table;
 const { Verdict } = verdictNumbers;
+const { At } = bursts;
+const { BurstOffset } = engines;
 const {
   bytesLeft: SA_WORD_BYTES_LEFT,
   context: SA_WORD_CONTEXT,
@@ -59,11 +62,15 @@ const {
   secured: PACKET_FLAG_SECURED,
   securityError: PACKET_FLAG_SECURITY_ERROR,
 } = PacketFlag;
+const { packet: AT_PACKET, record: AT_RECORD } = At;
 
 /** Fields as their 16-bit words are in memory, bytes swapped. */
 const ETHERTYPE_IPV4 = 0x0008;
 const ETHERTYPE_IPV6 = 0xdd86;
 const DONT_FRAGMENT = 0x0040;
+/** Words of `CryptoBurst.memory` where the nonces and the AAD begin. */
+const IV = BurstOffset.iv >> 2;
+const AAD = BurstOffset.aad >> 2;
 /** ESP header and the explicit IV of an AEAD. */
 const AEAD_HEADER = ESP_LENGTH + 8;
 
@@ -82,7 +89,7 @@ export const MIXED = -2;
  * of all of them, or `MIXED`.
  */
 export function lookUp(
-  path: DataPath,
+  path: bursts.DataPath,
   slotOf: Int32Array,
   packets: Uint32Array,
   base: number,
@@ -97,13 +104,13 @@ export function lookUp(
   const next = pool.next;
   const words = path.table.words;
   const burst = path.burst;
-  const records = burst.record;
+  const state = burst.state;
   const order = burst.order;
   const handleEnd = slotOf.length | 0;
   let alive = path.alive | 0;
   let group = path.group | 0;
   let touched =
-    packets[0] | offsets[0] | handles[0] | next[0] | words[0] | records[0] | order[0] | verdicts[0] | slotOf[0];
+    packets[0] | offsets[0] | handles[0] | next[0] | words[0] | state[0] | order[0] | verdicts[0] | slotOf[0];
   let i = from | 0;
   for (; i < n; i++) {
     const p = packets[(base + i) | 0] & 0x7fffffff;
@@ -116,12 +123,14 @@ export function lookUp(
       verdict = VERDICT_NO_ROOM;
     }
     if (verdict !== VERDICT_OK) {
-      records[i] = 0;
+      state[(i << 3) + AT_RECORD] = 0;
       verdicts[(base + i) | 0] = verdict;
       continue;
     }
     if ((offsets[p] & 1) !== 0) break;
-    records[i] = record;
+    const s = (i & 0xff) << 3;
+    state[s + AT_RECORD] = record;
+    state[s + AT_PACKET] = p;
     order[alive] = i;
     alive = (alive + 1) | 0;
     const own = words[record + SA_WORD_GROUP];
@@ -140,8 +149,7 @@ export function lookUp(
  * where it stopped, `to` at most. `linkHeader` is 0 or 14.
  */
 export function encapsulateSimple(
-  path: DataPath,
-  packets: Uint32Array,
+  path: bursts.DataPath,
   base: number,
   from: number,
   to: number,
@@ -161,44 +169,24 @@ export function encapsulateSimple(
   const words = path.table.words;
   const burst = path.burst;
   const order = burst.order;
-  const records = burst.record;
+  const state = burst.state;
   const positions = burst.position;
   const jobs = burst.jobs;
   const context = jobs.context;
   const cipherOffset = jobs.cipherOffset;
   const cipherLength = jobs.cipherLength;
   const icvOffset = jobs.icvOffset;
-  const iv = jobs.iv;
-  const aad = jobs.aad;
+  const nonces = jobs.memory.u32;
   const link = linkHeader | 0;
   let identification = path.identification | 0;
   let n = jobs.count | 0;
   let k = from | 0;
-  // Shape, length and address of each array are known from here on.
-  path.touched =
-    u8[0] |
-    u16[0] |
-    u32[0] |
-    offsets[0] |
-    lengths[0] |
-    flags[0] |
-    words[0] |
-    order[0] |
-    records[0] |
-    positions[0] |
-    context[0] |
-    cipherOffset[0] |
-    cipherLength[0] |
-    icvOffset[0] |
-    iv[0] |
-    aad[0] |
-    packets[0] |
-    verdicts[0];
 
   for (; k < to; k++) {
     const position = order[k];
-    const p = packets[(base + position) | 0] & 0x7fffffff;
-    const record = records[position] & RECORD_MASK;
+    const s = (position & 0xff) << 3;
+    const record = state[s + AT_RECORD] & RECORD_MASK;
+    const p = state[s + AT_PACKET] & 0x7fffffff;
     const kind = words[record + SA_WORD_KIND];
     if ((kind & SA_KIND_SIMPLE) === 0) break;
     const at = offsets[p] | 0;
@@ -378,15 +366,15 @@ export function encapsulateSimple(
 
     // 9. The job.
     const j = (n & 0xff) << 2;
-    iv[j] = words[record + SA_WORD_SALT];
-    iv[j + 1] = ivFirst;
-    iv[j + 2] = ivSecond;
-    aad[j] = spi;
+    nonces[j + IV] = words[record + SA_WORD_SALT];
+    nonces[j + IV + 1] = ivFirst;
+    nonces[j + IV + 2] = ivSecond;
+    nonces[j + AAD] = spi;
     if (esn) {
-      aad[j + 1] = (high >>> 24) | ((high >>> 8) & 0xff00) | ((high & 0xff00) << 8) | (high << 24);
-      aad[j + 2] = sequence;
+      nonces[j + AAD + 1] = (high >>> 24) | ((high >>> 8) & 0xff00) | ((high & 0xff00) << 8) | (high << 24);
+      nonces[j + AAD + 2] = sequence;
     } else {
-      aad[j + 1] = sequence;
+      nonces[j + AAD + 1] = sequence;
     }
     context[n] = words[record + SA_WORD_CONTEXT];
     icvOffset[n] = icv;

@@ -11,7 +11,7 @@
  */
 import { Esp, Ethernet, IpProtocol, Ipv4, Ipv6, Udp } from '../packet/fields.ts';
 import { PacketFlag } from '../packet/pool.ts';
-import type { DataPath, Group } from './burst.ts';
+import { At, type DataPath, type Group } from './burst.ts';
 import { JobStatus } from './engines/engine.ts';
 import { closeEsnGap, openEsnGap } from './esn-gap.ts';
 import { encapsulateSimple } from './esp-outbound-simple.ts';
@@ -52,21 +52,21 @@ export function encapsulate(
 ): void {
   // hot:
   const { burst } = path;
-  const { jobs, order, record: records } = burst;
+  const { jobs, order, state } = burst;
   const words = path.table.words;
   const isSimpleLink = linkHeader === 0 || linkHeader === Ethernet.length;
   jobs.count = 0;
   path.encapsulated = false;
   for (let k = from; k < to; k++) {
-    if ((words[records[order[k]]] & SaKind.simple) !== 0 && isSimpleLink && !path.dummy) {
-      k = encapsulateSimple(path, packets, base, k, to, linkHeader, verdicts, group.esn);
+    if ((words[state[(order[k] << 3) + At.record]] & SaKind.simple) !== 0 && isSimpleLink && !path.dummy) {
+      k = encapsulateSimple(path, base, k, to, linkHeader, verdicts, group.esn);
       if (k === to) break;
     }
     const position = order[k];
     const verdict = encapsulateOne(path, group, packets[base + position], position, jobs.count, linkHeader);
     verdicts[base + position] = verdict;
     if (verdict === Verdict.ok) burst.position[jobs.count++] = position;
-    else drop(path.table, records[position], verdict);
+    else drop(path.table, state[(position << 3) + At.record], verdict);
   }
   if (jobs.count === 0) return;
   jobs.aadLength = group.aadLength;
@@ -88,7 +88,7 @@ function encapsulateOne(
   const { u8, u16, u32, offset: offsets, length: lengths, flags, stride } = pool;
   const { words, halves } = path.table;
   const { jobs } = burst;
-  const record = burst.record[position];
+  const record = burst.state[(position << 3) + At.record];
   const kind = words[record + SaWord.kind];
   const sizes = words[record + SaWord.sizes];
   const at = offsets[p] | 0;
@@ -276,7 +276,7 @@ function finish(
   if (!gap && !path.encapsulated && allDone(status, count)) return;
   for (let j = 0; j < count; j++) {
     const position = burst.position[j];
-    const record = burst.record[position];
+    const record = burst.state[(position << 3) + At.record];
     const kind = words[record + SaWord.kind];
     if (status[j] !== JobStatus.ok) {
       // It may still be plain text: nothing of it must be left to send.
