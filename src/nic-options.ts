@@ -7,6 +7,7 @@ import type { PciFunction } from './vfio/function.ts';
 import { openKernelVfio } from './vfio/kernel.ts';
 import { openVfioUser } from './vfio/user.ts';
 import { Feature, FeatureSet } from './virtio/features.ts';
+import type { RingFormat } from './virtqueue/create.ts';
 import { GENERIC_FEATURES } from './virtio/initialize.ts';
 import { WIRE_REVISIONS, type WireRevision } from './virtio/revision.ts';
 
@@ -19,6 +20,8 @@ export type IpsecMode = 'auto' | 'inline' | 'software' | 'off';
 export interface NicOptions {
   /** Receive and transmit queue pairs, 1 (default) to what the device has. */
   readonly queuePairs?: number;
+  /** Format of the rings: `auto` (default) is packed when the device offers it; `packed` requires it. */
+  readonly ring?: 'auto' | RingFormat;
   /** Descriptors of each ring, a power of two; at most what the device takes. Default 256. */
   readonly queueSize?: number;
   /** Packets in the pool. Default: four times the descriptors of all rings. */
@@ -54,6 +57,7 @@ const MAX_SAS = 1 << 20;
 const MTU = { min: 68, max: 65535 } as const;
 
 /** Fills in defaults. Throws InputError `NIC_OPTION`. */
+const RING_FORMATS: readonly string[] = ['auto', 'split', 'packed'] satisfies NicOptions['ring'][];
 export function resolveOptions(options: NicOptions): ResolvedOptions {
   const resolved: ResolvedOptions = {
     queuePairs: 1,
@@ -62,6 +66,7 @@ export function resolveOptions(options: NicOptions): ResolvedOptions {
     engine: 'auto',
     wire: 'virtio-1.4',
     tunnelTypeBase: 1,
+    ring: 'auto',
     mtu: 1500,
     maxSas: 65536,
     resetTimeout: 5000,
@@ -75,6 +80,7 @@ export function resolveOptions(options: NicOptions): ResolvedOptions {
   if (resolved.wire !== 'auto' && !WIRE_REVISIONS.includes(resolved.wire)) {
     throw invalid('wire', `auto, ${WIRE_REVISIONS.join(' or ')}`);
   }
+  if (!RING_FORMATS.includes(resolved.ring)) throw invalid('ring', RING_FORMATS.join(', '));
   integer('maxSas', resolved.maxSas, 1, MAX_SAS);
   if (resolved.packets !== undefined) integer('packets', resolved.packets, 2 * resolved.queueSize, 1 << 24);
   if (resolved.packetStride !== undefined) {
@@ -96,7 +102,7 @@ function invalid(name: string, what: string): InputError {
  * What the way to the device requires of it: behind an IOMMU only a device that says so by ACCESS_PLATFORM can be given the addresses that
  * we have (Virtio 1.4, 6.1). One that does not say so would take them for physical ones, and write over memory of others.
  */
-export function platformFeatures(fn: Pick<PciFunction, 'behindIommu'>): FeatureSet {
+export function platformFeatures(fn: Pick<DeviceFunction, 'behindIommu'>): FeatureSet {
   return fn.behindIommu ? FeatureSet.of(Feature.ACCESS_PLATFORM) : FeatureSet.empty;
 }
 
@@ -108,7 +114,12 @@ export function featuresFor(
   const inline = FeatureSet.of(Feature.IPSEC, Feature.ADMIN_VQ);
   const multiqueue = options.queuePairs > 1 ? FeatureSet.of(Feature.MQ, Feature.CTRL_VQ) : FeatureSet.empty;
   const platform = platformFeatures(fn);
-  let useful = GENERIC_FEATURES.with(
+  let useful = genericFeatures(options).with(
+/** What is taken of any device: rings of the format that is wanted. */
+export function genericFeatures(options: Pick<ResolvedOptions, 'ring'>): FeatureSet {
+  return options.ring === 'split' ? GENERIC_FEATURES.without(Feature.RING_PACKED) : GENERIC_FEATURES;
+}
+
     Feature.MAC,
     Feature.STATUS,
     Feature.MTU,
@@ -120,24 +131,10 @@ export function featuresFor(
   // Only with IPsec, which makes the header longer anyway; the draft has no place for it.
   if (inlineWanted && options.wire !== 'rfc-2025-01') useful = useful.with(Feature.OUT_NET_HEADER);
   return {
-    required: multiqueue.or(platform).or(options.ipsec === 'inline' ? inline : FeatureSet.empty),
+    required: multiqueue
+      .or(platform)
+      .or(options.ipsec === 'inline' ? inline : FeatureSet.empty)
+      .or(options.ring === 'packed' ? FeatureSet.of(Feature.RING_PACKED) : FeatureSet.empty),
     wanted: options.ipsec === 'auto' ? useful.or(inline) : useful,
   };
-}
-
-const PCI_ADDRESS = /^[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]$/i;
-const VFIO_USER = 'vfio-user:';
-
-/**
- * Opens the PCI function at a device address: `0000:01:00.0` through the kernel's VFIO, `vfio-user:/path` through a socket. Throws
- * InputError `DEVICE_ADDRESS`, and what `openKernelVfio` and `openVfioUser` throw.
- */
-export function openFunction(address: string): PciFunction {
-  if (address.startsWith(VFIO_USER) && address.length > VFIO_USER.length) {
-    return openVfioUser(address.slice(VFIO_USER.length));
-  }
-  if (PCI_ADDRESS.test(address)) return openKernelVfio(address.toLowerCase());
-  throw new InputError('DEVICE_ADDRESS', 'not an address of a PCI function', {
-    hint: '0000:01:00.0 (kernel VFIO) or vfio-user:/path/to.sock',
-  });
 }

@@ -1,23 +1,24 @@
 /**
  * The memory and the rings of a NIC: the packet pool, a receive and a transmit ring for each queue pair, and the control queue that
- * says how many pairs are in use (Virtio 1.4, 5.1.2, 5.1.5, 5.1.9.5.6).
+ * says how many pairs are in use (Virtio 1.4, 5.1.2, 5.1.5, 5.1.9.5.6). All rings have one format, split or packed.
  */
 import { type VipsecError, VirtioError } from './errors.ts';
+import { NicRing } from './nic-ring.ts';
 import type { OpenOptions } from './nic-wire.ts';
 import { Ethernet } from './packet/fields.ts';
 import { PacketPool } from './packet/pool.ts';
 import type { DmaMemory } from './sys/memory.ts';
-import { type PciFunction, releaseDma } from './vfio/function.ts';
+import { type DeviceFunction, releaseDma } from './vfio/function.ts';
 import { Feature, type FeatureSet } from './virtio/features.ts';
-import { NO_VECTOR } from './virtio/pci-layout.ts';
-import type { QueueNotifier, VirtioTransport } from './virtio/transport.ts';
+import { ringFormat, ringOptions } from './virtio/ring-format.ts';
+import type { VirtioTransport } from './virtio/transport.ts';
 import type { NetConfig } from './virtio-net/config.ts';
 import { ControlQueue } from './virtio-net/control.ts';
 import { netHeaderLayout } from './virtio-net/header.ts';
 import { RxQueue } from './virtio-net/rx.ts';
 import type { SaTable } from './virtio-net/sa-table.ts';
 import { TxCounter, TxQueue } from './virtio-net/tx.ts';
-import { SplitVirtqueue, splitVirtqueueBytes } from './virtqueue/split.ts';
+import { createVirtqueue, virtqueueBytes } from './virtqueue/create.ts';
 
 /** Bytes in front of a packet: its header, and what IPsec puts in front of it. */
 const HEADROOM = 128;
@@ -32,8 +33,8 @@ const QUIESCE_MS = 100;
 interface RingPair {
   readonly rx: RxQueue;
   readonly tx: TxQueue;
-  readonly rxRing: SplitVirtqueue;
-  readonly txRing: SplitVirtqueue;
+  readonly rxRing: NicRing;
+  readonly txRing: NicRing;
 }
 
 export class NicRings {
@@ -43,14 +44,16 @@ export class NicRings {
   readonly mtu: number;
   /** Called when a notification finds the device lost. */
   onLost: (error: VipsecError) => void = () => {};
-  readonly #fn: PciFunction;
+  readonly #fn: DeviceFunction;
+  readonly #features: FeatureSet;
+  readonly #resetTimeout: number;
   readonly #control: ControlQueue | null;
   readonly #memories: DmaMemory[] = [];
   #closed = false;
 
   /** Step 7 of the initialisation. Throws VirtioError `QUEUE_SIZE`, `QUEUE_PAIRS`, `QUEUE_COUNT`; VfioError. */
   constructor(
-    fn: PciFunction,
+    fn: DeviceFunction,
     transport: VirtioTransport,
     features: FeatureSet,
     config: NetConfig,
@@ -58,6 +61,8 @@ export class NicRings {
     options: OpenOptions,
   ) {
     this.#fn = fn;
+    this.#features = features;
+    this.#resetTimeout = options.resetTimeout;
     this.mtu = config.mtu ?? options.mtu;
     const { queuePairs, queueSize } = options;
     if (queuePairs > config.maxQueuePairs) {
@@ -94,43 +99,41 @@ export class NicRings {
     const maxLength = this.mtu + Ethernet.length;
     const common = { pool, layout, sas };
     return {
-      rx: new RxQueue({ ...common, queue: receive.ring, notifier: receive.notifier, guestChecksum }),
-      tx: new TxQueue({ ...common, queue: transmit.ring, notifier: transmit.notifier, checksum, maxLength }),
-      rxRing: receive.ring,
-      txRing: transmit.ring,
+      rx: new RxQueue({ ...common, queue: receive.queue, notifier: receive, guestChecksum }),
+      tx: new TxQueue({ ...common, queue: transmit.queue, notifier: transmit, checksum, maxLength }),
+      rxRing: receive,
+      txRing: transmit,
     };
   }
 
-  #ring(
-    index: number,
-    transport: VirtioTransport,
-    features: FeatureSet,
-    wanted: number,
-    headroom: number,
-  ): { ring: SplitVirtqueue; notifier: QueueNotifier } {
+  #ring(index: number, transport: VirtioTransport, features: FeatureSet, wanted: number, headroom: number): NicRing {
     const max = transport.maxQueueSize(index);
     const options = {
       index,
       size: Math.min(wanted, max),
-      eventIdx: features.has(Feature.EVENT_IDX),
+      ...ringOptions(features),
       iovaLow: this.pool.iovaLow,
       iovaHigh: this.pool.iovaHigh,
       headroom,
     };
     if (max === 0) throw new VirtioError('QUEUE_SIZE', `the device has no queue ${index}`);
-    const ring = new SplitVirtqueue(this.#allocate(splitVirtqueueBytes(options)), options);
-    const { size, descriptorArea, driverArea, deviceArea } = ring;
-    const inner = transport.enableQueue(index, { size, descriptorArea, driverArea, deviceArea, vector: NO_VECTOR });
-    return { ring, notifier: { notify: () => this.#notify(inner) } };
+    const format = ringFormat(features);
+    const queue = createVirtqueue(format, this.#allocate(virtqueueBytes(format, options)), options);
+    return new NicRing(transport, queue, (error) => this.onLost(asVipsecError(error)));
   }
 
-  /** hot: a notification must not throw into a burst. */
-  #notify(inner: QueueNotifier): void {
-    try {
-      inner.notify();
-    } catch (error) {
-      this.onLost(asVipsecError(error));
+  /**
+   * Resets the receive or the transmit queue of a pair, and enables it again, while all others run. Throws VirtioError `NO_RING_RESET`,
+   * and what `NicRing.reset` throws.
+   */
+  async resetQueue(pair: number, which: 'rx' | 'tx'): Promise<void> {
+    if (!this.#features.has(Feature.RING_RESET)) {
+      throw new VirtioError('NO_RING_RESET', 'the device cannot reset a single queue');
     }
+    const { rx, tx, rxRing, txRing } = this.pairs[pair];
+    const [ring, queue] = which === 'rx' ? [rxRing, rx] : [txRing, tx];
+    await ring.reset(() => queue.close(), this.#resetTimeout);
+    if (which === 'rx') rx.refill();
   }
 
   /** Tells the device how many queue pairs to use, when that is not one. After DRIVER_OK. */
@@ -151,7 +154,7 @@ export class NicRings {
       for (;;) {
         if (tx.broken !== null) break;
         tx.reclaim();
-        const out = txRing.size - txRing.free;
+        const out = txRing.queue.size - txRing.queue.free;
         if (tx.counters[TxCounter.packets] - out >= until || performance.now() >= deadline) break;
         await new Promise((resolve) => setTimeout(resolve, 1));
       }
@@ -162,8 +165,8 @@ export class NicRings {
   fail(reason: VipsecError): void {
     const error = reason instanceof VirtioError ? reason : new VirtioError(reason.code, reason.message);
     for (const { rxRing, txRing } of this.pairs) {
-      rxRing.fail(error);
-      txRing.fail(error);
+      rxRing.queue.fail(error);
+      txRing.queue.fail(error);
     }
     this.#control?.close(error);
   }

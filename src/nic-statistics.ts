@@ -11,6 +11,11 @@ import { TxCounter } from './virtio-net/tx.ts';
 export interface NicQueue {
   readonly rx: NicRxQueue;
   readonly tx: NicTxQueue;
+  /**
+   * Resets one of the two, or both, while all other queues run: what the device had of it is lost, and interrupts are off. Meanwhile
+   * bursts give 0. Throws VirtioError `NO_RING_RESET`, `QUEUE_RESET_TIMEOUT`, or why the queue is broken.
+   */
+  reset(which?: 'rx' | 'tx'): Promise<void>;
 }
 
 export interface NicStatistics {

@@ -7,12 +7,12 @@
 import { VfioError, VipsecError } from './errors.ts';
 import { IpsecCapability } from './ipsec/wire/numbers.ts';
 import { recogniseRevision } from './ipsec/wire/recognise.ts';
-import { platformFeatures, type ResolvedOptions } from './nic-options.ts';
-import type { PciFunction } from './vfio/function.ts';
+import { genericFeatures, platformFeatures, type ResolvedOptions } from './nic-options.ts';
+import type { DeviceFunction } from './vfio/function.ts';
 import { AdminQueue } from './virtio/admin.ts';
 import { AdminOpcode } from './virtio/admin-wire.ts';
 import { Feature, FeatureSet } from './virtio/features.ts';
-import { GENERIC_FEATURES, initializeDevice, resetDevice } from './virtio/initialize.ts';
+import { initializeDevice, resetDevice } from './virtio/initialize.ts';
 import type { WireRevision } from './virtio/revision.ts';
 import type { VirtioTransport } from './virtio/transport.ts';
 
@@ -31,7 +31,7 @@ const READING: readonly number[] = [
 
 /** `options` with the revision that the device speaks. Throws VfioError; whatever else is wrong shows when the device is brought up. */
 export async function withRevision(
-  fn: PciFunction,
+  fn: DeviceFunction,
   transport: VirtioTransport,
   options: ResolvedOptions,
 ): Promise<OpenOptions> {
@@ -42,13 +42,13 @@ export async function withRevision(
 }
 
 async function askDevice(
-  fn: PciFunction,
+  fn: DeviceFunction,
   transport: VirtioTransport,
   options: ResolvedOptions,
 ): Promise<WireRevision | null> {
   const made: AdminQueue[] = [];
   const required = platformFeatures(fn);
-  const wanted = GENERIC_FEATURES.or(FeatureSet.of(Feature.ADMIN_VQ, Feature.IPSEC));
+  const wanted = genericFeatures(options).or(FeatureSet.of(Feature.ADMIN_VQ, Feature.IPSEC));
   const setup = (features: FeatureSet): void => {
     if (!features.hasAll(Feature.ADMIN_VQ, Feature.IPSEC)) return;
     made.push(new AdminQueue(transport, fn, features, { timeout: options.commandTimeout }));

@@ -9,7 +9,7 @@
  * ```
  *
  * The control path is promises, the data path is bursts of packet numbers and never throws: when the device breaks its rules or is lost,
- * bursts give 0, whatever is pending rejects, and `broken` says why. Left out: packed rings, GSO, the control queue but for the
+ * bursts give 0, whatever is pending rejects, and `broken` says why. Left out: GSO, the control queue but for the
  * number of queue pairs.
  */
 import { type VipsecError, VirtioError } from './errors.ts';
@@ -187,6 +187,10 @@ export class Nic implements AsyncDisposable {
       tx: new NicTxQueue(tx, this.packets, manager, onBroken),
     }));
     await rings.setQueuePairs(options.queuePairs);
+      reset: async (which) => {
+        if (which !== 'tx') await rings.resetQueue(i, 'rx');
+        if (which !== 'rx') await rings.resetQueue(i, 'tx');
+      },
     rings.start();
     if (this.#broken !== null) throw this.#broken;
   }

@@ -38,7 +38,8 @@ import { netHeaderLayout } from '../../src/virtio-net/header.ts';
 import { RxQueue } from '../../src/virtio-net/rx.ts';
 import { createSaTable } from '../../src/virtio-net/sa-table.ts';
 import { TxQueue } from '../../src/virtio-net/tx.ts';
-import { SplitVirtqueue, splitVirtqueueBytes } from '../../src/virtqueue/split.ts';
+import { virtqueueBytes } from '../../src/virtqueue/create.ts';
+import { SplitVirtqueue } from '../../src/virtqueue/split.ts';
 import { type BenchSuite, rate, type Workload } from '../harness.ts';
 
 const REVISION = 'virtio-1.4';
@@ -188,7 +189,7 @@ function workload(size: number, secured: boolean, unit: 'mpps' | 'gbps'): Worklo
   const make = (index: number) => {
     const { iovaLow, iovaHigh } = packets;
     const options = { index, size: RING, iovaLow, iovaHigh, headroom: layout.length };
-    return new SplitVirtqueue(guest.allocate(splitVirtqueueBytes(options)), options);
+    return new SplitVirtqueue(guest.allocate(virtqueueBytes('split', options)), options);
   };
   const [rxRing, txRing] = [make(0), make(1)];
   initialize(fn, [rxRing, txRing]);

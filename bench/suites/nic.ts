@@ -18,7 +18,8 @@ import { netHeaderLayout } from '../../src/virtio-net/header.ts';
 import { RxQueue } from '../../src/virtio-net/rx.ts';
 import { createSaTable } from '../../src/virtio-net/sa-table.ts';
 import { TxQueue } from '../../src/virtio-net/tx.ts';
-import { SplitVirtqueue, type SplitVirtqueueOptions, splitVirtqueueBytes } from '../../src/virtqueue/split.ts';
+import { virtqueueBytes } from '../../src/virtqueue/create.ts';
+import { SplitVirtqueue } from '../../src/virtqueue/split.ts';
 import { type BenchSuite, rate, ratio, type Workload } from '../harness.ts';
 import { LoopDevice } from '../loop-device.ts';
 
@@ -65,8 +66,8 @@ function forward(inline: boolean): Workload {
   const layout = netHeaderLayout(FeatureSet.of(Feature.VERSION_1, Feature.IPSEC), 'virtio-1.4');
   const sas = createSaTable(HANDLES + 1, 0x20000);
   const ring = (index: number) => {
-    const options: SplitVirtqueueOptions = { index, size: RING, iovaLow: IOVA, headroom: layout.length };
-    return new SplitVirtqueue(allocate(splitVirtqueueBytes(options), 0), options);
+    const options = { index, size: RING, iovaLow: IOVA, headroom: layout.length };
+    return new SplitVirtqueue(allocate(virtqueueBytes('split', options), 0), options);
   };
   const [rxRing, txRing] = [ring(0), ring(1)];
   const notifier = { notify() {} };

@@ -11,9 +11,10 @@ import { netHeaderLayout } from '../../src/virtio-net/header.ts';
 import { RxQueue } from '../../src/virtio-net/rx.ts';
 import { createSaTable } from '../../src/virtio-net/sa-table.ts';
 import { TxQueue } from '../../src/virtio-net/tx.ts';
-import { SplitVirtqueue, type SplitVirtqueueOptions, splitVirtqueueBytes } from '../../src/virtqueue/split.ts';
+import { createVirtqueue, type RingFormat, virtqueueBytes } from '../../src/virtqueue/create.ts';
+import type { Virtqueue } from '../../src/virtqueue/virtqueue.ts';
 import { type BenchSuite, rate, ratio, sampled, type Workload } from '../harness.ts';
-import { LoopDevice } from '../loop-device.ts';
+import { LoopDevice, PackedLoopDevice } from '../loop-device.ts';
 
 const BURST = 32;
 const RING = 256;
@@ -39,9 +40,9 @@ function memory(size: number, iova: number): DmaMemory {
   };
 }
 
-function splitQueue(index: number, headroom: number): SplitVirtqueue {
-  const options: SplitVirtqueueOptions = { index, size: RING, iovaLow: IOVA, headroom };
-  return new SplitVirtqueue(memory(splitVirtqueueBytes(options), 0), options);
+function makeQueue(format: RingFormat, index: number, headroom: number): Virtqueue {
+  const options = { index, size: RING, iovaLow: IOVA, headroom };
+  return createVirtqueue(format, memory(virtqueueBytes(format, options), 0), options);
 }
 
 interface Loop {
@@ -50,24 +51,26 @@ interface Loop {
 }
 
 /** A driver and a loop device; `secured` tags every packet with an SA, out and in. */
-function loop(secured: boolean, features: FeatureSet): Loop {
+function loop(format: RingFormat, secured: boolean, features: FeatureSet): Loop {
   const pool = new PacketPool(memory(PACKETS * 2048, IOVA));
   const layout = netHeaderLayout(features, 'virtio-1.4');
   const sas = createSaTable(64, 0x20000);
   sas.resourceId[SA_HANDLE] = SA_OBJECT;
   sas.handle[SA_OBJECT] = SA_HANDLE;
   const notifier = { notify() {} };
-  const txRing = splitQueue(1, layout.length);
-  const rxRing = splitQueue(0, layout.length);
+  const txRing = makeQueue(format, 1, layout.length);
+  const rxRing = makeQueue(format, 0, layout.length);
   const tx = new TxQueue({ queue: txRing, notifier, pool, layout, sas });
   const rx = new RxQueue({ queue: rxRing, notifier, pool, layout, sas });
   rx.refill();
-  const device = new LoopDevice(txRing, rxRing, pool.memory, IOVA, {
+  const header = {
     length: layout.length,
     flags: secured ? layout.security : 0,
     resourceId: secured ? SA_OBJECT : 0,
     resourceType: secured ? ResourceType.NET_IPSEC_INB_SA : 0,
-  });
+  };
+  const Device = format === 'packed' ? PackedLoopDevice : LoopDevice;
+  const device = new Device(txRing, rxRing, pool.memory, IOVA, header);
   const burst = new Uint32Array(BURST);
   const handle = secured ? SA_HANDLE : 0;
   pool.allocate(burst, BURST);
@@ -93,8 +96,8 @@ function loop(secured: boolean, features: FeatureSet): Loop {
   };
 }
 
-function loopWorkload(secured: boolean, features: FeatureSet): Workload {
-  const { round, check } = loop(secured, features);
+function loopWorkload(format: RingFormat, secured: boolean, features: FeatureSet): Workload {
+  const { round, check } = loop(format, secured, features);
   return {
     operations: BURST * BURSTS * 1e-6,
     run: () => {
@@ -107,7 +110,7 @@ function loopWorkload(secured: boolean, features: FeatureSet): Workload {
 /** The loop device alone, on rings that are always full of the same buffers. */
 function deviceWorkload(): Workload {
   const packets = memory(PACKETS * 2048, IOVA);
-  const rings = [splitQueue(1, 0), splitQueue(0, 0)];
+  const rings = [makeQueue('split', 1, 0), makeQueue('split', 0, 0)];
   const lengths = new Uint32Array(RING).fill(PACKET_BYTES);
   const offsets = Uint32Array.from({ length: RING }, (_, i) => i * 2048);
   const tokens = Uint32Array.from({ length: RING }, (_, i) => i);
@@ -134,8 +137,8 @@ function deviceWorkload(): Workload {
 }
 
 /** Bytes by which the heap grows per million packets: what is not returned by a collection, and garbage made meanwhile. */
-function heapGrowth(): number {
-  const { round } = loop(true, IPSEC);
+function heapGrowth(format: RingFormat): number {
+  const { round } = loop(format, true, IPSEC);
   const million = Math.round(1e6 / BURST);
   for (let i = 0; i < million; i++) round();
   globalThis.gc?.();
@@ -150,15 +153,23 @@ const IPSEC = FeatureSet.of(Feature.VERSION_1, Feature.IPSEC, Feature.OUT_NET_HE
 export const suite: BenchSuite = {
   name: 'ring',
   *benchmarks() {
-    yield rate('ring.split.tx_rx.mpps', 'Mpps', () => loopWorkload(false, IPSEC));
-    yield rate('ring.split.tx_rx_security.mpps', 'Mpps', () => loopWorkload(true, IPSEC));
-    yield ratio(
-      'ring.split.tx_rx_security.ratio',
-      () => loopWorkload(true, IPSEC),
-      () => loopWorkload(false, IPSEC),
-    );
-    yield rate('ring.split.tx_rx_plain_header.mpps', 'Mpps', () => loopWorkload(false, PLAIN));
+    for (const format of ['split', 'packed'] as const) {
+      yield rate(`ring.${format}.tx_rx.mpps`, 'Mpps', () => loopWorkload(format, false, IPSEC));
+      yield rate(`ring.${format}.tx_rx_security.mpps`, 'Mpps', () => loopWorkload(format, true, IPSEC));
+      yield ratio(
+        `ring.${format}.tx_rx_security.ratio`,
+        () => loopWorkload(format, true, IPSEC),
+        () => loopWorkload(format, false, IPSEC),
+      );
+      yield rate(`ring.${format}.tx_rx_plain_header.mpps`, 'Mpps', () => loopWorkload(format, false, PLAIN));
+      yield sampled(`ring.${format}.heap_growth.bytes_per_million`, 'B', 5, () => heapGrowth(format));
+    }
     yield rate('ring.split.loop_device.mpps', 'Mpps', deviceWorkload);
-    yield sampled('ring.split.heap_growth.bytes_per_million', 'B', 5, heapGrowth);
+    // In turns in one process, where the queues' callers have seen both formats.
+    yield ratio(
+      'ring.packed_to_split.ratio',
+      () => loopWorkload('packed', false, IPSEC),
+      () => loopWorkload('split', false, IPSEC),
+    );
   },
 };

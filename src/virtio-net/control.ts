@@ -5,11 +5,13 @@
  */
 import { type VipsecError, VirtioError } from '../errors.ts';
 import type { DmaMemory } from '../sys/memory.ts';
-import { type PciFunction, releaseDma } from '../vfio/function.ts';
-import { Feature, type FeatureSet } from '../virtio/features.ts';
+import { type DeviceFunction, releaseDma } from '../vfio/function.ts';
+import type { FeatureSet } from '../virtio/features.ts';
 import { NO_VECTOR } from '../virtio/pci-layout.ts';
+import { ringFormat, ringOptions } from '../virtio/ring-format.ts';
 import type { QueueNotifier, VirtioTransport } from '../virtio/transport.ts';
-import { SplitVirtqueue, splitVirtqueueBytes } from '../virtqueue/split.ts';
+import { createVirtqueue, virtqueueBytes } from '../virtqueue/create.ts';
+import type { Virtqueue } from '../virtqueue/virtqueue.ts';
 
 /** `class` and `command` (5.1.9.5.6). */
 const Mq = { class: 4, pairsSet: 0 } as const;
@@ -29,7 +31,7 @@ const POLL_MS = 1;
 export class ControlQueue {
   readonly #memory: DmaMemory;
   readonly #freeMemory: () => void;
-  readonly #ring: SplitVirtqueue;
+  readonly #ring: Virtqueue;
   readonly #notifier: QueueNotifier;
   readonly #commandAt: number;
   readonly #timeout: number;
@@ -38,20 +40,21 @@ export class ControlQueue {
   #last: Promise<void> = Promise.resolve();
 
   /** In step 7 of the initialisation. `index` is that of the queue. Throws VirtioError `QUEUE_SIZE`. */
-  constructor(fn: PciFunction, transport: VirtioTransport, features: FeatureSet, index: number, timeout: number) {
+  constructor(fn: DeviceFunction, transport: VirtioTransport, features: FeatureSet, index: number, timeout: number) {
     const max = transport.maxQueueSize(index);
     if (max < QUEUE_SIZE) throw new VirtioError('QUEUE_SIZE', `control queue ${index} takes ${max} descriptors`);
-    const options = { index, size: QUEUE_SIZE, eventIdx: features.has(Feature.EVENT_IDX) };
-    const ringBytes = Math.ceil(splitVirtqueueBytes(options) / COMMAND_BYTES) * COMMAND_BYTES;
+    const options = { index, size: QUEUE_SIZE, ...ringOptions(features) };
+    const format = ringFormat(features);
+    const ringBytes = Math.ceil(virtqueueBytes(format, options) / COMMAND_BYTES) * COMMAND_BYTES;
     const memory = fn.allocateDma(ringBytes + COMMAND_BYTES + 1);
     this.#memory = memory;
     this.#freeMemory = () => releaseDma(fn, memory);
     this.#commandAt = ringBytes;
     this.#timeout = timeout;
-    this.#ring = new SplitVirtqueue(memory, options);
+    this.#ring = createVirtqueue(format, memory, options);
     const { size, descriptorArea, driverArea, deviceArea } = this.#ring;
     try {
-      const setup = { size, descriptorArea, driverArea, deviceArea, vector: NO_VECTOR };
+      const setup = { size, descriptorArea, driverArea, deviceArea, vector: NO_VECTOR, position: this.#ring };
       this.#notifier = transport.enableQueue(index, setup);
     } catch (error) {
       releaseDma(fn, memory);

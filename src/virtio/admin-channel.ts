@@ -12,8 +12,9 @@
  */
 import { AdminCommandError, VfioError, VirtioError } from '../errors.ts';
 import type { DmaMemory } from '../sys/memory.ts';
-import { type PciFunction, releaseDma } from '../vfio/function.ts';
-import { SplitVirtqueue, splitVirtqueueBytes } from '../virtqueue/split.ts';
+import { type DeviceFunction, releaseDma } from '../vfio/function.ts';
+import { createVirtqueue, virtqueueBytes } from '../virtqueue/create.ts';
+import type { Virtqueue } from '../virtqueue/virtqueue.ts';
 import {
   AdminCommandField,
   AdminGroup,
@@ -29,6 +30,7 @@ import {
 } from './admin-wire.ts';
 import { Feature, type FeatureSet } from './features.ts';
 import { DeviceStatus, NO_VECTOR } from './pci-layout.ts';
+import { ringFormat, ringOptions } from './ring-format.ts';
 import type { QueueNotifier, VirtioTransport } from './transport.ts';
 
 export interface AdminChannelOptions {
@@ -75,7 +77,7 @@ export class AdminChannel {
   readonly #memory: DmaMemory;
   readonly #queueBytes: number;
   readonly #freeMemory: (memory: DmaMemory) => void;
-  readonly #queue: SplitVirtqueue;
+  readonly #queue: Virtqueue;
   readonly #notifier: QueueNotifier;
   readonly #commandBytes: number;
   readonly #replyBytes: number;
@@ -103,7 +105,7 @@ export class AdminChannel {
    */
   constructor(
     transport: VirtioTransport,
-    fn: Pick<PciFunction, 'allocateDma' | 'freeDma' | 'gone'>,
+    fn: Pick<DeviceFunction, 'allocateDma' | 'freeDma' | 'gone'>,
     features: FeatureSet,
     options: AdminChannelOptions = {},
   ) {
@@ -122,17 +124,18 @@ export class AdminChannel {
     const queueOptions = {
       index,
       size: max === 0 ? 0 : Math.min(max, wanted),
-      eventIdx: features.has(Feature.EVENT_IDX),
+      ...ringOptions(features),
       indirectEntries: indirect ? 2 : 0,
     };
-    const queueBytes = Math.ceil(splitVirtqueueBytes(queueOptions) / 64) * 64;
+    const format = ringFormat(features);
+    const queueBytes = Math.ceil(virtqueueBytes(format, queueOptions) / 64) * 64;
     const slots = Math.min(options.slots ?? 32, Math.floor(queueOptions.size / perCommand));
     if (queueOptions.size < 2)
       throw new VirtioError('QUEUE_SIZE', `queue ${index}: too small for an administration command`);
 
     this.#memory = fn.allocateDma(queueBytes + slots * (this.#commandBytes + this.#replyBytes));
     this.#queueBytes = queueBytes;
-    this.#queue = new SplitVirtqueue(this.#memory, queueOptions);
+    this.#queue = createVirtqueue(format, this.#memory, queueOptions);
     this.#slots = new Array<Pending | null | undefined>(slots).fill(undefined);
     this.#takenSlots = new Uint32Array(slots);
     this.#takenLengths = new Uint32Array(slots);
@@ -143,6 +146,7 @@ export class AdminChannel {
         driverArea: this.#queue.driverArea,
         deviceArea: this.#queue.deviceArea,
         vector: options.vector ?? NO_VECTOR,
+        position: this.#queue,
       });
     } catch (error) {
       releaseDma(fn, this.#memory);

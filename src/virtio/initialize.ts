@@ -46,6 +46,28 @@ const HINTS = new Map<number, string>([
 ]);
 
 /**
+ * Resets one queue, while the others run, and waits until the device says that it has been (2.6.1.1.2). Throws `VirtioError`
+ * QUEUE_RESET_TIMEOUT; the queue's memory must not be touched or freed then.
+ */
+export async function resetQueue(
+  transport: VirtioTransport,
+  index: number,
+  timeout = DEFAULT_RESET_TIMEOUT,
+): Promise<void> {
+  transport.startQueueReset(index);
+  const deadline = performance.now() + timeout;
+  for (let wait = 0; !transport.isQueueReset(index); wait = Math.min(wait + 1, 20)) {
+    if (performance.now() >= deadline) {
+      throw new VirtioError(
+        'QUEUE_RESET_TIMEOUT',
+        `${transport.address}: the device did not finish the reset of queue ${index} in ${timeout} ms`,
+      );
+    }
+    await sleep(wait);
+  }
+}
+
+/**
  * What to accept of what the device offers. Throws `VirtioError` FEATURES_MISSING, naming each required feature that is
  * not offered or whose requirements are not.
  */
@@ -128,4 +150,9 @@ export const GENERIC_FEATURES = FeatureSet.of(
   Feature.ORDER_PLATFORM,
   Feature.INDIRECT_DESC,
   Feature.EVENT_IDX,
+  Feature.RING_PACKED,
+  Feature.IN_ORDER,
+  Feature.NOTIFICATION_DATA,
+  Feature.NOTIF_CONFIG_DATA,
+  Feature.RING_RESET,
 );

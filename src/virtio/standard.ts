@@ -3,7 +3,7 @@
  *
  * Every structure is checked against its BAR once, before anything in it is read; later accesses stay inside by
  * construction. Fields are accessed with their own width. Left out: legacy and transitional interfaces, access through
- * PCI configuration space (VIRTIO_PCI_CAP_PCI_CFG), shared memory, NOTIFICATION_DATA and RING_RESET.
+ * PCI configuration space (VIRTIO_PCI_CAP_PCI_CFG), shared memory.
  */
 import { VirtioError } from '../errors.ts';
 import {
@@ -15,7 +15,7 @@ import {
   walkCapabilities,
 } from '../vfio/config-space.ts';
 import type { PciFunction, Region } from '../vfio/function.ts';
-import { FEATURE_WORDS, FeatureSet } from './features.ts';
+import { FEATURE_WORDS, Feature, FeatureSet } from './features.ts';
 import { CommonCfgField, CommonCfgLength, NO_VECTOR, VirtioCfgType, VirtioPciId } from './pci-layout.ts';
 import type { ConfigReader, QueueNotifier, QueueSetup, VirtioTransport } from './transport.ts';
 
@@ -23,8 +23,9 @@ import type { ConfigReader, QueueNotifier, QueueSetup, VirtioTransport } from '.
 const LAST_BAR = 5;
 /** Attempts to read a configuration that does not change meanwhile. */
 const CONFIG_ATTEMPTS = 64;
-/** Bytes of a notification (4.1.4.4). */
+/** Bytes of a notification (4.1.4.4), and with NOTIFICATION_DATA. */
 const NOTIFICATION_BYTES = 2;
+const NOTIFICATION_DATA_BYTES = 4;
 
 /** A structure inside a BAR. */
 interface Structure {
@@ -81,17 +82,38 @@ function findStructure(
 class StandardNotifier implements QueueNotifier {
   readonly #bar: Region;
   readonly #offset: number;
-  readonly #queue: number;
+  readonly #id: number;
 
-  constructor(bar: Region, offset: number, queue: number) {
+  /** `id` is the queue's index, or what the device wants instead (NOTIF_CONFIG_DATA). */
+  constructor(bar: Region, offset: number, id: number) {
     this.#bar = bar;
     this.#offset = offset;
-    this.#queue = queue;
+    this.#id = id;
   }
 
   notify(): void {
     // hot:
-    this.#bar.write16(this.#offset, this.#queue);
+    this.#bar.write16(this.#offset, this.#id);
+  }
+}
+
+/** NOTIFICATION_DATA (4.1.5.2): 32 bits, which also say where the queue stands. */
+class DataNotifier implements QueueNotifier {
+  readonly #bar: Region;
+  readonly #offset: number;
+  readonly #id: number;
+  readonly #position: { readonly next: number };
+
+  constructor(bar: Region, offset: number, id: number, position: { readonly next: number }) {
+    this.#bar = bar;
+    this.#offset = offset;
+    this.#id = id;
+    this.#position = position;
+  }
+
+  notify(): void {
+    // hot:
+    this.#bar.write32(this.#offset, (this.#id | (this.#position.next << 16)) >>> 0);
   }
 }
 
@@ -137,6 +159,7 @@ class StandardTransport implements VirtioTransport {
   readonly #isr: Structure;
   readonly #config: StructureReader | null;
   readonly #notifyMultiplier: number;
+  #features = FeatureSet.empty;
 
   constructor(fn: PciFunction, deviceType: number) {
     this.#fn = fn;
@@ -206,6 +229,7 @@ class StandardTransport implements VirtioTransport {
   }
 
   writeDriverFeatures(features: FeatureSet): void {
+    this.#features = features;
     for (let word = 0; word < FEATURE_WORDS; word++) {
       this.#write32(CommonCfgField.driverFeatureSelect, word);
       this.#write32(CommonCfgField.driverFeature, features.words[word]);
@@ -252,18 +276,52 @@ class StandardTransport implements VirtioTransport {
     this.#write64(CommonCfgField.queueDriver, setup.driverArea);
     this.#write64(CommonCfgField.queueDevice, setup.deviceArea);
 
-    const offset = this.#read16(CommonCfgField.queueNotifyOff) * this.#notifyMultiplier;
-    if (offset + NOTIFICATION_BYTES > this.#notify.length || offset % 2 !== 0) {
-      throw new VirtioError(
-        'STRUCTURE_BOUNDS',
-        `${this.address}: queue ${index} is notified at ${offset} of a structure of ${this.#notify.length} bytes`,
-      );
-    }
+    const notifier = this.#notifier(index, setup);
     this.#write16(CommonCfgField.queueEnable, 1);
     if (this.#read16(CommonCfgField.queueEnable) !== 1) {
       throw new VirtioError('QUEUE_ENABLE', `${this.address}: the device did not enable queue ${index}`);
     }
-    return new StandardNotifier(this.#notify.bar, this.#notify.offset + offset, index);
+    return notifier;
+  }
+
+  /** 4.1.4.4, 4.1.5.2; the queue is selected. */
+  #notifier(index: number, setup: QueueSetup): QueueNotifier {
+    const { bar, offset: start, length } = this.#notify;
+    const withData = this.#features.has(Feature.NOTIFICATION_DATA);
+    const bytes = withData ? NOTIFICATION_DATA_BYTES : NOTIFICATION_BYTES;
+    const offset = this.#read16(CommonCfgField.queueNotifyOff) * this.#notifyMultiplier;
+    if (offset + bytes > length || (start + offset) % bytes !== 0) {
+      throw new VirtioError(
+        'STRUCTURE_BOUNDS',
+        `${this.address}: queue ${index} is notified at ${offset} of a structure of ${length} bytes at ${start}`,
+      );
+    }
+    const id = this.#features.has(Feature.NOTIF_CONFIG_DATA)
+      ? this.#optional16(CommonCfgField.queueNotifConfigData, 'queue_notif_config_data')
+      : index;
+    if (!withData) return new StandardNotifier(bar, start + offset, id);
+    if (setup.position === undefined) throw new RangeError(`queue ${index}: NOTIFICATION_DATA needs its position`);
+    return new DataNotifier(bar, start + offset, id, setup.position);
+  }
+
+  /** A field that not every device has. */
+  #optional16(field: number, name: string): number {
+    if (field + 2 > this.#common.length) {
+      throw new VirtioError('STRUCTURE_BOUNDS', `${this.address}: the common configuration has no ${name}`);
+    }
+    return this.#read16(field);
+  }
+
+  startQueueReset(index: number): void {
+    this.#write16(CommonCfgField.queueSelect, index);
+    this.#optional16(CommonCfgField.queueReset, 'queue_reset');
+    this.#write16(CommonCfgField.queueReset, 1);
+  }
+
+  /** 4.1.4.3.1: both read 0 when the reset is complete. */
+  isQueueReset(index: number): boolean {
+    this.#write16(CommonCfgField.queueSelect, index);
+    return this.#read16(CommonCfgField.queueReset) === 0 && this.#read16(CommonCfgField.queueEnable) === 0;
   }
 
   setConfigVector(vector: number): void {

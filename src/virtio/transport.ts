@@ -15,6 +15,8 @@ export interface QueueSetup {
   readonly deviceArea: number;
   /** MSI-X vector for used buffers, or `NO_VECTOR`. */
   readonly vector: number;
+  /** With NOTIFICATION_DATA, what notifications say (2.9): `next_off`, and `next_wrap` in bit 15. Usually the `Virtqueue`. */
+  readonly position?: { readonly next: number };
 }
 
 /** Tells the device that a queue has new buffers. */
@@ -55,6 +57,12 @@ export interface VirtioTransport {
   maxQueueSize(index: number): number;
   /** Describes queue `index` to the device, maps its interrupt and enables it. Throws `VirtioError` when that fails. */
   enableQueue(index: number, setup: QueueSetup): QueueNotifier;
+  /**
+   * Starts the reset of queue `index` (2.6.1), which is over when `isQueueReset` says so; then it may be enabled again. Only with
+   * RING_RESET negotiated. See `resetQueue` in `initialize.ts`.
+   */
+  startQueueReset(index: number): void;
+  isQueueReset(index: number): boolean;
   /** Maps configuration changes to an MSI-X vector, or to none with `NO_VECTOR`. Throws `VirtioError` MSIX_VECTOR. */
   setConfigVector(vector: number): void;
   /** ISR status bits, cleared by the read. Not to be used with MSI-X. */

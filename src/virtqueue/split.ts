@@ -1,6 +1,6 @@
 /**
- * The driver side of a split virtqueue (Virtio 1.4, 2.7), with indirect descriptors (2.7.5.3) and event indices (2.7.7,
- * 2.7.10). Left out: IN_ORDER (2.7.9).
+ * The driver side of a split virtqueue (Virtio 1.4, 2.7), with indirect descriptors (2.7.5.3), event indices (2.7.7,
+ * 2.7.10) and IN_ORDER (2.7.9).
  *
  * The device is not trusted. What was handed out is remembered in private arrays (`#capacity`, `#token`, `#chain`), so
  * the device cannot change it afterwards; the used ring is read once per entry and checked against them. Of the shared
@@ -9,30 +9,24 @@
  * Most devices return buffers in the order in which they got them. As long as one does, and buffers are single
  * descriptors of one direction, the queue is *ordered*: the buffer at position n of the available ring uses descriptor n,
  * so that ring and half of each descriptor never change, and no free list is needed. The first buffer that comes out of
- * order, and the first chain, end that for good.
+ * order, and the first chain, end that for good. With IN_ORDER, descriptors are still used in the order of the table then,
+ * and a used entry that is not the next buffer's names the last of several.
  *
  * Ordering: descriptors and ring entries are plain stores, then the index is one `Atomics.store`, a full fence; only after
  * that is the device's wish for notifications read. The used index is one `Atomics.load` per burst, then plain reads.
  */
 import { VirtioError } from '../errors.ts';
 import type { DmaMemory } from '../sys/memory.ts';
-import type { PciFunction } from '../vfio/function.ts';
 import {
-  checkSize,
+  chainCapacity,
+  checkQueueSize,
   DESCRIPTOR_BYTES,
   DESCRIPTOR_WORDS,
   DescriptorFlag,
-  NEXT_SHIFT,
-  NO_NOTIFICATIONS,
-  RingField,
-  type SplitVirtqueueOptions,
-  splitLayout,
-  splitVirtqueueBytes,
-} from './split-layout.ts';
-import type { Virtqueue } from './virtqueue.ts';
-
-export type { SplitVirtqueueOptions } from './split-layout.ts';
-export { splitVirtqueueBytes } from './split-layout.ts';
+  writePiece,
+} from './descriptor.ts';
+import { NEXT_SHIFT, NO_NOTIFICATIONS, RingField, splitLayout } from './split-layout.ts';
+import { STOPPED, type Virtqueue, type VirtqueueOptions } from './virtqueue.ts';
 
 export class SplitVirtqueue implements Virtqueue {
   readonly index: number;
@@ -45,12 +39,14 @@ export class SplitVirtqueue implements Virtqueue {
 
   readonly #mask: number;
   readonly #eventIdx: boolean;
+  readonly #inOrder: boolean;
   readonly #iovaLow: number;
   readonly #iovaHigh: number;
   readonly #headroom: number;
   readonly #indirectEntries: number;
   /** Byte offset in `memory` of the indirect tables. */
   readonly #indirect: number;
+  readonly #bytes: number;
   readonly #u16: Uint16Array;
   readonly #u32: Uint32Array;
   // Positions in #u16, and of the used ring's first element in #u32.
@@ -72,8 +68,14 @@ export class SplitVirtqueue implements Virtqueue {
   readonly #token: Uint32Array;
   readonly #chain: Uint16Array;
   readonly #next: Uint16Array;
-  /** Stack of free descriptors, unless ordered. */
+  /** Stack of free descriptors, unless ordered or IN_ORDER. */
   readonly #freeIds: Uint16Array;
+  /** With IN_ORDER: head of the buffer by its place in the available ring; and the next descriptor of the table to use. */
+  readonly #heads: Uint16Array;
+  #nextDescriptor = 0;
+  /** Buffers that the device has returned by naming the last of them, and that were not taken; what it wrote into that one. */
+  #batch = 0;
+  #batchBytes = 0;
   #free: number;
   /** Buffers that are out and have more than one descriptor. */
   #chained = 0;
@@ -89,11 +91,10 @@ export class SplitVirtqueue implements Virtqueue {
    * A queue in `memory`, of at least `splitVirtqueueBytes(options)`, which is cleared. Interrupts are off.
    * Throws `VirtioError` QUEUE_SIZE.
    */
-  constructor(memory: DmaMemory, options: SplitVirtqueueOptions) {
+  constructor(memory: DmaMemory, options: VirtqueueOptions) {
     const { index, size } = options;
-    checkSize(index, size);
-    const indirectEntries = options.indirectEntries ?? 0;
-    const at = splitLayout(size, indirectEntries);
+    checkQueueSize(index, size, true);
+    const at = splitLayout(options);
     if (memory.size < at.bytes)
       throw new RangeError(`queue ${index}: ${memory.size} bytes of memory, needs ${at.bytes}`);
     this.index = index;
@@ -104,11 +105,13 @@ export class SplitVirtqueue implements Virtqueue {
     this.deviceArea = memory.iova + at.device;
     this.#mask = size - 1;
     this.#eventIdx = options.eventIdx ?? false;
+    this.#inOrder = options.inOrder ?? false;
     this.#iovaLow = options.iovaLow ?? 0;
     this.#iovaHigh = options.iovaHigh ?? 0;
     this.#headroom = options.headroom ?? 0;
-    this.#indirectEntries = indirectEntries;
+    this.#indirectEntries = options.indirectEntries ?? 0;
     this.#indirect = at.indirect;
+    this.#bytes = at.bytes;
     this.#u16 = memory.u16;
     this.#u32 = memory.u32;
     const avail = at.driver >>> 1;
@@ -126,23 +129,38 @@ export class SplitVirtqueue implements Virtqueue {
     this.#chain = new Uint16Array(size);
     this.#next = new Uint16Array(size);
     this.#freeIds = new Uint16Array(size);
+    this.#heads = new Uint16Array(size);
     this.#free = size;
-    memory.u8.fill(0, 0, at.bytes);
-    for (let i = 0; i < size; i++) this.#u16[this.#availRing + i] = i;
+    this.#clearMemory();
+  }
+
+  #clearMemory(): void {
+    this.memory.u8.fill(0, 0, this.#bytes);
+    for (let i = 0; i < this.size; i++) {
+      this.#u16[this.#availRing + i] = i;
+      this.#heads[i] = i;
+    }
     this.disableInterrupts();
   }
 
   get free(): number {
-    return this.#free;
+    return this.#broken === null ? this.#free : 0;
   }
 
   get broken(): VirtioError | null {
-    return this.#broken;
+    return this.#broken === STOPPED ? null : this.#broken;
   }
 
-  /** Closes the queue for good: every later call does nothing, so that its memory may go away. The first reason stays. */
+  get next(): number {
+    return this.#nextAvail;
+  }
+
   fail(reason: VirtioError): void {
-    this.#broken ??= reason;
+    if (this.#broken === null || this.#broken === STOPPED) this.#broken = reason;
+  }
+
+  stop(): void {
+    this.#broken ??= STOPPED;
   }
 
   postBurst(
@@ -217,7 +235,7 @@ export class SplitVirtqueue implements Virtqueue {
     return n;
   }
 
-  /** hot: as `postBurst`, with free descriptors from the stack. */
+  /** hot: as `postBurst`, with free descriptors from the stack, or with IN_ORDER from the table in turn. */
   #postAnywhere(
     tokens: Uint32Array,
     from: number,
@@ -231,6 +249,7 @@ export class SplitVirtqueue implements Virtqueue {
     const freeIds = this.#freeIds;
     const mask = this.#mask;
     const ring = this.#availRing;
+    const inOrder = this.#inOrder;
     const headroom = this.#headroom;
     const low = (this.#iovaLow - headroom) | 0;
     const writable = flags === 0 ? 0 : -1;
@@ -238,7 +257,13 @@ export class SplitVirtqueue implements Virtqueue {
     let avail = this.#nextAvail;
     for (let i = from; i < from + n; i++) {
       const t = tokens[i];
-      const id = freeIds[--free];
+      free--;
+      let id = freeIds[free];
+      if (inOrder) {
+        id = this.#nextDescriptor;
+        this.#nextDescriptor = (id + 1) & mask;
+        this.#heads[avail & mask] = id;
+      }
       const bytes = (length[t] + headroom) | 0;
       const w = id * DESCRIPTOR_WORDS;
       u32[w] = (low + offset[t]) | 0;
@@ -268,10 +293,14 @@ export class SplitVirtqueue implements Virtqueue {
     }
   }
 
-  /** From an ordered queue to one with a free list: what is not between the used and the available index is free. */
+  /**
+   * From an ordered queue to one with a free list: what is not between the used and the available index is free. With IN_ORDER,
+   * to one that uses the table in turn: entries of the available ring are written from now on.
+   */
   #endOrder(): void {
     if (!this.#ordered) return;
     this.#ordered = false;
+    this.#nextDescriptor = this.#nextAvail & this.#mask;
     for (let i = 0; i < this.#free; i++) {
       const id = (this.#nextAvail + this.#free - 1 - i) & this.#mask;
       this.#freeIds[i] = id;
@@ -282,52 +311,49 @@ export class SplitVirtqueue implements Virtqueue {
   postChain(token: number, pieces: Uint32Array, readable: number, writable: number): boolean {
     const count = readable + writable;
     if (this.#broken !== null || count === 0) return false;
-    // 2.7.5.3.1: with an indirect table too.
-    if (count > this.size) throw new RangeError(`a chain of ${count} pieces in a queue of ${this.size}`);
-    let capacity = 0;
-    for (let i = readable; i < count; i++) capacity += pieces[3 * i + 2];
-    if (capacity >= 0xffffffff) throw new RangeError(`a buffer of ${capacity} writable bytes`);
+    const capacity = chainCapacity(this.size, pieces, readable, writable);
     this.#endOrder();
 
     const indirect = count > 1 && count <= this.#indirectEntries;
     const descriptors = indirect ? 1 : count;
     if (descriptors > this.#free) return false;
-    const head = this.#freeIds[this.#free - 1];
+    const head = this.#descriptor(0);
     if (indirect) {
       const table = this.#indirect + head * this.#indirectEntries * DESCRIPTOR_BYTES;
       for (let i = 0; i < count; i++) {
         this.#writePiece((table >>> 2) + i * DESCRIPTOR_WORDS, pieces, i, readable, i + 1 < count ? i + 1 : -1);
       }
-      const w = head * DESCRIPTOR_WORDS;
-      this.#u32[w] = this.memory.iovaLow + table;
-      this.#u32[w + 1] = this.memory.iovaHigh;
-      this.#u32[w + 2] = count * DESCRIPTOR_BYTES;
-      this.#u32[w + 3] = DescriptorFlag.INDIRECT;
+      const { iovaLow, iovaHigh } = this.memory;
+      const whole = Uint32Array.of(iovaLow + table, iovaHigh, count * DESCRIPTOR_BYTES);
+      writePiece(this.#u32, head * DESCRIPTOR_WORDS, whole, 0, DescriptorFlag.INDIRECT);
     } else {
       for (let i = 0; i < count; i++) {
-        const id = this.#freeIds[this.#free - 1 - i];
-        const next = i + 1 < count ? this.#freeIds[this.#free - 2 - i] : -1;
+        const id = this.#descriptor(i);
+        const next = i + 1 < count ? this.#descriptor(i + 1) : -1;
         this.#writePiece(id * DESCRIPTOR_WORDS, pieces, i, readable, next);
         if (next >= 0) this.#next[id] = next;
       }
     }
     this.#free -= descriptors;
+    this.#nextDescriptor = (this.#nextDescriptor + descriptors) & this.#mask;
     this.#token[head] = token;
     this.#capacity[head] = capacity + 1;
     this.#chain[head] = descriptors - 1;
     if (descriptors > 1) this.#chained++;
+    this.#heads[this.#nextAvail & this.#mask] = head;
     this.#u16[this.#availRing + (this.#nextAvail & this.#mask)] = head;
     this.#nextAvail = (this.#nextAvail + 1) & 0xffff;
     return true;
   }
 
+  /** The descriptor for piece `i` of a chain. */
+  #descriptor(i: number): number {
+    return this.#inOrder ? (this.#nextDescriptor + i) & this.#mask : this.#freeIds[this.#free - 1 - i];
+  }
+
   #writePiece(w: number, pieces: Uint32Array, i: number, readable: number, next: number): void {
-    const u32 = this.#u32;
-    u32[w] = pieces[3 * i];
-    u32[w + 1] = pieces[3 * i + 1];
-    u32[w + 2] = pieces[3 * i + 2];
     const flags = i < readable ? 0 : DescriptorFlag.WRITE;
-    u32[w + 3] = next < 0 ? flags : flags | DescriptorFlag.NEXT | (next << NEXT_SHIFT);
+    writePiece(this.#u32, w, pieces, i, next < 0 ? flags : flags | DescriptorFlag.NEXT | (next << NEXT_SHIFT));
   }
 
   publish(): boolean {
@@ -348,15 +374,15 @@ export class SplitVirtqueue implements Virtqueue {
     // hot:
     if (this.#broken !== null) return 0;
     let last = this.#lastUsed | 0;
-    let n = (Atomics.load(this.#u16, this.#usedIdx) - last) & 0xffff;
-    if (n === 0) return 0;
-    if (n > this.#outstanding) {
-      this.#break('USED_INDEX', `the used index is ${n} ahead with ${this.#outstanding} buffers out`);
+    const used = (Atomics.load(this.#u16, this.#usedIdx) - last) & 0xffff;
+    if (used === 0) return 0;
+    if (used > this.#outstanding) {
+      this.#break('USED_INDEX', `the used index is ${used} ahead with ${this.#outstanding} buffers out`);
       return 0;
     }
-    n = Math.min(n, max) | 0;
+    const n = Math.min(used, max) | 0;
     let i = 0;
-    if (this.#ordered) {
+    if (this.#ordered && this.#batch === 0) {
       const u32 = this.#u32;
       const capacity = this.#capacity;
       const token = this.#token;
@@ -401,9 +427,54 @@ export class SplitVirtqueue implements Virtqueue {
       this.#free += i;
       this.#outstanding -= i;
       if (i === n) return n;
-      this.#endOrder();
     }
+    if (this.#inOrder) return this.#takeInTurn(tokens, written, i, n, used - i);
+    this.#endOrder();
     return this.#takeAny(tokens, written, i, n);
+  }
+
+  /** With IN_ORDER: takes chains and batches out of `used` buffers into `tokens[i]` up to `tokens[n - 1]`; returns where it ended. */
+  #takeInTurn(tokens: Uint32Array, written: Uint32Array, start: number, n: number, used: number): number {
+    let i = start;
+    for (; i < n; i++) {
+      const place = this.#lastUsed & this.#mask;
+      const head = this.#heads[place];
+      if (this.#batch === 0) {
+        const at = this.#usedRing + place * 2;
+        const id = this.#u32[at];
+        const count = this.#buffersTo(id, used - (i - start));
+        if (count === 0) {
+          this.#break('USED_ID', `used id ${id} was not given out, or not before what it is used with`);
+          break;
+        }
+        const bytes = this.#u32[at + 1];
+        if (bytes >= this.#capacity[id]) {
+          this.#break('USED_LENGTH', `used length ${bytes} for a buffer of ${this.#capacity[id] - 1} writable bytes`);
+          break;
+        }
+        this.#batch = count;
+        this.#batchBytes = bytes;
+      }
+      this.#batch--;
+      tokens[i] = this.#token[head];
+      // 2.7.9: of a batch all but the last were used completely.
+      written[i] = this.#batch === 0 ? this.#batchBytes : this.#capacity[head] - 1;
+      this.#free += this.#chain[head] + 1;
+      if (this.#chain[head] !== 0) this.#chained--;
+      this.#chain[head] = 0;
+      this.#capacity[head] = 0;
+      this.#outstanding--;
+      this.#lastUsed = (this.#lastUsed + 1) & 0xffff;
+    }
+    return i;
+  }
+
+  /** How many buffers are used up to and including the one with head `id`, of `used` ones; 0 when that is not one of them. */
+  #buffersTo(id: number, used: number): number {
+    for (let count = 1; count <= used; count++) {
+      if (this.#heads[(this.#lastUsed + count - 1) & this.#mask] === id) return count;
+    }
+    return 0;
   }
 
   /** hot: takes used buffers in any order into `tokens[i]` up to `tokens[n - 1]`; returns where it ended. */
@@ -490,12 +561,19 @@ export class SplitVirtqueue implements Virtqueue {
     this.#outstanding = 0;
     return n;
   }
-}
 
-/** A queue in memory of its own. Throws `VirtioError` QUEUE_SIZE, and what `allocateDma` throws. */
-export function allocateSplitVirtqueue(
-  fn: Pick<PciFunction, 'allocateDma'>,
-  options: SplitVirtqueueOptions,
-): SplitVirtqueue {
-  return new SplitVirtqueue(fn.allocateDma(splitVirtqueueBytes(options)), options);
+  restart(): void {
+    this.#ordered = true;
+    this.#direction = -1;
+    this.#chain.fill(0);
+    this.#free = this.size;
+    this.#chained = 0;
+    this.#batch = 0;
+    this.#nextAvail = 0;
+    this.#published = 0;
+    this.#lastUsed = 0;
+    this.#outstanding = 0;
+    this.#broken = null;
+    this.#clearMemory();
+  }
 }

@@ -92,6 +92,15 @@ export class FakeDevice implements VirtioTransport {
     };
   }
 
+  startQueueReset(index: number): void {
+    this.log.push(`reset ${index}`);
+    this.queues.delete(index);
+  }
+
+  isQueueReset(): boolean {
+    return true;
+  }
+
   setConfigVector(): void {}
 
   readIsr(): number {

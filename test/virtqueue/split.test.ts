@@ -1,15 +1,17 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { VirtioError } from '../../src/errors.ts';
-import { allocateSplitVirtqueue, SplitVirtqueue, type SplitVirtqueueOptions } from '../../src/virtqueue/split.ts';
+import { allocateVirtqueue } from '../../src/virtqueue/create.ts';
+import { SplitVirtqueue } from '../../src/virtqueue/split.ts';
+import type { Virtqueue, VirtqueueOptions } from '../../src/virtqueue/virtqueue.ts';
 import { type Chain, NaiveSplitDevice, setupOf, TestMemory } from './support.ts';
 
 const IOVA_LOW = 0x2000_0000;
 const IOVA_HIGH = 3;
 
-function make(options: Partial<SplitVirtqueueOptions> = {}) {
+function make(options: Partial<VirtqueueOptions> = {}) {
   const memory = new TestMemory();
-  const queue = allocateSplitVirtqueue(memory, {
+  const queue = allocateVirtqueue('split', memory, {
     index: 7,
     size: 8,
     iovaLow: IOVA_LOW,
@@ -24,11 +26,11 @@ const TOKENS = 64;
 const offset = Uint32Array.from({ length: TOKENS }, (_, t) => 4096 * t);
 const length = Uint32Array.from({ length: TOKENS }, (_, t) => 100 + t);
 
-function post(queue: SplitVirtqueue, tokens: number[], deviceWrites = true): number {
+function post(queue: Virtqueue, tokens: number[], deviceWrites = true): number {
   return queue.postBurst(Uint32Array.from(tokens), 0, tokens.length, offset, length, deviceWrites);
 }
 
-function take(queue: SplitVirtqueue, max = 1000): { token: number; written: number }[] {
+function take(queue: Virtqueue, max = 1000): { token: number; written: number }[] {
   const tokens = new Uint32Array(queue.size);
   const written = new Uint32Array(queue.size);
   const n = queue.take(tokens, written, Math.min(max, queue.size));
@@ -43,7 +45,7 @@ function fetchAll(device: NaiveSplitDevice): Chain[] {
 
 describe('a split virtqueue', () => {
   it.each([0, 3, 6, 100, -8, 1.5, 65536, Number.NaN])('refuses size %s', (size) => {
-    const make = () => allocateSplitVirtqueue(new TestMemory(), { index: 0, size });
+    const make = () => allocateVirtqueue('split', new TestMemory(), { index: 0, size });
     expect(make).toThrow(VirtioError);
     expect(make).toThrow(expect.objectContaining({ code: 'QUEUE_SIZE' }));
   });

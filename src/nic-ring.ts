@@ -1,0 +1,69 @@
+/**
+ * One ring of a NIC: its place on the device, notifications that do not throw into a burst, and its reset while the others run
+ * (Virtio 1.4, 2.6.1).
+ */
+import { VirtioError } from './errors.ts';
+import { resetQueue } from './virtio/initialize.ts';
+import { NO_VECTOR } from './virtio/pci-layout.ts';
+import type { QueueNotifier, VirtioTransport } from './virtio/transport.ts';
+import type { Virtqueue } from './virtqueue/virtqueue.ts';
+
+export class NicRing implements QueueNotifier {
+  readonly queue: Virtqueue;
+  readonly #transport: VirtioTransport;
+  readonly #onLost: (error: unknown) => void;
+  #device: QueueNotifier;
+  #reset: Promise<void> | null = null;
+
+  /** Enables `queue` on the device, in step 7 of the initialisation. `onLost` is told when a notification finds the device lost. */
+  constructor(transport: VirtioTransport, queue: Virtqueue, onLost: (error: unknown) => void) {
+    this.queue = queue;
+    this.#transport = transport;
+    this.#onLost = onLost;
+    this.#device = this.#enable();
+  }
+
+  #enable(): QueueNotifier {
+    const { index, size, descriptorArea, driverArea, deviceArea } = this.queue;
+    const areas = { descriptorArea, driverArea, deviceArea };
+    return this.#transport.enableQueue(index, { size, ...areas, vector: NO_VECTOR, position: this.queue });
+  }
+
+  notify(): void {
+    // hot:
+    try {
+      this.#device.notify();
+    } catch (error) {
+      this.#onLost(error);
+    }
+  }
+
+  /**
+   * Resets the queue and enables it again; meanwhile bursts give 0. `empty` takes back what the device had. Throws VirtioError
+   * `QUEUE_RESET_TIMEOUT`, which breaks the queue, and VfioError. A second call waits for the first.
+   */
+  reset(empty: () => void, timeout: number): Promise<void> {
+    this.#reset ??= this.#run(empty, timeout).finally(() => {
+      this.#reset = null;
+    });
+    return this.#reset;
+  }
+
+  async #run(empty: () => void, timeout: number): Promise<void> {
+    const { queue } = this;
+    if (queue.broken !== null) throw queue.broken;
+    queue.stop();
+    try {
+      await resetQueue(this.#transport, queue.index, timeout);
+      // Whoever failed the queue meanwhile has its memory now.
+      if (queue.broken !== null) throw queue.broken;
+      empty();
+      queue.restart();
+      this.#device = this.#enable();
+    } catch (error) {
+      const text = `queue ${queue.index} could not be reset`;
+      queue.fail(error instanceof VirtioError ? error : new VirtioError('QUEUE_RESET', text, { cause: error }));
+      throw error;
+    }
+  }
+}
