@@ -7,9 +7,9 @@ import type { PciFunction } from './vfio/function.ts';
 import { openKernelVfio } from './vfio/kernel.ts';
 import { openVfioUser } from './vfio/user.ts';
 import { Feature, FeatureSet } from './virtio/features.ts';
-import type { RingFormat } from './virtqueue/create.ts';
 import { GENERIC_FEATURES } from './virtio/initialize.ts';
 import { WIRE_REVISIONS, type WireRevision } from './virtio/revision.ts';
+import type { RingFormat } from './virtqueue/create.ts';
 
 /**
  * Where SAs may run. `auto`: in the device if it can, else in software. `inline`: the device must be able to, and `addSa` refuses what it
@@ -20,10 +20,10 @@ export type IpsecMode = 'auto' | 'inline' | 'software' | 'off';
 export interface NicOptions {
   /** Receive and transmit queue pairs, 1 (default) to what the device has. */
   readonly queuePairs?: number;
-  /** Format of the rings: `auto` (default) is packed when the device offers it; `packed` requires it. */
-  readonly ring?: 'auto' | RingFormat;
   /** Descriptors of each ring, a power of two; at most what the device takes. Default 256. */
   readonly queueSize?: number;
+  /** Format of the rings: `auto` (default) is packed when the device offers it; `packed` requires it. */
+  readonly ring?: 'auto' | RingFormat;
   /** Packets in the pool. Default: four times the descriptors of all rings. */
   readonly packets?: number;
   /** Bytes per packet slot, a multiple of 64; headroom included. Default: what the MTU needs, at least 2048. */
@@ -53,20 +53,20 @@ export type ResolvedOptions = Required<Omit<NicOptions, 'packets' | 'packetStrid
   Pick<NicOptions, 'packets' | 'packetStride' | 'nonceFile'>;
 
 const MAX_QUEUE_SIZE = 32768;
+const RING_FORMATS: readonly string[] = ['auto', 'split', 'packed'] satisfies NicOptions['ring'][];
 const MAX_SAS = 1 << 20;
 const MTU = { min: 68, max: 65535 } as const;
 
 /** Fills in defaults. Throws InputError `NIC_OPTION`. */
-const RING_FORMATS: readonly string[] = ['auto', 'split', 'packed'] satisfies NicOptions['ring'][];
 export function resolveOptions(options: NicOptions): ResolvedOptions {
   const resolved: ResolvedOptions = {
     queuePairs: 1,
     queueSize: 256,
+    ring: 'auto',
     ipsec: 'auto',
     engine: 'auto',
     wire: 'virtio-1.4',
     tunnelTypeBase: 1,
-    ring: 'auto',
     mtu: 1500,
     maxSas: 65536,
     resetTimeout: 5000,
@@ -76,11 +76,11 @@ export function resolveOptions(options: NicOptions): ResolvedOptions {
   integer('queuePairs', resolved.queuePairs, 1, 0x8000);
   integer('queueSize', resolved.queueSize, 2, MAX_QUEUE_SIZE);
   if ((resolved.queueSize & (resolved.queueSize - 1)) !== 0) throw invalid('queueSize', 'a power of two');
+  if (!RING_FORMATS.includes(resolved.ring)) throw invalid('ring', RING_FORMATS.join(', '));
   integer('mtu', resolved.mtu, MTU.min, MTU.max);
   if (resolved.wire !== 'auto' && !WIRE_REVISIONS.includes(resolved.wire)) {
     throw invalid('wire', `auto, ${WIRE_REVISIONS.join(' or ')}`);
   }
-  if (!RING_FORMATS.includes(resolved.ring)) throw invalid('ring', RING_FORMATS.join(', '));
   integer('maxSas', resolved.maxSas, 1, MAX_SAS);
   if (resolved.packets !== undefined) integer('packets', resolved.packets, 2 * resolved.queueSize, 1 << 24);
   if (resolved.packetStride !== undefined) {
@@ -102,8 +102,13 @@ function invalid(name: string, what: string): InputError {
  * What the way to the device requires of it: behind an IOMMU only a device that says so by ACCESS_PLATFORM can be given the addresses that
  * we have (Virtio 1.4, 6.1). One that does not say so would take them for physical ones, and write over memory of others.
  */
-export function platformFeatures(fn: Pick<DeviceFunction, 'behindIommu'>): FeatureSet {
+export function platformFeatures(fn: Pick<PciFunction, 'behindIommu'>): FeatureSet {
   return fn.behindIommu ? FeatureSet.of(Feature.ACCESS_PLATFORM) : FeatureSet.empty;
+}
+
+/** What is taken of any device: rings of the format that is wanted. */
+export function genericFeatures(options: Pick<ResolvedOptions, 'ring'>): FeatureSet {
+  return options.ring === 'split' ? GENERIC_FEATURES.without(Feature.RING_PACKED) : GENERIC_FEATURES;
 }
 
 /** What a driver with these options requires of the device, and what it takes when it is offered. */
@@ -115,11 +120,6 @@ export function featuresFor(
   const multiqueue = options.queuePairs > 1 ? FeatureSet.of(Feature.MQ, Feature.CTRL_VQ) : FeatureSet.empty;
   const platform = platformFeatures(fn);
   let useful = genericFeatures(options).with(
-/** What is taken of any device: rings of the format that is wanted. */
-export function genericFeatures(options: Pick<ResolvedOptions, 'ring'>): FeatureSet {
-  return options.ring === 'split' ? GENERIC_FEATURES.without(Feature.RING_PACKED) : GENERIC_FEATURES;
-}
-
     Feature.MAC,
     Feature.STATUS,
     Feature.MTU,
@@ -137,4 +137,21 @@ export function genericFeatures(options: Pick<ResolvedOptions, 'ring'>): Feature
       .or(options.ring === 'packed' ? FeatureSet.of(Feature.RING_PACKED) : FeatureSet.empty),
     wanted: options.ipsec === 'auto' ? useful.or(inline) : useful,
   };
+}
+
+const PCI_ADDRESS = /^[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]$/i;
+const VFIO_USER = 'vfio-user:';
+
+/**
+ * Opens the PCI function at a device address: `0000:01:00.0` through the kernel's VFIO, `vfio-user:/path` through a socket. Throws
+ * InputError `DEVICE_ADDRESS`, and what `openKernelVfio` and `openVfioUser` throw.
+ */
+export function openFunction(address: string): PciFunction {
+  if (address.startsWith(VFIO_USER) && address.length > VFIO_USER.length) {
+    return openVfioUser(address.slice(VFIO_USER.length));
+  }
+  if (PCI_ADDRESS.test(address)) return openKernelVfio(address.toLowerCase());
+  throw new InputError('DEVICE_ADDRESS', 'not an address of a PCI function', {
+    hint: '0000:01:00.0 (kernel VFIO) or vfio-user:/path/to.sock',
+  });
 }

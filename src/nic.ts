@@ -185,12 +185,12 @@ export class Nic implements AsyncDisposable {
     this.#queues = rings.pairs.map(({ rx, tx }, i) => ({
       rx: new NicRxQueue(i, rx, this.packets, manager, onBroken),
       tx: new NicTxQueue(tx, this.packets, manager, onBroken),
-    }));
-    await rings.setQueuePairs(options.queuePairs);
       reset: async (which) => {
         if (which !== 'tx') await rings.resetQueue(i, 'rx');
         if (which !== 'rx') await rings.resetQueue(i, 'tx');
       },
+    }));
+    await rings.setQueuePairs(options.queuePairs);
     rings.start();
     if (this.#broken !== null) throw this.#broken;
   }
