@@ -4,7 +4,9 @@
  * it is right is for Linux to say, in `inline-*.ts`.
  */
 import {
+  algorithmNames,
   Feature,
+  modeName,
   type Nic,
   openFunction,
   openNic,
