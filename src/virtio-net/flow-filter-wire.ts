@@ -238,6 +238,30 @@ export function keyLengthOf(selectors: readonly FlowSelector[]): number {
   return sum;
 }
 
+/**
+ * Bits of each field of a header, in order: without partial masks a field is matched whole or not at all. TCP control
+ * bits are single fields.
+ */
+const FIELD_BITS: Readonly<Record<number, readonly number[]>> = {
+  [SelectorType.eth]: [48, 48, 16],
+  [SelectorType.ipv4]: [4, 4, 6, 2, 16, 16, 3, 13, 8, 8, 16, 32, 32],
+  [SelectorType.ipv6]: [4, 8, 20, 16, 8, 8, 128, 128],
+  [SelectorType.tcp]: [16, 16, 32, 32, 4, 4, 1, 1, 1, 1, 1, 1, 1, 1, 16, 16, 16],
+  [SelectorType.udp]: [16, 16, 16, 16],
+  [SelectorType.esp]: [32, 32],
+};
+
+/** Whether the mask has every field whole or not at all, so that it needs no PARTIAL_MASK. The type is one of `SelectorType`. */
+export function hasWholeFields(selector: Pick<FlowSelector, 'type' | 'mask'>): boolean {
+  let bit = 0;
+  for (const width of FIELD_BITS[selector.type]) {
+    let ones = 0;
+    for (let i = 0; i < width; i++, bit++) ones += (selector.mask[bit >>> 3] >>> (7 - (bit & 7))) & 1;
+    if (ones !== 0 && ones !== width) return false;
+  }
+  return true;
+}
+
 function encodeSelectors(selectors: readonly FlowSelector[]): Uint8Array {
   inRange('count', selectors.length, SelectorsLayout.maxCount);
   const size = selectors.length * SelectorLayout.mask + keyLengthOf(selectors);

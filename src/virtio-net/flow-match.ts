@@ -6,20 +6,27 @@
  * when an IP header is matched, the protocol when a transport header is (an IPv6 next header is the last one of the chain).
  */
 import { VirtioError } from '../errors.ts';
-import { Esp, Ethernet, EtherType, IpProtocol, Ipv4, Ipv6, Ports } from '../packet/fields.ts';
-import { type FlowSelector, SELECTOR_LENGTH, SelectorFlag, SelectorType } from './flow-filter-wire.ts';
+import { Esp, Ethernet, EtherType, IpProtocol, Ipv4, Ipv6, Ports, Tcp } from '../packet/fields.ts';
+import { type FlowSelector, hasWholeFields, SELECTOR_LENGTH, SelectorFlag, SelectorType } from './flow-filter-wire.ts';
 
-/** An address and how many of its first bits count; without `length`, all. */
+const DSCP_BITS = 6;
+
+/** An address and how many of its first bits count; without `length`, all. Or, with `mask`, which bits. */
 export interface AddressMatch {
-  /** 4 or 16 bytes, network order. */
+  /** 4, 6 or 16 bytes, network order. */
   readonly address: Uint8Array;
   readonly length?: number;
+  /** As long as the address; a one is a bit that counts. Excludes `length`. */
+  readonly mask?: Uint8Array;
 }
+
+/** A number, or the bits of it that `mask` has. */
+export type NumberMatch = number | { readonly value: number; readonly mask: number };
 
 export interface EthernetMatch {
   /** 6 bytes. */
-  readonly destination?: Uint8Array;
-  readonly source?: Uint8Array;
+  readonly destination?: Uint8Array | AddressMatch;
+  readonly source?: Uint8Array | AddressMatch;
   readonly etherType?: number;
 }
 
@@ -28,21 +35,41 @@ export interface IpMatch {
   readonly destination?: AddressMatch;
   /** Protocol, or the last next header. */
   readonly protocol?: number;
+  /** The 6-bit value. */
+  readonly dscp?: number;
+  /** TTL or hop limit. */
+  readonly ttl?: NumberMatch;
 }
 
 export interface PortMatch {
-  readonly sourcePort?: number;
-  readonly destinationPort?: number;
+  readonly sourcePort?: NumberMatch;
+  readonly destinationPort?: NumberMatch;
 }
 
-/** Fields that are absent match anything. Only one of `ipv4`/`ipv6`, and of `tcp`/`udp`/`esp`, which needs one of them. */
+export interface TcpMatch extends PortMatch {
+  /** Control bits: FIN is 1, SYN 2, RST 4, PSH 8, ACK 16, URG 32. */
+  readonly flags?: NumberMatch;
+}
+
+export interface EspMatch {
+  readonly spi?: NumberMatch;
+  readonly sequence?: NumberMatch;
+}
+
+/**
+ * Fields that are absent match anything. Only one of `ipv4`/`ipv6`, and of `tcp`/`udp`/`esp`, which needs one of them.
+ *
+ * ```ts
+ * { ipv4: { destination: { address, length: 24 } }, udp: { destinationPort: { value: 4096, mask: 0xf000 } } }
+ * ```
+ */
 export interface FlowMatch {
   readonly eth?: EthernetMatch;
   readonly ipv4?: IpMatch;
   readonly ipv6?: IpMatch;
-  readonly tcp?: PortMatch;
+  readonly tcp?: TcpMatch;
   readonly udp?: PortMatch;
-  readonly esp?: { readonly spi?: number };
+  readonly esp?: EspMatch;
 }
 
 /** Selectors for a classifier, and the key that goes with them. */
@@ -56,7 +83,6 @@ class HeaderMatch {
   readonly type: number;
   readonly mask: Uint8Array;
   readonly key: Uint8Array;
-  partial = false;
 
   constructor(type: number) {
     this.type = type;
@@ -64,24 +90,45 @@ class HeaderMatch {
     this.key = new Uint8Array(SELECTOR_LENGTH[type]);
   }
 
-  bytes(name: string, at: number, size: number, value: Uint8Array | undefined, bits = size * 8): void {
-    if (value === undefined) return;
-    if (value.length !== size) throw invalid(`${name} has ${value.length} bytes, not ${size}`);
-    if (!Number.isInteger(bits) || bits < 0 || bits > size * 8) throw invalid(`${name}: ${bits} bits`);
-    for (let i = 0; i < size; i++) {
-      const left = Math.max(0, Math.min(8, bits - 8 * i));
-      this.mask[at + i] = (0xff00 >>> left) & 0xff;
-      this.key[at + i] = value[i] & this.mask[at + i];
-    }
-    if (bits > 0 && bits < size * 8) this.partial = true;
+  address(name: string, at: number, size: number, match: AddressMatch | undefined): void {
+    if (match === undefined) return;
+    const { address, length = 8 * size, mask = prefixMask(name, size, length) } = match;
+    if (match.length !== undefined && match.mask !== undefined)
+      throw invalid(`${name}: length and mask exclude each other`);
+    if (address.length !== size) throw invalid(`${name} has ${address.length} bytes, not ${size}`);
+    if (mask.length !== size) throw invalid(`the mask of ${name} has ${mask.length} bytes, not ${size}`);
+    for (let i = 0; i < size; i++) this.#byte(at + i, address[i], mask[i]);
   }
 
-  number(name: string, at: number, size: 1 | 2 | 4, value: number | undefined): void {
-    if (value === undefined) return;
-    if (!Number.isInteger(value) || value < 0 || value >= 2 ** (8 * size)) throw invalid(`${name} is out of range`);
-    const bytes = Uint8Array.from({ length: size }, (_, i) => value >>> (8 * (size - 1 - i)));
-    this.bytes(name, at, size, bytes);
+  /** A number of `bits` bits, whose lowest bit is bit `shift` of the `size` bytes at `at`. */
+  number(name: string, at: number, size: number, match: NumberMatch | undefined, bits = 8 * size, shift = 0): void {
+    if (match === undefined) return;
+    const most = 2 ** bits - 1;
+    const { value, mask } = typeof match === 'number' ? { value: match, mask: most } : match;
+    for (const one of [value, mask]) {
+      if (!Number.isInteger(one) || one < 0 || one > most) throw invalid(`${name} is out of range`);
+    }
+    for (let i = 0; i < size; i++) {
+      const scale = 2 ** (8 * (size - 1 - i));
+      const byteOf = (number: number) => Math.floor((number * 2 ** shift) / scale) & 0xff;
+      this.#byte(at + i, byteOf(value), byteOf(mask));
+    }
   }
+
+  get selector(): FlowSelector {
+    const { type, mask } = this;
+    return { type, flags: hasWholeFields(this) ? 0 : SelectorFlag.partialMask, mask };
+  }
+
+  #byte(at: number, value: number, mask: number): void {
+    this.mask[at] |= mask;
+    this.key[at] |= value & mask;
+  }
+}
+
+function prefixMask(name: string, size: number, length: number): Uint8Array {
+  if (!Number.isInteger(length) || length < 0 || length > size * 8) throw invalid(`${name}: ${length} bits`);
+  return Uint8Array.from({ length: size }, (_, i) => 0xff00 >>> Math.max(0, Math.min(8, length - 8 * i)));
 }
 
 /** Turns a match into selectors and key. Throws VirtioError `FLOW_MATCH` when it is not one that the standard has. */
@@ -100,18 +147,10 @@ export function compileMatch(match: FlowMatch): CompiledMatch {
   }
   headers.push(ethernet(match.eth ?? {}, ipv4 ? EtherType.ipv4 : ipv6 ? EtherType.ipv6 : undefined));
   if (ip !== undefined) headers.push(ipHeader(ip, ipv6 !== undefined, needed));
-  if (match.tcp !== undefined) headers.push(ports(SelectorType.tcp, match.tcp));
+  if (match.tcp !== undefined) headers.push(tcpHeader(match.tcp));
   if (match.udp !== undefined) headers.push(ports(SelectorType.udp, match.udp));
-  if (match.esp !== undefined) {
-    const esp = new HeaderMatch(SelectorType.esp);
-    esp.number('spi', Esp.spi, 4, match.esp.spi);
-    headers.push(esp);
-  }
-  const selectors = headers.map(({ type, mask, partial }) => ({
-    type,
-    flags: partial ? SelectorFlag.partialMask : 0,
-    mask,
-  }));
+  if (match.esp !== undefined) headers.push(espHeader(match.esp));
+  const selectors = headers.map(({ selector }) => selector);
   return { selectors, key: Uint8Array.from(headers.flatMap((header) => [...header.key])) };
 }
 
@@ -120,10 +159,14 @@ function ethernet(match: EthernetMatch, etherType: number | undefined): HeaderMa
     throw invalid(`EtherType ${match.etherType} contradicts the IP header`);
   }
   const header = new HeaderMatch(SelectorType.eth);
-  header.bytes('destination', Ethernet.destination, 6, match.destination);
-  header.bytes('source', Ethernet.source, 6, match.source);
+  header.address('destination', Ethernet.destination, 6, macMatch(match.destination));
+  header.address('source', Ethernet.source, 6, macMatch(match.source));
   header.number('etherType', Ethernet.type, 2, etherType ?? match.etherType);
   return header;
+}
+
+function macMatch(match: Uint8Array | AddressMatch | undefined): AddressMatch | undefined {
+  return match instanceof Uint8Array ? { address: match } : match;
 }
 
 function ipHeader(match: IpMatch, v6: boolean, needed: number | undefined): HeaderMatch {
@@ -131,8 +174,25 @@ function ipHeader(match: IpMatch, v6: boolean, needed: number | undefined): Head
   const size = v6 ? 16 : 4;
   const at = v6 ? Ipv6 : Ipv4;
   header.number('protocol', v6 ? Ipv6.nextHeader : Ipv4.protocol, 1, needed ?? match.protocol);
-  header.bytes('source', at.source, size, match.source?.address, match.source?.length);
-  header.bytes('destination', at.destination, size, match.destination?.address, match.destination?.length);
+  header.address('source', at.source, size, match.source);
+  header.address('destination', at.destination, size, match.destination);
+  header.number('ttl', v6 ? Ipv6.hopLimit : Ipv4.ttl, 1, match.ttl);
+  // IPv4: the upper six bits of the second byte (RFC 791); IPv6: bits 4 to 9 of the first two (RFC 8200, RFC 2474).
+  if (v6) header.number('dscp', 0, 2, match.dscp, DSCP_BITS, 6);
+  else header.number('dscp', Ipv4.tos, 1, match.dscp, DSCP_BITS, 2);
+  return header;
+}
+
+function tcpHeader(match: TcpMatch): HeaderMatch {
+  const header = ports(SelectorType.tcp, match);
+  header.number('flags', Tcp.flags, 1, match.flags);
+  return header;
+}
+
+function espHeader(match: EspMatch): HeaderMatch {
+  const header = new HeaderMatch(SelectorType.esp);
+  header.number('spi', Esp.spi, 4, match.spi);
+  header.number('sequence', Esp.sequence, 4, match.sequence);
   return header;
 }
 

@@ -1,6 +1,6 @@
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { type Nic, type SaHandle, type SecurityAssociationInput, WIRE_REVISIONS } from '../../src/index.ts';
-import { capture, cleanUp, freshKey, openPair, type Pair, receive, saPair, send } from './support.ts';
+import { capture, cleanUp, fixChecksum, freshKey, openPair, type Pair, receive, saPair, send } from './support.ts';
 
 afterAll(cleanUp);
 
@@ -202,12 +202,3 @@ describe.each(WIRE_REVISIONS)('SAs of every kind, by %s,', (revision) => {
     await inn.remove();
   });
 });
-
-/** Makes the checksum of the IPv4 header at 14 right again. */
-function fixChecksum(frame: Buffer): void {
-  frame.writeUInt16BE(0, 24);
-  let sum = 0;
-  for (let at = 14; at < 34; at += 2) sum += frame.readUInt16BE(at);
-  while (sum > 0xffff) sum = (sum & 0xffff) + (sum >>> 16);
-  frame.writeUInt16BE(~sum & 0xffff, 24);
-}

@@ -280,6 +280,15 @@ export async function receive(nic: Nic, count: number, quiet = 20): Promise<Rece
   return out;
 }
 
+/** Makes the checksum of the IPv4 header at 14 right again. */
+export function fixChecksum(frame: Buffer): void {
+  frame.writeUInt16BE(0, 24);
+  let sum = 0;
+  for (let at = 14; at < 34; at += 2) sum += frame.readUInt16BE(at);
+  while (sum > 0xffff) sum = (sum & 0xffff) + (sum >>> 16);
+  frame.writeUInt16BE(~sum & 0xffff, 24);
+}
+
 let keys = 0;
 
 /** A key that no other SA of this test process has. */

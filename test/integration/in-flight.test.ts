@@ -1,0 +1,80 @@
+import { setTimeout as sleep } from 'node:timers/promises';
+import { afterEach, describe, expect, it } from 'vitest';
+import { PacketFlag, WIRE_REVISIONS } from '../../src/index.ts';
+import { capture, cleanUp, openPair, type Received, receive, saPair, send } from './support.ts';
+
+afterEach(cleanUp);
+
+const ip = capture('http-ipv4').filter((frame) => frame.readUInt16BE(12) === 0x0800);
+const numbered = (count: number) =>
+  Array.from({ length: count }, (_, i) => {
+    const frame = Buffer.from(ip[0]);
+    frame.writeUInt32BE(i, frame.length - 4);
+    return frame;
+  });
+
+describe.each(WIRE_REVISIONS)('SAs that end while packets are on their way, by %s', (revision) => {
+  it('cost the others no packet, at either end', async () => {
+    const { a, b, wire } = await openPair({ wire: revision }, { wire: revision });
+    const stays = saPair();
+    const out = await a.ipsec.addSa(stays.outbound, { require: 'inline' });
+    const inn = await b.ipsec.addSa(stays.inbound, { require: 'inline' });
+    const frames = numbered(2000);
+    let done = false;
+    let ended = 0;
+    const churn = (async () => {
+      while (!done) {
+        const { outbound, inbound } = saPair();
+        const [from, to] = [
+          await a.ipsec.addSa(outbound, { require: 'inline' }),
+          await b.ipsec.addSa(inbound, { require: 'inline' }),
+        ];
+        await send(a, ip.slice(0, 8), from);
+        // Both ends at once: some of its packets are in rings, some on the wire.
+        await Promise.all([from.remove(), to.remove()]);
+        ended++;
+      }
+    })();
+    const sending = (async () => {
+      for (let at = 0; at < frames.length; at += 50) {
+        await send(a, frames.slice(at, at + 50), out);
+        await sleep(1);
+      }
+      done = true;
+    })();
+    const mine: Received[] = [];
+    const receiving = (async () => {
+      while (mine.length < frames.length) {
+        const before = mine.length;
+        mine.push(...(await receive(b, 0, 20)).filter(({ sa }) => sa === inn.handle));
+        if (done && mine.length === before) break;
+      }
+    })();
+    await Promise.all([sending, receiving, churn]);
+    expect(ended).toBeGreaterThan(3);
+    expect(mine.map(({ frame }) => frame.readUInt32BE(frame.length - 4))).toEqual(frames.map((_, i) => i));
+    expect(out.traffic()).toMatchObject({ packets: 2000n, dropped: {} });
+    expect(inn.traffic()).toMatchObject({ packets: 2000n, dropped: {} });
+    expect(wire.frames.every(({ frame }) => frame[14 + 9] === 50)).toBe(true);
+  });
+
+  it('leave packets that nobody takes for those of the SA that gets their id', async () => {
+    const one = { maxSas: 1 };
+    const { a, b } = await openPair({ wire: revision }, { wire: revision, nic: { ...one, ipsec: 'inline' } });
+    const [old, young] = [saPair(), saPair()];
+    const out = await a.ipsec.addSa(old.outbound);
+    const inn = await b.ipsec.addSa(old.inbound);
+    await send(a, ip.slice(0, 10), out);
+    // The device has opened them and put them into the ring, from which nobody has taken them yet.
+    await sleep(50);
+    await inn.remove();
+    const next = await b.ipsec.addSa(young.inbound);
+    expect((await next.query())?.objectId).toBe(0);
+    const left = await receive(b, 10, 30);
+    expect(left).toHaveLength(10);
+    expect(left.every(({ sa, flags }) => sa === 0 && (flags & PacketFlag.secured) === 0)).toBe(true);
+    const then = await a.ipsec.addSa(young.outbound);
+    const [, mine] = await Promise.all([send(a, ip.slice(0, 10), then), receive(b, 10, 10)]);
+    expect(mine.map(({ sa, frame }) => [sa, frame])).toEqual(ip.slice(0, 10).map((frame) => [next.handle, frame]));
+  });
+});
