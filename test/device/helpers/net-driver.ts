@@ -7,6 +7,7 @@ import {
   encodeResourceCommand,
 } from '../../../src/virtio/admin-wire.ts';
 import { Feature, FeatureSet } from '../../../src/virtio/features.ts';
+import { CommonCfgField } from '../../../src/virtio/pci-layout.ts';
 import type { WireRevision } from '../../../src/virtio/revision.ts';
 import {
   decodeNetHeader,
@@ -30,6 +31,12 @@ export interface Reply {
   readonly length: number;
 }
 
+export interface ControlReply {
+  readonly ack: number;
+  readonly result: Uint8Array;
+  readonly length: number;
+}
+
 export interface Received {
   readonly header: NetHeader;
   readonly frame: Uint8Array;
@@ -46,7 +53,10 @@ export class NetDriver {
   admin: Ring | null = null;
   readonly #buffers: number;
   readonly #size: number;
+  control: Ring | null = null;
   #adminArea = 0;
+  #controlArea = 0;
+  #largeArea = 0;
   #nextTx = 0;
 
   private constructor(driver: MiniDriver, features: FeatureSet, revision: WireRevision, bufferSize: number) {
@@ -80,8 +90,12 @@ export class NetDriver {
     net.rx = await driver.queue(0, QUEUE, vector(1));
     net.tx = await driver.queue(1, QUEUE, vector(2));
     if (features.has(Feature.ADMIN_VQ)) {
-      net.admin = await driver.queue(2, 16, vector(3));
+      net.admin = await driver.queue(await driver.read(CommonCfgField.adminQueueIndex, 2), 16, vector(3));
       net.#adminArea = driver.allocate(0x4000);
+    }
+    if (features.has(Feature.CTRL_VQ) && !features.hasAny(Feature.MQ, Feature.RSS)) {
+      net.control = await driver.queue(2, 16);
+      net.#controlArea = driver.allocate(0x4000);
     }
     if (options.vectors === true) await driver.write(0x10, 2, 0);
     await driver.driverOk();
@@ -105,6 +119,35 @@ export class NetDriver {
     this.offer(frame, header);
     await this.driver.notify(1);
     await this.tx.wait();
+  }
+
+  /** As `send`, for packets of up to 64 KiB that the device is to segment. */
+  async sendLarge(frame: Uint8Array, header: Partial<NetHeader>): Promise<void> {
+    if (this.#largeArea === 0) this.#largeArea = this.driver.allocate(0x12000);
+    const { memory } = this.driver;
+    encodeNetHeader(this.layout, Object.assign(new NetHeader(), header), memory.u8, this.#largeArea);
+    memory.u8.set(frame, this.#largeArea + this.layout.length);
+    const d = this.#nextTx++ % QUEUE;
+    this.tx.descriptor(d, this.#largeArea, this.layout.length + frame.length, 0);
+    this.tx.offer(d);
+    await this.driver.notify(1);
+    await this.tx.wait();
+  }
+
+  /** Sends a control command; returns its `ack` and what stands behind it. */
+  async ctrl(classNumber: number, command: number, data: readonly number[], result = 0): Promise<ControlReply> {
+    const { control, driver } = this;
+    if (control === null) throw new Error('no control queue');
+    const at = this.#controlArea;
+    const back = at + 0x2000;
+    driver.memory.u8.set([classNumber, command, ...data], at);
+    driver.memory.u8.fill(0xee, back, back + 1 + result);
+    control.descriptor(0, at, 2 + data.length, NEXT, 1);
+    control.descriptor(1, back, 1 + result, WRITE);
+    control.offer(0);
+    await driver.notify(2);
+    const { length } = await control.wait();
+    return { ack: driver.memory.u8[back], result: driver.memory.u8.slice(back + 1, back + length), length };
   }
 
   /** Puts a frame into the transmit queue. */

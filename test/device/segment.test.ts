@@ -1,0 +1,169 @@
+import fc from 'fast-check';
+import { describe, expect, it } from 'vitest';
+import { MAX_SEGMENTS, Segmenter } from '../../src/device/segment.ts';
+import { NetHeader } from '../../src/virtio-net/header.ts';
+import { type Large, type LargeOptions, large, sum } from './helpers/large.ts';
+
+const ALL = (1 << 1) | (1 << 4) | (1 << 5) | 0x80;
+const AT = 64;
+const TO = 0x12000;
+
+/** The segments of a packet; empty when it is refused. */
+function cut(one: Large, types = ALL, change: (bytes: Uint8Array) => void = () => {}): Uint8Array[] {
+  const memory = new Uint8Array(0x20000);
+  memory.set(one.frame, AT);
+  change(memory.subarray(AT));
+  const segmenter = new Segmenter(memory);
+  const count = segmenter.plan(Object.assign(new NetHeader(), one.header), types, AT, one.frame.length);
+  return Array.from({ length: count }, (_, k) => {
+    const length = segmenter.cut(k, TO);
+    return memory.slice(TO, TO + length);
+  });
+}
+
+const word = (bytes: Uint8Array, at: number) => bytes[at] * 256 + bytes[at + 1];
+
+/** What a receiver checks of a segment, and its payload. */
+function inspect(bytes: Uint8Array, options: LargeOptions) {
+  const ip = 14 + 4 * (options.tags ?? 0);
+  const own = bytes.subarray(ip);
+  const extension = options.extension ?? 0;
+  const at = options.version === 4 ? 20 : 40 + extension;
+  if (options.version === 4) {
+    expect(word(own, 2)).toBe(own.length);
+    expect(sum(own.subarray(0, 20))).toBe(0xffff);
+  } else {
+    expect(word(own, 4)).toBe(own.length - 40);
+  }
+  const transport = own.subarray(at);
+  const addresses = options.version === 4 ? own.subarray(12, 20) : own.subarray(8, 40);
+  const number = options.protocol === 'tcp' ? 6 : 17;
+  expect(sum(transport, sum([...addresses, 0, number], transport.length))).toBe(0xffff);
+  if (options.protocol === 'udp') expect(word(transport, 4)).toBe(transport.length);
+  const headers = options.protocol === 'tcp' ? (transport[12] >>> 4) * 4 : 8;
+  return {
+    id: word(own, 4),
+    sequence: word(transport, 4) * 0x10000 + word(transport, 6),
+    flags: transport[13],
+    payload: transport.slice(headers),
+    headers: ip + at + headers,
+  };
+}
+
+describe('a large packet', () => {
+  it('becomes segments that any receiver accepts and that hold its payload', () => {
+    const options = fc.record({
+      version: fc.constantFrom<4 | 6>(4, 6),
+      protocol: fc.constantFrom<'tcp' | 'udp'>('tcp', 'udp'),
+      payload: fc.integer({ min: 1, max: 20000 }),
+      size: fc.integer({ min: 100, max: 9000 }),
+      options: fc.integer({ min: 0, max: 10 }).map((n) => 4 * n),
+      tags: fc.integer({ min: 0, max: 2 }),
+      id: fc.integer({ min: 0, max: 0xffff }),
+      sequence: fc.integer({ min: 0, max: 0xffffffff }),
+      flags: fc.integer({ min: 0, max: 0xff }),
+      extension: fc.constantFrom(0, 8, 24),
+    });
+    fc.assert(
+      fc.property(options, (drawn) => {
+        const one = { ...drawn, extension: drawn.version === 6 ? drawn.extension : 0 };
+        const packet = large(one);
+        const segments = cut(packet);
+        expect(segments).toHaveLength(Math.ceil(one.payload / one.size));
+        const seen = segments.map((segment) => inspect(segment, one));
+        expect(seen.flatMap(({ payload }) => [...payload])).toEqual([...packet.payload]);
+        for (const [k, { id, sequence, flags, payload }] of seen.entries()) {
+          const last = k === seen.length - 1;
+          if (!last) expect(payload.length).toBe(one.size);
+          if (one.version === 4) expect(id).toBe((one.id + k) & 0xffff);
+          if (one.protocol === 'udp') continue;
+          expect(sequence).toBe((one.sequence + k * one.size) % 2 ** 32);
+          const cleared = (last ? 0 : 0x09) | (k > 0 ? 0x80 : 0);
+          expect(flags).toBe(one.flags & ~cleared);
+        }
+      }),
+      { numRuns: 300 },
+    );
+  });
+
+  it('keeps what stands in front of and inside its headers otherwise', () => {
+    const one: LargeOptions = { version: 4, protocol: 'tcp', payload: 3000, size: 1448, options: 12, tags: 1 };
+    const packet = large(one);
+    for (const segment of cut(packet)) {
+      const expected = packet.frame.slice(0, 18 + 20 + 32);
+      for (const at of [
+        18 + 2,
+        18 + 3,
+        18 + 4,
+        18 + 5,
+        18 + 10,
+        18 + 11,
+        38 + 4,
+        38 + 5,
+        38 + 6,
+        38 + 7,
+        38 + 13,
+        38 + 16,
+        38 + 17,
+      ]) {
+        expected[at] = segment[at];
+      }
+      expect(segment.slice(0, expected.length)).toEqual(expected);
+    }
+  });
+
+  it('of 64 KiB is cut', () => {
+    const one: LargeOptions = { version: 4, protocol: 'tcp', payload: 65535 - 40, size: 1460 };
+    expect(cut(large(one))).toHaveLength(45);
+  });
+});
+
+describe('a packet that cannot or may not be segmented', () => {
+  const tcp4: LargeOptions = { version: 4, protocol: 'tcp', payload: 3000, size: 1000 };
+  const tcp6: LargeOptions = { version: 6, protocol: 'tcp', payload: 3000, size: 1000, extension: 8 };
+  const change = (one: LargeOptions, header: Partial<NetHeader>) => {
+    const packet = large(one);
+    return { ...packet, header: { ...packet.header, ...header } };
+  };
+  const shortened = (one: LargeOptions, length: number) => {
+    const packet = large(one);
+    return { ...packet, frame: packet.frame.slice(0, length) };
+  };
+
+  it.each<{ name: string; packet: Large; types?: number; spoil?: (bytes: Uint8Array) => void }>([
+    { name: 'a type that was not negotiated', packet: large(tcp4), types: 1 << 4 },
+    { name: 'ECN that was not negotiated', packet: large({ ...tcp4, ecn: true }), types: 1 << 1 },
+    { name: 'no checksum to fill', packet: change(tcp4, { flags: 0 }) },
+    { name: 'a size of 0', packet: change(tcp4, { gsoSize: 0 }) },
+    { name: 'the wrong version', packet: change(tcp4, { gsoType: 4 }) },
+    { name: 'the wrong version in its IP header', packet: large(tcp4), spoil: (b) => b.fill(0x65, 14, 15) },
+    { name: 'the wrong protocol', packet: change(tcp4, { gsoType: 5 }) },
+    { name: 'another csum_start', packet: change(tcp4, { csumStart: 38 }) },
+    { name: 'another csum_offset', packet: change(tcp4, { csumOffset: 6 }) },
+    { name: 'a fragment offset', packet: large(tcp4), spoil: (b) => b.fill(1, 21, 22) },
+    { name: 'more fragments', packet: large(tcp4), spoil: (b) => b.fill(0x20, 20, 21) },
+    { name: 'an IPv4 header of 16 bytes', packet: large(tcp4), spoil: (b) => b.fill(0x44, 14, 15) },
+    { name: 'a TCP header of 16 bytes', packet: large(tcp4), spoil: (b) => b.fill(0x40, 46, 47) },
+    { name: 'a TCP header longer than the packet', packet: shortened(tcp4, 60), spoil: (b) => b.fill(0xf0, 46, 47) },
+    { name: 'no payload', packet: shortened(tcp4, 54) },
+    { name: 'half a TCP header', packet: shortened(tcp4, 44) },
+    { name: 'half an IP header', packet: shortened(tcp4, 30) },
+    { name: 'only an Ethernet header', packet: shortened(tcp4, 14) },
+    { name: 'a fragment header', packet: large(tcp6), spoil: (b) => b.fill(44, 20, 21) },
+    { name: 'an extension header that leads out', packet: large(tcp6), spoil: (b) => b.fill(0xff, 55, 56) },
+    { name: 'an EtherType that is not IP', packet: large(tcp4), spoil: (b) => b.fill(0x99, 12, 13) },
+    { name: 'too many segments', packet: change({ ...tcp4, payload: MAX_SEGMENTS + 1 }, { gsoSize: 1 }) },
+  ])('is refused: $name', ({ packet, types = ALL, spoil = () => {} }) => {
+    expect(cut(packet, types, spoil)).toEqual([]);
+  });
+
+  it('is told from any bytes without an access outside of them', () => {
+    fc.assert(
+      fc.property(fc.uint8Array({ maxLength: 200 }), fc.constantFrom(1, 4, 5), fc.nat(70), (bytes, gsoType, start) => {
+        const header = { flags: 1, gsoType, gsoSize: 10, csumStart: start, csumOffset: gsoType === 5 ? 6 : 16 };
+        const segments = cut({ frame: bytes, payload: bytes, header });
+        expect(segments.reduce((total, segment) => total + segment.length, 0)).toBeLessThan(200 * 200);
+      }),
+    );
+  });
+});
