@@ -105,6 +105,15 @@ export {
   type FlowRuleHandle,
   type FlowRuleOptions,
 } from './virtio-net/flow-filter.ts';
-export type { FlowMatch } from './virtio-net/flow-match.ts';
+export type {
+  AddressMatch,
+  EspMatch,
+  EthernetMatch,
+  FlowMatch,
+  IpMatch,
+  NumberMatch,
+  PortMatch,
+  TcpMatch,
+} from './virtio-net/flow-match.ts';
 export { RxCounter } from './virtio-net/rx.ts';
 export { TxCounter } from './virtio-net/tx.ts';
