@@ -55,7 +55,8 @@ export { loadSaFile, parseSaDocument, type SaFile } from './ipsec/sa-file.ts';
 export { SecretBytes } from './ipsec/secret.ts';
 export { type SecurityAssociationInput, validateSa, validateSas } from './ipsec/validate.ts';
 export { type Nic, type NicLink, openNic } from './nic.ts';
-export { type IpsecMode, type NicOptions, openFunction } from './nic-options.ts';
+export { isPortAddress, openFunction, openPort } from './nic-device.ts';
+export type { IpsecMode, NicOptions } from './nic-options.ts';
 export type { NicRxQueue, NicTxQueue } from './nic-queues.ts';
 export type { NicQueue, NicStatistics } from './nic-statistics.ts';
 // Packets and captures.
@@ -94,7 +95,7 @@ export {
 } from './probe.ts';
 export { type MappedMemory, mapAnonymous, unmapMemory } from './sys/memory.ts';
 export { type BindOptions, type BindResult, bindFunction, unbindFunction } from './vfio/bind.ts';
-export type { PciFunction } from './vfio/function.ts';
+export type { DeviceFunction, PciFunction } from './vfio/function.ts';
 export { listFunctions, type PciDescription } from './vfio/sysfs.ts';
 export { Feature, FeatureSet, featureName } from './virtio/features.ts';
 export { WIRE_REVISIONS, type WireRevision } from './virtio/revision.ts';

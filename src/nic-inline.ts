@@ -8,7 +8,7 @@ import { InlineIpsec, type MutableSaTable } from './ipsec/inline.ts';
 import { ipsecWire } from './ipsec/wire/revisions.ts';
 import type { NicRings } from './nic-rings.ts';
 import type { OpenOptions } from './nic-wire.ts';
-import type { PciFunction } from './vfio/function.ts';
+import type { DeviceFunction } from './vfio/function.ts';
 import type { AdminQueue } from './virtio/admin.ts';
 import { AdminOpcode, adminOpcodeName } from './virtio/admin-wire.ts';
 import { Feature, type FeatureSet } from './virtio/features.ts';
@@ -31,7 +31,7 @@ const OBJECT_COMMANDS: readonly number[] = [
 const PROBE_PRIORITY = 0xffff;
 
 export interface InlineParts {
-  readonly fn: PciFunction;
+  readonly fn: DeviceFunction;
   readonly features: FeatureSet;
   readonly rings: NicRings;
   readonly admin: AdminQueue | null;

@@ -3,9 +3,7 @@
  */
 import { InputError } from './errors.ts';
 import type { EngineName } from './fallback/engines/engine.ts';
-import type { PciFunction } from './vfio/function.ts';
-import { openKernelVfio } from './vfio/kernel.ts';
-import { openVfioUser } from './vfio/user.ts';
+import type { DeviceFunction } from './vfio/function.ts';
 import { Feature, FeatureSet } from './virtio/features.ts';
 import { GENERIC_FEATURES } from './virtio/initialize.ts';
 import { WIRE_REVISIONS, type WireRevision } from './virtio/revision.ts';
@@ -40,6 +38,8 @@ export interface NicOptions {
   readonly tunnelTypeBase?: 0 | 1;
   /** Bytes of the longest IP packet on the link, when the device does not say. Default 1500. */
   readonly mtu?: number;
+  /** Address of the NIC, six bytes, when the device does not say, as a vhost-user port. Default: random, locally administered. */
+  readonly mac?: Uint8Array;
   /** Most SAs of each direction. Default 65536. */
   readonly maxSas?: number;
   /** File that remembers used nonces beyond the life of the process (`ipsec/nonce-guard.ts`). */
@@ -47,10 +47,14 @@ export interface NicOptions {
   /** Milliseconds for a reset, and for an administration command. Default 5000 each. */
   readonly resetTimeout?: number;
   readonly commandTimeout?: number;
+  /** Milliseconds for a vhost-user port to accept or make the connection. Default 5000, or 30000 with `,server=1`. */
+  readonly connectTimeout?: number;
 }
 
-export type ResolvedOptions = Required<Omit<NicOptions, 'packets' | 'packetStride' | 'nonceFile'>> &
-  Pick<NicOptions, 'packets' | 'packetStride' | 'nonceFile'>;
+/** What has no default, or one that depends on the device. */
+type Optional = 'packets' | 'packetStride' | 'nonceFile' | 'mac' | 'connectTimeout';
+
+export type ResolvedOptions = Required<Omit<NicOptions, Optional>> & Pick<NicOptions, Optional>;
 
 const MAX_QUEUE_SIZE = 32768;
 const RING_FORMATS: readonly string[] = ['auto', 'split', 'packed'] satisfies NicOptions['ring'][];
@@ -83,6 +87,11 @@ export function resolveOptions(options: NicOptions): ResolvedOptions {
   }
   integer('maxSas', resolved.maxSas, 1, MAX_SAS);
   if (resolved.packets !== undefined) integer('packets', resolved.packets, 2 * resolved.queueSize, 1 << 24);
+  if (resolved.connectTimeout !== undefined) integer('connectTimeout', resolved.connectTimeout, 1, 0x7fffffff);
+  // Bit 0 of the first byte marks a group address, which nobody can have.
+  if (resolved.mac !== undefined && (resolved.mac.length !== 6 || (resolved.mac[0] & 1) !== 0)) {
+    throw invalid('mac', 'the six bytes of a unicast address');
+  }
   if (resolved.packetStride !== undefined) {
     integer('packetStride', resolved.packetStride, 256, 1 << 17);
     if (resolved.packetStride % 64 !== 0) throw invalid('packetStride', 'a multiple of 64');
@@ -102,7 +111,7 @@ function invalid(name: string, what: string): InputError {
  * What the way to the device requires of it: behind an IOMMU only a device that says so by ACCESS_PLATFORM can be given the addresses that
  * we have (Virtio 1.4, 6.1). One that does not say so would take them for physical ones, and write over memory of others.
  */
-export function platformFeatures(fn: Pick<PciFunction, 'behindIommu'>): FeatureSet {
+export function platformFeatures(fn: Pick<DeviceFunction, 'behindIommu'>): FeatureSet {
   return fn.behindIommu ? FeatureSet.of(Feature.ACCESS_PLATFORM) : FeatureSet.empty;
 }
 
@@ -114,7 +123,7 @@ export function genericFeatures(options: Pick<ResolvedOptions, 'ring'>): Feature
 /** What a driver with these options requires of the device, and what it takes when it is offered. */
 export function featuresFor(
   options: ResolvedOptions,
-  fn: Pick<PciFunction, 'behindIommu'>,
+  fn: Pick<DeviceFunction, 'behindIommu'>,
 ): { required: FeatureSet; wanted: FeatureSet } {
   const inline = FeatureSet.of(Feature.IPSEC, Feature.ADMIN_VQ);
   const multiqueue = options.queuePairs > 1 ? FeatureSet.of(Feature.MQ, Feature.CTRL_VQ) : FeatureSet.empty;
@@ -137,21 +146,4 @@ export function featuresFor(
       .or(options.ring === 'packed' ? FeatureSet.of(Feature.RING_PACKED) : FeatureSet.empty),
     wanted: options.ipsec === 'auto' ? useful.or(inline) : useful,
   };
-}
-
-const PCI_ADDRESS = /^[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]$/i;
-const VFIO_USER = 'vfio-user:';
-
-/**
- * Opens the PCI function at a device address: `0000:01:00.0` through the kernel's VFIO, `vfio-user:/path` through a socket. Throws
- * InputError `DEVICE_ADDRESS`, and what `openKernelVfio` and `openVfioUser` throw.
- */
-export function openFunction(address: string): PciFunction {
-  if (address.startsWith(VFIO_USER) && address.length > VFIO_USER.length) {
-    return openVfioUser(address.slice(VFIO_USER.length));
-  }
-  if (PCI_ADDRESS.test(address)) return openKernelVfio(address.toLowerCase());
-  throw new InputError('DEVICE_ADDRESS', 'not an address of a PCI function', {
-    hint: '0000:01:00.0 (kernel VFIO) or vfio-user:/path/to.sock',
-  });
 }

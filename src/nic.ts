@@ -18,18 +18,18 @@ import type { MutableSaTable } from './ipsec/inline.ts';
 import type { Ipsec } from './ipsec/ipsec.ts';
 import { IpsecManager } from './ipsec/manager.ts';
 import { NonceGuard } from './ipsec/nonce-guard.ts';
+import { type NicDevice, openDevice } from './nic-device.ts';
 import { openInline } from './nic-inline.ts';
-import { featuresFor, type NicOptions, openFunction, type ResolvedOptions, resolveOptions } from './nic-options.ts';
+import { featuresFor, type NicOptions, type ResolvedOptions, resolveOptions } from './nic-options.ts';
 import { NicRxQueue, NicTxQueue } from './nic-queues.ts';
 import { NicRings } from './nic-rings.ts';
 import { type NicQueue, type NicStatistics, sumStatistics } from './nic-statistics.ts';
 import { type OpenOptions, withRevision } from './nic-wire.ts';
 import type { PacketPool } from './packet/pool.ts';
-import type { PciFunction } from './vfio/function.ts';
+import type { DeviceFunction } from './vfio/function.ts';
 import { AdminQueue } from './virtio/admin.ts';
 import { Feature, type FeatureSet } from './virtio/features.ts';
 import { initializeDevice, resetDevice } from './virtio/initialize.ts';
-import { openStandardTransport } from './virtio/standard.ts';
 import type { VirtioTransport } from './virtio/transport.ts';
 import { type NetConfig, readNetConfig } from './virtio-net/config.ts';
 import type { FlowFilter } from './virtio-net/flow-filter.ts';
@@ -45,30 +45,32 @@ export interface NicLink {
 }
 
 /**
- * Opens the network function at `address`: `0000:01:00.0` (kernel VFIO) or `vfio-user:/path`. Throws InputError `NIC_OPTION`,
+ * Opens the network device at `address`: `0000:01:00.0` (kernel VFIO), `vfio-user:/path` or `vhost-user:/path`. Throws InputError `NIC_OPTION`,
  * `DEVICE_ADDRESS`; VfioError; VirtioError, such as `FEATURES_MISSING`; AdminCommandError. Nothing stays open then.
  */
 export async function openNic(address: string, options: NicOptions = {}): Promise<Nic> {
   const resolved = resolveOptions(options);
   const guard = new NonceGuard(resolved.nonceFile === undefined ? {} : { path: resolved.nonceFile });
-  let fn: PciFunction;
+  const { connectTimeout } = resolved;
+  let device: NicDevice;
   try {
-    fn = openFunction(address);
+    device = await openDevice(address, connectTimeout === undefined ? {} : { connectTimeoutMs: connectTimeout });
   } catch (error) {
     guard.close();
     throw error;
   }
-  return openNicOn(fn, guard, resolved);
+  return openNicOn(device, guard, resolved);
 }
 
-/** The steps of `openNic` once the PCI function is there. Takes over `fn` and `guard`. */
-async function openNicOn(fn: PciFunction, guard: NonceGuard, given: ResolvedOptions): Promise<Nic> {
+/** The steps of `openNic` once the device is there. Takes over `device` and `guard`. */
+async function openNicOn(device: NicDevice, guard: NonceGuard, given: ResolvedOptions): Promise<Nic> {
+  const { fn } = device;
   const table: MutableSaTable = { resourceId: new Uint32Array(0), handle: new Uint32Array(0) };
   let rings: NicRings | null = null;
   let admin: AdminQueue | null = null;
   let transport: VirtioTransport | null = null;
   try {
-    const found = openStandardTransport(fn);
+    const found = device.openTransport();
     transport = found;
     if (found.deviceType !== NETWORK_DEVICE) {
       throw new VirtioError(
@@ -109,7 +111,7 @@ function present<T>(value: T | null): T {
 
 /** Resets the device if it still answers, and gives everything back that it had. Never throws. */
 async function release(
-  fn: PciFunction,
+  fn: DeviceFunction,
   transport: VirtioTransport | null,
   rings: NicRings | null,
   admin: AdminQueue | null,
@@ -125,7 +127,7 @@ async function release(
 }
 
 interface NicParts {
-  readonly fn: PciFunction;
+  readonly fn: DeviceFunction;
   readonly transport: VirtioTransport;
   readonly features: FeatureSet;
   readonly rings: NicRings;
@@ -159,7 +161,7 @@ export class Nic implements AsyncDisposable {
     this.address = parts.fn.address;
     this.features = parts.features;
     this.packets = parts.rings.pool;
-    this.mac = config.mac ?? randomMac();
+    this.mac = config.mac ?? parts.options.mac?.slice() ?? randomMac();
     this.mtu = parts.rings.mtu;
   }
 

@@ -8,7 +8,7 @@
 import { VfioError } from '../errors.ts';
 import { EventFd } from '../sys/eventfd.ts';
 import { ffi, type Watch } from '../sys/ffi/ffi.ts';
-import type { PciFunction } from './function.ts';
+import type { DeviceFunction } from './function.ts';
 
 interface Waiter {
   readonly resolve: (fired: boolean) => void;
@@ -26,12 +26,12 @@ interface Vector {
 }
 
 export class Interrupts {
-  readonly #fn: PciFunction;
+  readonly #fn: DeviceFunction;
   readonly #vectors: Vector[] = [];
   #failure: VfioError | null = null;
 
   /** Routes vectors 0 to `count - 1` of `fn` to new eventfds. Throws RangeError when the function has fewer. */
-  constructor(fn: PciFunction, count: number) {
+  constructor(fn: DeviceFunction, count: number) {
     if (!Number.isInteger(count) || count < 1 || count > fn.interruptVectors) {
       throw new RangeError(`${count} vectors of ${fn.interruptVectors}`);
     }

@@ -6,7 +6,7 @@
  * together are sent together, and the device processes them in order. All reject as `AdminChannel.command` says. Left out: the
  * SR-IOV group, legacy-interface and device-parts commands.
  */
-import type { PciFunction } from '../vfio/function.ts';
+import type { DeviceFunction } from '../vfio/function.ts';
 import { AdminChannel, type AdminChannelOptions } from './admin-channel.ts';
 import {
   AdminOpcode,
@@ -35,7 +35,7 @@ export class AdminQueue extends AdminChannel {
   /** See `AdminChannel`: to be made in step 7 of the initialisation. */
   constructor(
     transport: VirtioTransport,
-    fn: Pick<PciFunction, 'allocateDma' | 'freeDma' | 'gone'>,
+    fn: Pick<DeviceFunction, 'allocateDma' | 'freeDma' | 'gone'>,
     features: FeatureSet,
     options: AdminQueueOptions = {},
   ) {
