@@ -119,6 +119,16 @@ export class Driver {
     if (common.read16(F.queueEnable) !== 1) throw new Failed(`queue ${ring.index}: queue_enable does not become 1`);
   }
 
+  /** Maps the events of a queue to a vector. */
+  configureVector(index: number, vector: number): void {
+    const { common } = this.target.structures;
+    common.write16(CommonCfgField.queueSelect, index);
+    common.write16(CommonCfgField.queueMsixVector, vector);
+    const came = common.read16(CommonCfgField.queueMsixVector);
+    if (came !== vector)
+      throw new Failed(`queue ${index}: mapped to vector ${vector}, queue_msix_vector reads ${came}`);
+  }
+
   /** DRIVER_OK. */
   start(): void {
     this.target.status = RUNNING;

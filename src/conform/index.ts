@@ -7,8 +7,11 @@
 import type { Check } from './check.ts';
 import { adminChecks } from './checks/admin.ts';
 import { capabilityChecks } from './checks/capabilities.ts';
+import { initChecks } from './checks/init.ts';
+import { interruptChecks } from './checks/interrupts.ts';
 import { objectChecks } from './checks/objects.ts';
 import { pciChecks } from './checks/pci.ts';
+import { queueChecks } from './checks/queues.ts';
 import { resetChecks } from './checks/reset.ts';
 
 export {
@@ -27,7 +30,10 @@ export { type ConformanceOptions, type ConformanceReport, runConformance } from 
 /** All checks, area by area. */
 export const CHECKS: readonly Check[] = [
   ...pciChecks,
+  ...interruptChecks,
+  ...initChecks,
   ...resetChecks,
+  ...queueChecks,
   ...adminChecks,
   ...capabilityChecks,
   ...objectChecks,

@@ -93,5 +93,5 @@ async function findLoopback(bench: Bench): Promise<boolean> {
   const frame = udpFrame(network.outward);
   await network.send(frame);
   const back = await network.sent(bench.patience.timeout / 2);
-  return back !== null && isEqual(back, frame);
+  return back !== null && isEqual(back.subarray(0, frame.length), frame);
 }

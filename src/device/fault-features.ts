@@ -2,8 +2,20 @@
 import { Feature, type FeatureSet } from '../virtio/features.ts';
 import type { FaultName, FaultSet } from './faults.ts';
 
+/** A bit that the standard gives no meaning. */
+const UNDEFINED = 100;
+
 const CHANGES: Partial<Record<FaultName, (offered: FeatureSet) => FeatureSet>> = {
   'no-version-1': (offered) => offered.without(Feature.VERSION_1),
+  'feature-orphan': (offered) => offered.with(Feature.CTRL_RX).without(Feature.CTRL_VQ),
+  'feature-undefined': (offered) => offered.with(UNDEFINED),
+  'in-order-lie': (offered) => offered.with(Feature.IN_ORDER),
+  'sr-iov-lie': (offered) => offered.with(Feature.SR_IOV),
+  'mq-zero-pairs': (offered) => offered.with(Feature.MQ, Feature.CTRL_VQ),
+  'rss-without-room': (offered) => offered.with(Feature.RSS, Feature.CTRL_VQ),
+  'features-without-ctrl': (offered) =>
+    offered.with(Feature.HASH_REPORT, Feature.CTRL_RX_EXTRA).without(Feature.CTRL_VQ),
+  'no-out-net-header': (offered) => offered.without(Feature.OUT_NET_HEADER),
   'notification-data': (offered) => offered.with(Feature.NOTIFICATION_DATA),
 };
 

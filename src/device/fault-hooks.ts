@@ -1,9 +1,8 @@
-/** How the faults of `faults.ts` that concern configuration space and rings are made. */
+/** How the faults of `faults.ts` that concern configuration space are made. */
 import { VirtioCapField, VirtioCapLength, VirtioCfgType, VirtioPciId } from '../virtio/pci-layout.ts';
 import type { FaultName, FaultSet } from './faults.ts';
-import { CapabilityKind, ConfigField, type ConfigSpace } from './pci.ts';
+import { CapabilityKind, ConfigField, type ConfigSpace, MsixCap } from './pci.ts';
 import { VirtioBar } from './personalities/standard.ts';
-import type { DeviceQueue } from './queues.ts';
 
 /** Offsets of the capabilities, in the order of the list. */
 function capabilities(config: ConfigSpace): number[] {
@@ -23,6 +22,7 @@ interface Places {
   readonly isr: number;
   readonly device: number;
   readonly pci: number;
+  readonly msix: number;
 }
 
 /** Bytes to write: where, how many, what. */
@@ -35,6 +35,10 @@ const UNKNOWN_TYPE = 0x77;
 const CAP64 = { size: 24, stride: 28 } as const;
 /** `struct virtio_pci_vndr_data` (4.1.4.8). */
 const VendorData = { length: 10, vendorId: 4 } as const;
+
+/** Where extended capabilities begin, and the header of SR-IOV, version 1 (PCI Express 5.0, 9.3.3). */
+const EXTENDED_CAPABILITIES = 0x100;
+const SR_IOV_HEADER = 0x00010010;
 
 /** Changes to configuration space. What needs room takes the place of the last capability, PCI Express. */
 const PATCHES: Partial<Record<FaultName, (at: Places) => readonly Patch[]>> = {
@@ -65,6 +69,8 @@ const PATCHES: Partial<Record<FaultName, (at: Places) => readonly Patch[]>> = {
     [last + Cap.cfgType, 1, VirtioCfgType.VENDOR],
     [last + VendorData.vendorId, 2, VirtioPciId.vendor],
   ],
+  'msix-one': ({ msix }) => [[msix + MsixCap.control, 2, 0]],
+  'sr-iov-silent': () => [[EXTENDED_CAPABILITIES, 4, SR_IOV_HEADER]],
   'pci-vendor': () => [[ConfigField.vendorId, 2, VirtioPciId.vendor + 1]],
   'pci-device-id': () => [[ConfigField.deviceId, 2, VirtioPciId.transitionalLast]],
   'pci-revision': () => [[ConfigField.revision, 1, 0]],
@@ -101,88 +107,9 @@ export function applyLayoutFaults(config: ConfigSpace, faults: FaultSet): void {
     isr: structure(VirtioCfgType.ISR),
     device: structure(VirtioCfgType.DEVICE),
     pci: structure(VirtioCfgType.PCI),
+    msix: config.msixAt,
   };
   for (const name of faults) {
     for (const [at, width, value] of PATCHES[name]?.(places) ?? []) config.patch(at, width, value);
-  }
-}
-
-/** A queue that lies in its used ring. */
-export class FaultyQueue implements DeviceQueue {
-  readonly #inner: DeviceQueue;
-  readonly #faults: FaultSet;
-
-  constructor(inner: DeviceQueue, faults: FaultSet) {
-    this.#inner = inner;
-    this.#faults = faults;
-  }
-
-  get index(): number {
-    return this.#inner.index;
-  }
-  get size(): number {
-    return this.#inner.size;
-  }
-  get broken(): string | null {
-    return this.#inner.broken;
-  }
-  get low(): Uint32Array {
-    return this.#inner.low;
-  }
-  get high(): Uint32Array {
-    return this.#inner.high;
-  }
-  get length(): Uint32Array {
-    return this.#inner.length;
-  }
-  get readable(): number {
-    return this.#inner.readable;
-  }
-  get segments(): number {
-    return this.#inner.segments;
-  }
-  get readableBytes(): number {
-    return this.#inner.readableBytes;
-  }
-  get writableBytes(): number {
-    return this.#inner.writableBytes;
-  }
-  available(): number {
-    return this.#inner.available();
-  }
-  take(): number {
-    return this.#inner.take();
-  }
-  putBack(count: number): void {
-    this.#inner.putBack(count);
-  }
-  gather(skip: number, max: number, to: number): number {
-    return this.#inner.gather(skip, max, to);
-  }
-  scatter(skip: number, bytes: number, from: number): number {
-    return this.#inner.scatter(skip, bytes, from);
-  }
-
-  complete(id: number, written: number): void {
-    const shown = this.#faults.has('used-id-bogus') ? id + this.size : id;
-    const long = this.#faults.has('used-length-too-long') ? written + 0x100000 : written;
-    const length = this.#faults.has('used-length-short') ? Math.min(long, 8) : long;
-    this.#inner.complete(shown, length);
-    if (this.#faults.has('used-id-twice')) this.#inner.complete(shown, length);
-    if (!this.#faults.has('used-index-jump')) return;
-    for (let i = 0; i < this.size; i++) this.#inner.complete(id, 0);
-  }
-
-  publish(): boolean {
-    return this.#inner.publish();
-  }
-  suppress(): void {
-    this.#inner.suppress();
-  }
-  arm(seen: number): boolean {
-    return this.#inner.arm(seen);
-  }
-  close(): void {
-    this.#inner.close();
   }
 }

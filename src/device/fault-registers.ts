@@ -1,5 +1,6 @@
 /** How the faults of `faults.ts` that concern the common configuration structure are made: rules around its registers. */
 import { DeviceStatus, CommonCfgField as F, NO_VECTOR } from '../virtio/pci-layout.ts';
+import { NetConfigField } from '../virtio-net/config.ts';
 import type { FaultName, FaultSet } from './faults.ts';
 
 /** Access to the registers as they are. */
@@ -97,6 +98,37 @@ const RULES: Partial<Record<FaultName, (registers: Registers) => Rule>> = {
     };
   },
 };
+
+type ConfigRule = (at: number, value: number, status: number) => number;
+
+/** The field of the network configuration reads as `value`. */
+function configReads(field: number, value: number): () => ConfigRule {
+  return () => (at, was) => (at === field ? value : was);
+}
+
+/** The field reads one more each time. */
+function configCounts(field: number): () => ConfigRule {
+  let count = 0;
+  return () => (at, was) => (at === field ? was + count++ : was);
+}
+
+const CONFIG: Partial<Record<FaultName, () => ConfigRule>> = {
+  'config-late': () => (_, value, status) => ((status & FEATURES_OK) === 0 ? 0 : value),
+  'config-mtu-low': configReads(NetConfigField.mtu, 60),
+  'config-mtu-changes': configCounts(NetConfigField.mtu),
+  'config-speed': configReads(NetConfigField.speed, 0x80000000),
+  'config-speed-changes': configCounts(NetConfigField.speed),
+  'config-duplex': configReads(NetConfigField.duplex, 7),
+  'mq-zero-pairs': configReads(NetConfigField.maxVirtqueuePairs, 0),
+  'rss-without-room': () => (at, value) => (at >= NetConfigField.rssMaxKeySize ? 0 : value),
+};
+
+/** What a read of the network configuration gives with the faults. */
+export function configFaults(faults: FaultSet): ConfigRule | null {
+  const rules = [...faults].flatMap((name) => CONFIG[name]?.() ?? []);
+  if (rules.length === 0) return null;
+  return (at, value, status) => rules.reduce((read, rule) => rule(at, read, status), value);
+}
 
 /** `registers` with the rules of `faults` around them. */
 export function withRegisterFaults(registers: Registers, faults: FaultSet): Registers {

@@ -9,8 +9,9 @@
 import { Feature, type FeatureSet } from '../virtio/features.ts';
 import { CommonCfgLength, IsrBit, NO_VECTOR } from '../virtio/pci-layout.ts';
 import { CommonConfig, type QueueConfig, queueAddresses } from './common-config.ts';
-import { applyLayoutFaults, FaultyQueue } from './fault-hooks.ts';
-import { type Registers, withRegisterFaults } from './fault-registers.ts';
+import { applyLayoutFaults } from './fault-hooks.ts';
+import { FaultyQueue } from './fault-queue.ts';
+import { configFaults, type Registers, withRegisterFaults } from './fault-registers.ts';
 import type { FaultSet } from './faults.ts';
 import type { GuestMemory } from './guest-memory.ts';
 import { Msix } from './msix.ts';
@@ -60,8 +61,10 @@ export class VirtioFunction {
   readonly #scratchSize: number;
   /** The common configuration, with its faults. */
   readonly #registers: Registers;
+  readonly #configFaults: ReturnType<typeof configFaults>;
   #model: DeviceModel | null = null;
   #isr = 0;
+  #notifications = 0;
   /** Queues that the driver has reset, for a fault. */
   readonly #wasReset = new Set<number>();
   /** Faults: queues are worked on whatever device_status says. */
@@ -101,6 +104,7 @@ export class VirtioFunction {
       },
     );
     this.#registers = withRegisterFaults(this.common, this.faults);
+    this.#configFaults = configFaults(this.faults);
     applyLayoutFaults(this.config, this.faults);
   }
 
@@ -166,7 +170,8 @@ export class VirtioFunction {
     if (offset >= VirtioBar.device && offset < VirtioBar.device + NET_CONFIG_SIZE) {
       if (this.faults.has('config-unstable')) this.common.configChanged();
       this.common.configRead();
-      return this.#device.readConfig(offset - VirtioBar.device, width);
+      const value = this.#device.readConfig(offset - VirtioBar.device, width);
+      return this.#configFaults?.(offset - VirtioBar.device, value, this.common.status) ?? value;
     }
     return 0;
   }
@@ -179,8 +184,14 @@ export class VirtioFunction {
     if (bar !== VirtioBar.index) return;
     if (offset < VirtioBar.common + CommonCfgLength.full)
       this.#registers.write(offset - VirtioBar.common, width, value);
-    else if (offset >= VirtioBar.notify && width >= 2) this.#options.wake();
+    else if (offset >= VirtioBar.notify && width >= 2) this.#notified();
     else this.common.violations++;
+  }
+
+  /** An available buffer notification. */
+  #notified(): void {
+    if (this.faults.has('notifications-fatal') && ++this.#notifications > MANY) this.fail('fault notifications-fatal');
+    this.#options.wake();
   }
 
   /** The driver broke a rule that cannot be refused, or the device cannot go on: DEVICE_NEEDS_RESET (2.1.2). */
@@ -199,12 +210,13 @@ export class VirtioFunction {
   interruptQueue(index: number): void {
     if (this.faults.has('no-interrupts')) return;
     if (!this.msix.enabled) {
-      this.#isr |= IsrBit.QUEUE;
-      this.config.interruptStatus = true;
+      if (!this.faults.has('isr-never')) this.#isr |= IsrBit.QUEUE;
+      this.config.interruptStatus = !this.faults.has('interrupt-status-never');
       return;
     }
     const vector = this.common.queues[index].vector;
     if (vector !== NO_VECTOR) this.msix.fire(vector);
+    else if (this.faults.has('interrupts-anyway')) this.msix.fire(0);
   }
 
   #interruptConfig(): void {
@@ -215,6 +227,7 @@ export class VirtioFunction {
 
   #readIsr(): number {
     const value = this.#isr;
+    if (this.faults.has('isr-sticks')) return value;
     this.#isr = 0;
     this.config.interruptStatus = false;
     return value;
@@ -252,15 +265,20 @@ export class VirtioFunction {
   #enable(queue: QueueConfig): void {
     if (this.faults.has('queue-reset-for-good') && this.#wasReset.has(queue.index)) return;
     const features = this.common.features;
-    const split: DeviceQueue = new SplitDeviceQueue(this.memory, {
+    const { faults, memory } = this;
+    const addresses = queueAddresses(queue);
+    const scratch = this.#scratch;
+    const split: DeviceQueue = new SplitDeviceQueue(memory, {
       index: queue.index,
-      size: this.faults.has('queue-size-sticks') ? queue.maxSize : queue.size,
-      addresses: queueAddresses(queue),
-      eventIdx: features.has(Feature.EVENT_IDX),
+      size: faults.has('queue-size-sticks') ? queue.maxSize : queue.size,
+      addresses,
+      eventIdx: faults.has('event-idx-swapped') ? !features.has(Feature.EVENT_IDX) : features.has(Feature.EVENT_IDX),
       indirect: features.has(Feature.INDIRECT_DESC),
-      scratch: this.#scratch,
+      scratch,
     });
-    this.#device.attachQueue(this.faults.size === 0 ? split : new FaultyQueue(split, this.faults));
+    this.#device.attachQueue(
+      faults.size === 0 ? split : new FaultyQueue(split, { faults, memory, addresses, scratch }),
+    );
     if (this.faults.has('early-start')) this.#device.start(features);
     this.#options.wake();
   }
@@ -289,3 +307,5 @@ export class VirtioFunction {
 const COMMAND_BYTE = 0x04;
 /** Room for the largest indirect table. */
 const MAX_QUEUE_BYTES = 1024 * 16;
+/** More notifications than this are too many for a fault. */
+const MANY = 20;

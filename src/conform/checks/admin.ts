@@ -4,6 +4,7 @@ import { encodeGroup } from '../../virtio-net/flow-filter-wire.ts';
 import type { Bench } from '../bench.ts';
 import { type Check, expect, hex, must, need, should, untried } from '../check.ts';
 import { type AdminConsole, outcome, type Reply, UNTOUCHED } from '../console.ts';
+import { hasVirtualFunctions } from '../extended.ts';
 import { excerpt, isEqual } from '../frames.ts';
 import { succeeded, useCommands } from '../offer.ts';
 
@@ -15,7 +16,6 @@ const BAD_GROUP = 0x7777;
 const BAD_OPCODE = 0x7abc;
 const BAD_MEMBER = 5n;
 const SR_IOV = 1;
-const SR_IOV_CAPABILITY = 0x0010;
 
 async function console(bench: Bench): Promise<AdminConsole> {
   return bench.console(await bench.up({ admin: true }));
@@ -256,7 +256,7 @@ export const adminChecks: readonly Check[] = [
     'Commands for the SR-IOV group fail with EINVAL and INVALID_GROUP while there are no virtual functions',
     ['adm-group-unchecked'],
     async (bench) => {
-      need(!hasVirtualFunctions(bench), 'virtual functions are enabled');
+      need(!hasVirtualFunctions(bench.target.fn.config), 'virtual functions are enabled');
       const admin = await console(bench);
       expectInvalid(
         await admin.listQuery({ groupType: SR_IOV, name: 'LIST_QUERY of the SR-IOV group' }),
@@ -425,15 +425,3 @@ export const adminChecks: readonly Check[] = [
     'a driver cannot make a device run out of memory, or ask to be asked again',
   ),
 ];
-
-/** Whether VF Enable is set in the SR-IOV extended capability (PCI Express 5.0, 9.3.3). */
-function hasVirtualFunctions(bench: Bench): boolean {
-  const { config } = bench.target.fn;
-  if (config.size <= 0x100) return false;
-  for (let at = 0x100, steps = 0; at >= 0x100 && steps < 64; steps++) {
-    const header = config.read32(at);
-    if ((header & 0xffff) === SR_IOV_CAPABILITY) return (config.read16(at + 8) & 1) !== 0;
-    at = (header >>> 20) & ~3;
-  }
-  return false;
-}
