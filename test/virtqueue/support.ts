@@ -57,6 +57,21 @@ export class TestMemory {
   }
 }
 
+/** What both naive devices can be told to do. */
+export interface NaiveDevice {
+  /** Buffers that were made available and not fetched yet. */
+  readonly waiting: number;
+  /** Takes the next available buffer; undefined when there is none. */
+  fetch(): Chain | undefined;
+  /** Returns a buffer without showing it; then shows what was returned, and says whether the driver wants an interrupt. */
+  writeUsed(id: number, length: number): void;
+  publishUsed(): boolean;
+  complete(id: number, length: number): boolean;
+  /** With IN_ORDER: returns these buffers, the next ones, by naming the last. */
+  completeBatch(ids: readonly number[], length: number): boolean;
+  suppressNotifications(on: boolean): void;
+}
+
 export interface Piece {
   readonly iova: number;
   readonly length: number;
@@ -73,7 +88,7 @@ const NEXT = 1;
 const WRITE = 2;
 const INDIRECT = 4;
 
-export class NaiveSplitDevice {
+export class NaiveSplitDevice implements NaiveDevice {
   readonly memory: TestMemory;
   readonly queue: QueueSetup;
   readonly eventIdx: boolean;
@@ -163,6 +178,13 @@ export class NaiveSplitDevice {
 
   complete(id: number, length: number): boolean {
     this.writeUsed(id, length);
+    return this.publishUsed();
+  }
+
+  completeBatch(ids: readonly number[], length: number): boolean {
+    const first = this.usedIdx;
+    this.writeUsed(ids[ids.length - 1], length);
+    this.usedIdx = (first + ids.length) & 0xffff;
     return this.publishUsed();
   }
 
