@@ -1,0 +1,225 @@
+/**
+ * `esp.encap.ENGINE.ALG.SIZE.mpps` and `esp.decap.…`: everything of RFC 4303 in tunnel mode, IPv4 in IPv4 behind an Ethernet header:
+ * SA look-up, outer header, sequence number, IV, padding, trailer, ICV, replay window, counters. SIZE is the inner packet. Bursts of 32
+ * go around in 512 packets; a round protects all of them and opens all of them again, and the two halves are timed on their own.
+ *
+ * `….ratio`: the same over the bare arithmetic of the same engine on the same bursts (`crypto.ENGINE.ALG.SIZE.mpps`), the two in turn.
+ * `esp.encap.sas64k.ratio`: 65536 SAs hit at random over one SA.
+ */
+import type { EngineName } from '../../src/fallback/engines/engine.ts';
+import { SoftwareIpsec } from '../../src/fallback/software.ts';
+import { Verdict } from '../../src/fallback/verdict.ts';
+import { type SecurityAssociationInput, validateSa } from '../../src/ipsec/validate.ts';
+import { setIpv4Checksum } from '../../src/packet/checksum.ts';
+import { Ethernet, EtherType, IpProtocol, Ipv4 } from '../../src/packet/fields.ts';
+import { PacketPool } from '../../src/packet/pool.ts';
+import { mapAnonymous, unmapMemory } from '../../src/sys/memory.ts';
+import { type Benchmark, type BenchSuite, type Measurement, summarize, type Workload } from '../harness.ts';
+import {
+  ALGORITHMS,
+  type Algorithm,
+  available,
+  BURST,
+  ENGINES,
+  engineWorkload,
+  PACKETS,
+  SIZES,
+  STRIDE,
+} from './crypto.ts';
+
+/** Milliseconds of warming up, and of measuring. */
+const WARMUP = 700;
+const TIME = 1000;
+const MANY_SAS = 65536;
+const FIRST_SPI = 0x10000;
+
+const fields: Readonly<Record<Algorithm, Pick<SecurityAssociationInput, 'aead' | 'cipher' | 'auth'>>> = {
+  'aes-128-gcm': { aead: { name: 'aes-gcm', key: bytes(16), salt: bytes(4) } },
+  'aes-256-gcm': { aead: { name: 'aes-gcm', key: bytes(32), salt: bytes(4) } },
+  'chacha20-poly1305': { aead: { name: 'chacha20-poly1305', key: bytes(32), salt: bytes(4) } },
+  'aes-128-cbc-hmac-sha256': {
+    cipher: { name: 'aes-cbc', key: bytes(16) },
+    auth: { name: 'hmac-sha256', key: bytes(32) },
+  },
+};
+
+function bytes(length: number): Uint8Array {
+  return Uint8Array.from({ length }, (_, i) => 0x5a ^ i);
+}
+
+/** An Ethernet frame with an IPv4 packet of `size` bytes. */
+function frame(size: number): Uint8Array {
+  const u8 = new Uint8Array(Ethernet.length + size).fill(0x2a);
+  u8[Ethernet.type] = EtherType.ipv4 >> 8;
+  u8[Ethernet.type + 1] = EtherType.ipv4 & 0xff;
+  const ip = Ethernet.length;
+  u8.fill(0, ip, ip + Ipv4.minLength);
+  u8[ip] = 0x45;
+  u8[ip + Ipv4.totalLength] = size >> 8;
+  u8[ip + Ipv4.totalLength + 1] = size & 0xff;
+  u8[ip + Ipv4.ttl] = 64;
+  u8[ip + Ipv4.protocol] = IpProtocol.udp;
+  u8[ip + Ipv4.source] = 10;
+  u8[ip + Ipv4.destination] = 10;
+  setIpv4Checksum(u8, ip, Ipv4.minLength);
+  return u8;
+}
+
+/** Packets that are protected and opened again, for ever. */
+class Loop {
+  readonly #memory = mapAnonymous(PACKETS * STRIDE);
+  readonly #pool = new PacketPool(this.#memory, { stride: STRIDE });
+  readonly #ipsec: SoftwareIpsec;
+  readonly #bursts: readonly Uint32Array[];
+  readonly #verdicts = new Uint8Array(BURST);
+  readonly #sas: number;
+  #random = 1;
+
+  constructor(engine: EngineName | 'auto', algorithm: Algorithm, size: number, sas = 1) {
+    this.#sas = sas;
+    this.#ipsec = new SoftwareIpsec(this.#pool, { engine });
+    const common = {
+      mode: 'tunnel',
+      tunnel: { source: '192.0.2.1', destination: '192.0.2.2' },
+      ...fields[algorithm],
+    } as const;
+    for (let i = 0; i < sas; i++) {
+      const spi = FIRST_SPI + i;
+      this.#ipsec.add(1 + i, validateSa({ ...common, direction: 'outbound', spi }));
+      this.#ipsec.add(1 + sas + i, validateSa({ ...common, direction: 'inbound', spi, replayWindow: 64 }));
+    }
+    const packets = new Uint32Array(PACKETS);
+    this.#pool.allocate(packets, PACKETS);
+    const content = frame(size);
+    for (const p of packets) this.#pool.write(p, content);
+    this.#bursts = Array.from({ length: PACKETS / BURST }, (_, i) => packets.slice(i * BURST, (i + 1) * BURST));
+  }
+
+  /** Says which SA each packet takes: not part of what is measured. */
+  choose(): void {
+    const { sa } = this.#pool;
+    for (const burst of this.#bursts) {
+      for (const p of burst) {
+        this.#random = (Math.imul(this.#random, 1664525) + 1013904223) >>> 0;
+        sa[p] = 1 + ((this.#random >>> 8) % this.#sas);
+      }
+    }
+  }
+
+  encap(): void {
+    for (const burst of this.#bursts) {
+      this.#ipsec.protect(burst, BURST, Ethernet.length, this.#verdicts);
+      this.#check('protect');
+    }
+  }
+
+  decap(): void {
+    for (const burst of this.#bursts) {
+      this.#ipsec.unprotect(burst, BURST, Ethernet.length, this.#verdicts);
+      this.#check('unprotect');
+    }
+  }
+
+  close(): void {
+    this.#ipsec.close();
+    unmapMemory(this.#memory);
+  }
+
+  #check(what: string): void {
+    const verdicts = this.#verdicts;
+    let all = 0;
+    for (let i = 0; i < BURST; i++) all |= verdicts[i];
+    if (all !== Verdict.ok) throw new Error(`${what}: verdicts ${verdicts.join(' ')}`);
+  }
+}
+
+type Half = 'encap' | 'decap';
+
+/** One round; milliseconds of the half that is asked for. */
+function roundOf(loop: Loop, half: Half): number {
+  loop.choose();
+  const start = performance.now();
+  loop.encap();
+  const middle = performance.now();
+  loop.decap();
+  return half === 'encap' ? middle - start : performance.now() - middle;
+}
+
+/** Calls `sample` until it has been warmed up and measured for long enough. */
+function collect(sample: () => number): number[] {
+  const samples: number[] = [];
+  const start = performance.now();
+  for (let now = start; now < start + WARMUP + TIME; now = performance.now()) {
+    const value = sample();
+    if (now >= start + WARMUP) samples.push(value);
+  }
+  return samples;
+}
+
+/** Millions of packets per second. */
+function measureRate(make: () => Loop, half: Half): Measurement {
+  const loop = make();
+  try {
+    return summarize(
+      collect(() => PACKETS / (roundOf(loop, half) * 1000)),
+      'Mpps',
+    );
+  } finally {
+    loop.close();
+  }
+}
+
+/** Milliseconds of bare arithmetic for as many packets as a round has. */
+function bareRound(bare: Workload): number {
+  const start = performance.now();
+  for (let i = 0; i < PACKETS / BURST; i++) bare.run();
+  return performance.now() - start;
+}
+
+function measureRatio(make: () => Loop, half: Half, makeBare: () => Workload): Measurement {
+  const loop = make();
+  const bare = makeBare();
+  try {
+    return summarize(
+      collect(() => bareRound(bare) / roundOf(loop, half)),
+      'ratio',
+    );
+  } finally {
+    bare.close?.();
+    loop.close();
+  }
+}
+
+function measureSas(): Measurement {
+  const one = new Loop('auto', 'aes-128-gcm', 64);
+  const many = new Loop('auto', 'aes-128-gcm', 64, MANY_SAS);
+  try {
+    return summarize(
+      collect(() => roundOf(one, 'encap') / roundOf(many, 'encap')),
+      'ratio',
+    );
+  } finally {
+    many.close();
+    one.close();
+  }
+}
+
+function* benchmarks(): Iterable<Benchmark> {
+  for (const engine of ENGINES) {
+    if (!available(engine)) continue;
+    for (const algorithm of Object.keys(ALGORITHMS) as Algorithm[]) {
+      for (const size of SIZES) {
+        for (const half of ['encap', 'decap'] as const) {
+          const make = () => new Loop(engine, algorithm, size);
+          const bare = () => engineWorkload(engine, algorithm, size, half === 'encap' ? 'encrypt' : 'decrypt');
+          const name = `esp.${half}.${engine}.${algorithm}.${size}B`;
+          yield { name: `${name}.mpps`, measure: () => measureRate(make, half) };
+          yield { name: `${name}.ratio`, measure: () => measureRatio(make, half, bare) };
+        }
+      }
+    }
+  }
+  yield { name: 'esp.encap.sas64k.ratio', measure: measureSas };
+}
+
+export const suite: BenchSuite = { name: 'esp', benchmarks };
