@@ -42,6 +42,8 @@ export class FlowFilter {
   readonly #groups = new Map<number, Group>();
   readonly #classifiers = new Map<number, FlowClassifier>();
   readonly #rules = new Map<number, FlowRule>();
+  /** How many rules there are of each group and with each classifier, by `type:id`: 65536 rules are too many to look through. */
+  readonly #users = new Map<string, number>();
   /** Counters of packets that a rule matched, by action number. */
   readonly matched = new Float64Array(8);
 
@@ -62,6 +64,7 @@ export class FlowFilter {
     this.#groups.clear();
     this.#classifiers.clear();
     this.#rules.clear();
+    this.#users.clear();
     this.matched.fill(0);
     this.#matcher = null;
   }
@@ -83,6 +86,8 @@ export class FlowFilter {
   /** EBUSY for a group or classifier that rules depend on (2.12.1.3). */
   destroy(type: number, id: number): CommandResult {
     if (this.#isNeeded(type, id)) return failed(AdminStatus.EBUSY, AdminQualifier.INVALID_COMMAND);
+    const rule = type === ResourceType.NET_FF_RULE ? this.#rules.get(id) : undefined;
+    if (rule !== undefined) this.#use(rule, -1);
     this.#table(type).delete(id);
     this.#matcher = null;
     return OK_RESULT;
@@ -94,11 +99,20 @@ export class FlowFilter {
   }
 
   #isNeeded(type: number, id: number): boolean {
-    for (const rule of this.#rules.values()) {
-      if (type === ResourceType.NET_FF_GROUP && rule.groupId === id) return true;
-      if (type === ResourceType.NET_FF_CLASSIFIER && rule.classifierId === id) return true;
+    return this.#users.has(`${type}:${id}`);
+  }
+
+  /** A rule uses its group and its classifier from now on, or not any more. */
+  #use(rule: FlowRule, by: 1 | -1): void {
+    const used = [
+      `${ResourceType.NET_FF_GROUP}:${rule.groupId}`,
+      `${ResourceType.NET_FF_CLASSIFIER}:${rule.classifierId}`,
+    ];
+    for (const key of used) {
+      const users = (this.#users.get(key) ?? 0) + by;
+      if (users === 0) this.#users.delete(key);
+      else this.#users.set(key, users);
     }
-    return false;
   }
 
   #set(type: number, id: number, bytes: Uint8Array, use: FlowFilterUse, replace: boolean): CommandResult {
@@ -141,9 +155,12 @@ export class FlowFilter {
     if (bad) return INVALID_FIELD;
     if (classifier === undefined || !this.#groups.has(rule.groupId)) return NO_SUCH;
     if (rule.key.length !== keyLengthOf(classifier.selectors)) return INVALID_FIELD;
-    let inGroup = 0;
-    for (const [other, { groupId }] of this.#rules) if (other !== id && groupId === rule.groupId) inGroup++;
-    if (inGroup >= limits.rulesPerGroup) return NO_SPACE;
+    const before = this.#rules.get(id);
+    const inGroup = this.#users.get(`${ResourceType.NET_FF_GROUP}:${rule.groupId}`) ?? 0;
+    const others = before?.groupId === rule.groupId ? inGroup - 1 : inGroup;
+    if (others >= limits.rulesPerGroup) return NO_SPACE;
+    if (before !== undefined) this.#use(before, -1);
+    this.#use(rule, 1);
     this.#rules.set(id, rule);
     return OK_RESULT;
   }

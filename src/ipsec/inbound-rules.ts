@@ -16,14 +16,15 @@ export const IPSEC_GROUP_PRIORITY = 0x8000;
 /** The parts of `FlowFilter` that are used. */
 export type RuleMaker = Pick<FlowFilter, 'obstacle' | 'addGroup' | 'addRule' | 'removeRule'>;
 
+/** A rule that serves several SAs. */
 interface SharedRule {
   readonly text: string;
   readonly rule: Promise<FlowRuleHandle>;
   users: number;
 }
 
-/** The rules of one SA, to be given back. */
-export type SaRules = readonly SharedRule[];
+/** The rules of one SA, to be given back: its own, and those that it shares. */
+export type SaRules = readonly (FlowRuleHandle | SharedRule)[];
 
 export class InboundRules {
   readonly #filter: RuleMaker;
@@ -48,9 +49,13 @@ export class InboundRules {
   async add(sa: SecurityAssociation): Promise<SaRules> {
     const ways = this.#matches(sa);
     const possible = ways.find((rules) => rules.every((match) => this.#filter.obstacle(match, 'ipsec') === null));
-    const taken: SharedRule[] = [];
+    const taken: (FlowRuleHandle | SharedRule)[] = [];
     try {
       for (const match of possible ?? ways[0]) {
+        if (match.esp !== undefined) {
+          taken.push(await this.#make(match));
+          continue;
+        }
         const shared = this.#share(match);
         taken.push(shared);
         await shared.rule;
@@ -65,6 +70,10 @@ export class InboundRules {
   /** Gives the rules of an SA back; those that no other SA uses are destroyed. */
   async remove(rules: SaRules): Promise<void> {
     for (const shared of rules) {
+      if (!('users' in shared)) {
+        await this.#filter.removeRule(shared);
+        continue;
+      }
       shared.users--;
       if (shared.users > 0) continue;
       this.#rules.delete(shared.text);

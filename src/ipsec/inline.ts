@@ -56,8 +56,8 @@ interface InlineSa {
   /** Whether the id had another SA before. */
   readonly reused: boolean;
   readonly type: number;
-  /** Inbound: key of the SPI reservation. */
-  readonly identity: string | null;
+  /** Inbound: protocol and SPI, see `identityOf`; null outbound. */
+  readonly identity: number | null;
   readonly rules: SaRules;
 }
 
@@ -77,7 +77,7 @@ export class InlineIpsec {
   /** By handle. */
   readonly #sas = new Map<number, InlineSa>();
   /** Protocol and SPI of the inbound SAs on the device: the device looks nothing else up. */
-  readonly #inbound = new Set<string>();
+  readonly #inbound = new Set<number>();
   #awaited: Awaited[] = [];
 
   private constructor(admin: InlineAdmin, capability: InlineCapability, options: InlineIpsecOptions) {
@@ -271,6 +271,7 @@ export class InlineIpsec {
   }
 }
 
-function identityOf(sa: Pick<SecurityAssociation, 'protocol' | 'spi'>): string {
-  return `${sa.protocol} ${sa.spi}`;
+/** Protocol and SPI in one number. */
+function identityOf(sa: Pick<SecurityAssociation, 'protocol' | 'spi'>): number {
+  return sa.protocol === 'esp' ? sa.spi : 2 ** 32 + sa.spi;
 }

@@ -6,6 +6,7 @@ import { createHmac, randomBytes } from 'node:crypto';
 import type { SecurityAssociation } from './sa.ts';
 
 const pepper = randomBytes(32);
+const ID_BYTES = 16;
 const NOTHING = new Uint8Array(0);
 
 /** Equal for two SAs when packets of the one pass the integrity check of the other. */
@@ -17,5 +18,5 @@ export function keyId(sa: SecurityAssociation): string {
       .update(part.name)
       .update(part.key)
       .update(part.salt ?? NOTHING);
-  return hash.digest('base64url').slice(0, 22);
+  return hash.digest().toString('base64url', 0, ID_BYTES);
 }

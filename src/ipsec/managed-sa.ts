@@ -21,6 +21,8 @@ export interface SaOwner {
 
 type Used = Pick<SaTraffic, 'packets' | 'bytes'>;
 
+const NOTHING_USED: Used = { packets: 0n, bytes: 0n };
+
 type Listeners = { [E in keyof SaEvents]: Set<(...args: SaEvents[E]) => void> };
 
 /** An SA as the application holds it. It knows no key. */
@@ -39,7 +41,7 @@ export class ManagedSa implements SaHandle {
   start: bigint;
   replayWindow: number;
   /** What its key carried where it was before. */
-  usedBefore: Used = { packets: 0n, bytes: 0n };
+  usedBefore: Used = NOTHING_USED;
   /** Settles when a move that is under way has ended. */
   moving: Promise<void> | null = null;
   /** What the rules of an inbound SA look at. */
@@ -163,8 +165,9 @@ function sum(before: SaTraffic, now: SaTraffic): SaTraffic {
   return { ...now, packets: before.packets + now.packets, bytes: before.bytes + now.bytes, dropped, softExpired };
 }
 
-/** How packets find an inbound SA: destination and UDP encapsulation. */
+/** How packets find an inbound SA: destination and UDP encapsulation, as bytes. */
 function wayOf(sa: SecurityAssociation): string {
   const destination = sa.tunnel?.destination ?? sa.selector.destination?.address ?? [];
-  return `${[...destination]} ${sa.udpEncap?.sourcePort} ${sa.udpEncap?.destinationPort}`;
+  const ports = sa.udpEncap === undefined ? [] : [sa.udpEncap.sourcePort, sa.udpEncap.destinationPort];
+  return Buffer.from([...destination, ...ports.flatMap((port) => [port >>> 8, port & 0xff])]).toString('latin1');
 }

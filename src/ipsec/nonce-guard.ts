@@ -79,7 +79,8 @@ const nothingToGuard: NonceClaim = {
 
 /** A keyed hash of key material, 128 bits in hexadecimal. */
 export function fingerprint(pepper: Uint8Array, material: Uint8Array): string {
-  return createHmac('sha256', pepper).update(material).digest('hex').slice(0, 32);
+  // Not a slice of a longer string, which would be kept with it.
+  return createHmac('sha256', pepper).update(material).digest().toString('hex', 0, 16);
 }
 
 /**
@@ -172,34 +173,42 @@ function offsetOf(sa: SecurityAssociation, where: MoveTarget): bigint | null {
 }
 
 class Claim implements NonceClaim {
-  readonly #state: ClaimState;
+  readonly #memory: NonceMemory;
+  readonly #file: NonceFile | null;
+  readonly #id: string;
+  readonly #fileId: string;
+  readonly #before: Used | undefined;
+  readonly #fileBefore: bigint;
   #offset: bigint | null;
   #open = true;
 
   constructor(state: ClaimState, offset: bigint | null) {
-    this.#state = state;
+    this.#memory = state.memory;
+    this.#file = state.file;
+    this.#id = state.id;
+    this.#fileId = state.fileId;
+    this.#before = state.before;
+    this.#fileBefore = state.fileBefore;
     this.#offset = offset;
   }
 
   covers(sa: SecurityAssociation): boolean {
     const material = nonceMaterial(sa);
-    const same = material !== null && this.#state.memory.fingerprint(material) === this.#state.id;
+    const same = material !== null && this.#memory.fingerprint(material) === this.#id;
     material?.fill(0);
     return same;
   }
 
   release(nextSequence?: bigint): void {
-    const { memory, file, id, fileId } = this.#state;
     if (!this.#open) return;
     this.#open = false;
     const next = this.#usedUntil(nextSequence);
-    memory.set(id, { next, live: false });
-    file?.free(fileId, next);
+    this.#memory.set(this.#id, { next, live: false });
+    this.#file?.free(this.#fileId, next);
   }
 
   checkMove(sa: SecurityAssociation, where: MoveTarget, nextSequence: bigint | null): void {
-    const { before, fileBefore } = this.#state;
-    const earlier = before?.next ?? fileBefore;
+    const earlier = this.#before?.next ?? this.#fileBefore;
     refuseOverlap(sa, where, nextSequence === null ? earlier : this.#usedUntil(nextSequence), false);
   }
 
@@ -213,11 +222,10 @@ class Claim implements NonceClaim {
   }
 
   cancel(): void {
-    const { memory, file, id, fileId, before, fileBefore } = this.#state;
     if (!this.#open) return;
     this.#open = false;
-    memory.set(id, before);
-    file?.free(fileId, fileBefore);
+    this.#memory.set(this.#id, this.#before);
+    this.#file?.free(this.#fileId, this.#fileBefore);
   }
 }
 

@@ -23,12 +23,16 @@ export interface PlacementRequest {
   readonly softwareObstacle: string | null;
 }
 
+/** What most SAs share. */
+const INLINE: Placement = { where: 'inline', because: 'the device can express all of it' };
+const REQUIRED_INLINE: Placement = { where: 'inline', because: 'inline is required' };
+
 /** Decides. Throws IpsecError `NOT_OFFLOADABLE`, `SOFTWARE_NOT_AVAILABLE` or `NO_PLACE_FOR_SA`, with the reasons. */
 export function place(request: PlacementRequest): Placement {
   const { inlineObstacle, softwareObstacle } = request;
   if (request.require === 'inline') {
     if (inlineObstacle !== null) throw new IpsecError('NOT_OFFLOADABLE', `the SA cannot run inline: ${inlineObstacle}`);
-    return { where: 'inline', because: 'inline is required' };
+    return REQUIRED_INLINE;
   }
   if (request.require === 'software') {
     if (softwareObstacle !== null) {
@@ -36,7 +40,7 @@ export function place(request: PlacementRequest): Placement {
     }
     return { where: 'software', because: 'software is required' };
   }
-  if (inlineObstacle === null) return { where: 'inline', because: 'the device can express all of it' };
+  if (inlineObstacle === null) return INLINE;
   if (softwareObstacle === null) return { where: 'software', because: inlineObstacle };
   throw new IpsecError(
     'NO_PLACE_FOR_SA',

@@ -10,7 +10,7 @@ import { SEQUENCE_LOW } from '../fallback/sequence.ts';
 import { VERDICTS, Verdict, verdictNames } from '../fallback/verdict.ts';
 import { Ipv4 } from '../packet/fields.ts';
 import type { SaEvents } from './ipsec.ts';
-import type { SecurityAssociation, Selector } from './sa.ts';
+import type { Lifetime, SecurityAssociation, Selector } from './sa.ts';
 
 /** Where the packets of a handle go. */
 export const SaPlace = {
@@ -25,7 +25,10 @@ export type SaPlace = (typeof SaPlace)[keyof typeof SaPlace];
 
 type Tell = <E extends keyof SaEvents>(handle: number, event: E, ...args: SaEvents[E]) => void;
 
-/** The limits of one inline SA, as counts of what it has carried since it was made; `Infinity` is none. */
+/**
+ * The limits of one inline SA, as counts of what it has carried since it was made; `Infinity` is none. SAs without limits of their own
+ * share one object.
+ */
 interface Limits {
   /** What had been carried when its key was set: limits are those of a key. */
   readonly packetsBefore: number;
@@ -37,10 +40,6 @@ interface Limits {
   /** Outbound: `sequence-low`, and the packet with the last number. Inbound: `Infinity`. */
   readonly lowAt: number;
   readonly lastAt: number;
-  /** Bits of `Told`. */
-  told: number;
-  /** Why nothing more may pass, once that is so. */
-  over: Verdict;
 }
 
 /** Bytes of an IP packet without payload: with less left of a hard limit, an SA carries nothing more. */
@@ -75,7 +74,11 @@ export class SaState {
   inlineInbound = 0;
   softwareInbound = 0;
   readonly #selectors = new Map<number, Selector>();
-  readonly #limits = new Map<number, Limits>();
+  /** Inline SAs, by handle. */
+  readonly #limits: (Limits | undefined)[] = [];
+  /** Inline SAs, by handle: bits of `Told`; and why nothing more may pass, once that is so. */
+  readonly #told: Uint8Array;
+  readonly #over: Uint8Array;
   readonly #dropped = new Map<number, Float64Array>();
   readonly #softExpired = new Set<number>();
   readonly #tell: Tell;
@@ -90,13 +93,15 @@ export class SaState {
     this.bytesAlert = new Float64Array(capacity + 1);
     this.longest = new Uint32Array(capacity + 1);
     this.selective = new Uint8Array(capacity + 1);
+    this.#told = new Uint8Array(capacity + 1);
+    this.#over = new Uint8Array(capacity + 1);
   }
 
   /** Enters an SA: from now on packets may name it. `longest` counts for inline outbound SAs. */
   add(handle: number, sa: SecurityAssociation, place: SaPlace, longest: number, selector: Selector | null): void {
     this.packets[handle] = 0;
     this.bytes[handle] = 0;
-    this.#limits.delete(handle);
+    this.#limits[handle] = undefined;
     this.replace(handle, sa, place, longest, selector, true);
     this.place[handle] = place;
     this.#count(place, 1);
@@ -128,7 +133,7 @@ export class SaState {
     this.place[handle] = SaPlace.none;
     this.selective[handle] = 0;
     this.#selectors.delete(handle);
-    this.#limits.delete(handle);
+    this.#limits[handle] = undefined;
     this.#dropped.delete(handle);
     this.#softExpired.delete(handle);
   }
@@ -168,8 +173,8 @@ export class SaState {
    * The packet that was just counted reached an alert: tells what there is to tell and returns `Verdict.ok`, or why the packet must not
    * go; then it is not counted.
    */
-  check(handle: number, bytes: number): Verdict {
-    const limits = this.#limits.get(handle);
+  check(handle: number, bytes: number): number {
+    const limits = this.#limits[handle];
     if (limits === undefined) return Verdict.noSa;
     const packets = this.packets[handle];
     const total = this.bytes[handle];
@@ -180,54 +185,53 @@ export class SaState {
       return verdict;
     }
     this.#checkSoft(handle, limits);
-    if (packets >= limits.lowAt && first(limits, Told.low)) this.#tell(handle, 'sequence-low');
+    if (packets >= limits.lowAt && this.#first(handle, Told.low)) this.#tell(handle, 'sequence-low');
     this.#arm(handle, limits);
     return Verdict.ok;
   }
 
   #checkInbound(handle: number): void {
-    const limits = this.#limits.get(handle);
+    const limits = this.#limits[handle];
     if (limits === undefined) return;
     this.#checkSoft(handle, limits);
     // The device stops the SA, so the driver sees no packet too many: no packet fits any more.
-    if (this.packets[handle] >= limits.hardPackets) this.#hard(handle, limits, 'packets');
-    else if (this.bytes[handle] + SMALLEST_PACKET > limits.hardBytes) this.#hard(handle, limits, 'bytes');
+    if (this.packets[handle] >= limits.hardPackets) this.#hard(handle, 'packets');
+    else if (this.bytes[handle] + SMALLEST_PACKET > limits.hardBytes) this.#hard(handle, 'bytes');
     this.#arm(handle, limits);
   }
 
   /** Whether the packet that was counted last may go; when not, none after it may. */
-  #verdict(handle: number, limits: Limits, packets: number, total: number): Verdict {
-    if (limits.over !== Verdict.ok) return limits.over;
+  #verdict(handle: number, limits: Limits, packets: number, total: number): number {
+    if (this.#over[handle] !== Verdict.ok) return this.#over[handle];
     if (packets > limits.lastAt) {
-      limits.over = Verdict.sequenceOverflow;
-      if (first(limits, Told.overflow)) this.#tell(handle, 'sequence-overflow');
-    } else if (packets > limits.hardPackets) this.#hard(handle, limits, 'packets');
-    else if (total > limits.hardBytes) this.#hard(handle, limits, 'bytes');
+      this.#over[handle] = Verdict.sequenceOverflow;
+      if (this.#first(handle, Told.overflow)) this.#tell(handle, 'sequence-overflow');
+    } else if (packets > limits.hardPackets) this.#hard(handle, 'packets');
+    else if (total > limits.hardBytes) this.#hard(handle, 'bytes');
     else return Verdict.ok;
     this.packetsAlert[handle] = 0;
-    return limits.over;
+    return this.#over[handle];
   }
 
-  #hard(handle: number, limits: Limits, limit: 'packets' | 'bytes'): void {
-    limits.over = Verdict.expired;
-    if (first(limits, Told.hard)) this.#tell(handle, 'hard-expiry', limit);
+  #hard(handle: number, limit: 'packets' | 'bytes'): void {
+    this.#over[handle] = Verdict.expired;
+    if (this.#first(handle, Told.hard)) this.#tell(handle, 'hard-expiry', limit);
   }
 
   #checkSoft(handle: number, limits: Limits): void {
-    if (this.packets[handle] >= limits.softPackets) this.#soft(handle, limits, 'packets');
-    else if (this.bytes[handle] >= limits.softBytes) this.#soft(handle, limits, 'bytes');
+    if (this.packets[handle] >= limits.softPackets) this.#soft(handle, 'packets');
+    else if (this.bytes[handle] >= limits.softBytes) this.#soft(handle, 'bytes');
   }
 
-  #soft(handle: number, limits: Limits, limit: 'packets' | 'bytes' | 'device'): void {
+  #soft(handle: number, limit: 'packets' | 'bytes' | 'device'): void {
     this.#softExpired.add(handle);
-    if (first(limits, Told.soft)) this.#tell(handle, 'soft-expiry', limit);
+    if (this.#first(handle, Told.soft)) this.#tell(handle, 'soft-expiry', limit);
   }
 
   /** The device says that an inbound SA has passed its soft limit. */
   deviceSoftExpiry(handle: number): void {
     if (this.#softExpired.has(handle) || this.place[handle] !== SaPlace.inlineInbound) return;
-    const limits = this.#limits.get(handle);
-    if (limits !== undefined) this.#soft(handle, limits, 'device');
+    this.#soft(handle, 'device');
   }
 
   softExpired(handle: number): boolean {
@@ -262,26 +266,29 @@ export class SaState {
    * gets no new ones.
    */
   #setLimits(handle: number, sa: SecurityAssociation, rekeyed: boolean): void {
-    const before = rekeyed ? undefined : this.#limits.get(handle);
+    const before = rekeyed ? undefined : this.#limits[handle];
     const packetsBefore = before?.packetsBefore ?? this.packets[handle];
     const bytesBefore = before?.bytesBefore ?? this.bytes[handle];
     const space = sa.options.esn ? SEQUENCE_SPACE_64 : SEQUENCE_SPACE_32;
     const left = sa.direction === 'outbound' ? Number(space - sa.initial.sequence) : Number.POSITIVE_INFINITY;
     const lastAt = Math.min(packetsBefore + left, before?.lastAt ?? Number.POSITIVE_INFINITY);
-    const limits: Limits = {
-      packetsBefore,
-      bytesBefore,
-      softPackets: packetsBefore + atLeast(sa.lifetime.softPackets),
-      softBytes: bytesBefore + atLeast(sa.lifetime.softBytes),
-      hardPackets: packetsBefore + atLeast(sa.lifetime.hardPackets),
-      hardBytes: bytesBefore + atLeast(sa.lifetime.hardBytes),
-      lowAt: lastAt - Number(SEQUENCE_LOW),
-      lastAt,
-      told: (before?.told ?? 0) & (Told.low | Told.overflow),
-      over: Verdict.ok,
-    };
-    this.#limits.set(handle, limits);
+    const { softPackets, softBytes, hardPackets, hardBytes } = sa.lifetime;
+    const usual =
+      (softPackets | softBytes | hardPackets | hardBytes) === 0n && packetsBefore === 0 && bytesBefore === 0;
+    const limits =
+      (usual ? USUAL_LIMITS.find((one) => one.lastAt === lastAt) : undefined) ??
+      makeLimits(packetsBefore, bytesBefore, lastAt, sa.lifetime);
+    this.#told[handle] = before === undefined ? 0 : this.#told[handle] & (Told.low | Told.overflow);
+    this.#over[handle] = Verdict.ok;
+    this.#limits[handle] = limits;
     this.#arm(handle, limits);
+  }
+
+  /** True the first time that an SA is to be told of as `what`. */
+  #first(handle: number, what: number): boolean {
+    if ((this.#told[handle] & what) !== 0) return false;
+    this.#told[handle] |= what;
+    return true;
   }
 
   /** The next packet or byte count at which something happens. */
@@ -315,9 +322,22 @@ function atLeast(limit: bigint): number {
   return limit === 0n ? Number.POSITIVE_INFINITY : Number(limit);
 }
 
-/** True the first time. */
-function first(limits: Limits, what: number): boolean {
-  if ((limits.told & what) !== 0) return false;
-  limits.told |= what;
-  return true;
+function makeLimits(packetsBefore: number, bytesBefore: number, lastAt: number, lifetime: Lifetime): Limits {
+  return {
+    packetsBefore,
+    bytesBefore,
+    softPackets: packetsBefore + atLeast(lifetime.softPackets),
+    softBytes: bytesBefore + atLeast(lifetime.softBytes),
+    hardPackets: packetsBefore + atLeast(lifetime.hardPackets),
+    hardBytes: bytesBefore + atLeast(lifetime.hardBytes),
+    lowAt: lastAt - Number(SEQUENCE_LOW),
+    lastAt,
+  };
 }
+
+/** The limits of SAs that begin with 1 and have no lifetime: outbound without and with ESN, inbound. */
+const USUAL_LIMITS: readonly Limits[] = [
+  Number(SEQUENCE_SPACE_32 - 1n),
+  Number(SEQUENCE_SPACE_64 - 1n),
+  Number.POSITIVE_INFINITY,
+].map((lastAt) => makeLimits(0, 0, lastAt, { softPackets: 0n, softBytes: 0n, hardPackets: 0n, hardBytes: 0n }));

@@ -86,7 +86,7 @@ export class FlowFilter {
   readonly #groups = new Map<number, { readonly handle: FlowGroupHandle; rules: number }>();
   /** By the text of their selectors. */
   readonly #classifiers = new Map<string, Classifier>();
-  readonly #rules = new Map<number, { readonly handle: FlowRuleHandle; readonly classifier: Classifier }>();
+  readonly #rules = new Map<FlowRuleHandle, Classifier>();
 
   private constructor(admin: FlowFilterAdmin, capabilities: FlowFilterCapabilities) {
     this.#admin = admin;
@@ -172,7 +172,7 @@ export class FlowFilter {
       this.#ruleIds.give(id);
       throw error;
     });
-    this.#rules.set(id, { handle, classifier });
+    this.#rules.set(handle, classifier);
     const queueIndex = typeof action === 'object' ? 2 * action.queue : 0;
     const object = encodeRule({
       groupId: group.id,
@@ -184,7 +184,7 @@ export class FlowFilter {
     });
     try {
       await this.#create(this.#ruleIds, FlowFilterObject.rule, id, object, commandFlags(compiled), () => {
-        this.#rules.delete(id);
+        this.#rules.delete(handle);
         groupEntry.rules--;
       });
     } catch (error) {
@@ -196,13 +196,13 @@ export class FlowFilter {
 
   /** Destroys a rule, and its classifier when no other rule needs it. Throws VirtioError `FLOW_UNKNOWN`, AdminCommandError. */
   async removeRule(rule: FlowRuleHandle): Promise<void> {
-    const entry = this.#rules.get(rule.id);
-    if (entry?.handle !== rule) throw new VirtioError('FLOW_UNKNOWN', `flow filter rule ${rule.id} does not exist`);
-    this.#rules.delete(rule.id);
+    const classifier = this.#rules.get(rule);
+    if (classifier === undefined) throw new VirtioError('FLOW_UNKNOWN', `flow filter rule ${rule.id} does not exist`);
+    this.#rules.delete(rule);
     await this.#destroy(this.#ruleIds, FlowFilterObject.rule, rule.id);
     const group = this.#groups.get(rule.group.id);
     if (group !== undefined) group.rules--;
-    await this.#releaseClassifier(entry.classifier);
+    await this.#releaseClassifier(classifier);
   }
 
   #group(group: FlowGroupHandle): { rules: number } {
