@@ -16,6 +16,7 @@ import { Feature, type FeatureSet } from '../virtio/features.ts';
 import { FlowFilterAction } from '../virtio-net/flow-filter-wire.ts';
 import {
   encodeNetHeader,
+  GsoType,
   NetHeader,
   NetHeaderField,
   NetHeaderFlag,
@@ -23,6 +24,7 @@ import {
   networkHeaderOffset,
 } from '../virtio-net/header.ts';
 import { NetCounter } from './counters.ts';
+import { type FrameFaults, frameFaults } from './fault-frames.ts';
 import type { FaultSet } from './faults.ts';
 import type { FlowFilter } from './flow-filter.ts';
 import { NO_MATCH } from './flow-matcher.ts';
@@ -80,6 +82,7 @@ export class Receiver implements FrameSink {
   /** By queue pair: how many buffers were there when they were too few for the next frame. */
   readonly #tooFew: Uint16Array;
   #drops = 0;
+  readonly #faults: FrameFaults | null;
   #layout: NetHeaderLayout | null = null;
   #mergeable = false;
   #limitMtu = false;
@@ -88,6 +91,7 @@ export class Receiver implements FrameSink {
     this.#options = options;
     this.#pool = options.pool;
     this.#counters = options.counters;
+    this.#faults = frameFaults(options.faults);
     this.#queues = new Array<DeviceQueue | null>(pairs).fill(null);
     this.#backlogs = Array.from({ length: pairs }, () => new Backlog());
     this.#tooFew = new Uint16Array(pairs);
@@ -96,7 +100,7 @@ export class Receiver implements FrameSink {
   start(layout: NetHeaderLayout, features: FeatureSet): void {
     this.#layout = layout;
     this.#mergeable = features.has(Feature.MRG_RXBUF);
-    this.#limitMtu = features.has(Feature.MTU);
+    this.#limitMtu = features.has(Feature.MTU) && !this.#options.faults.has('rx-mtu-ignored');
   }
 
   /** Forgets frames that wait. */
@@ -352,7 +356,7 @@ export class Receiver implements FrameSink {
     const pool = this.#pool;
     const header = this.#header;
     const flags = pool.flags[packet];
-    if (flags === 0 && ((at | layout.length) & 3) === 0 && this.#options.faults.size === 0) {
+    if (flags === 0 && ((at | layout.length) & 3) === 0 && this.#faults === null) {
       // Nothing to say but the number of buffers, which is the upper half of the third word, and where the IP header is.
       const u32 = pool.u32;
       for (let w = at >>> 2; w < (at + layout.length) >>> 2; w++) u32[w] = 0;
@@ -363,7 +367,7 @@ export class Receiver implements FrameSink {
     let wire = 0;
     header.resourceId = 0;
     header.resourceType = 0;
-    const { ipsec, faults } = this.#options;
+    const { ipsec } = this.#options;
     if ((flags & PacketFlag.secured) !== 0 && ipsec !== null) {
       wire = NetHeaderFlag.SECURITY;
       if ((flags & PacketFlag.softExpiry) !== 0) wire |= NetHeaderFlag.SECURITY_SA_SOFT_EXPIRY_WARN;
@@ -372,17 +376,13 @@ export class Receiver implements FrameSink {
     } else if ((flags & PacketFlag.securityError) !== 0) {
       wire = NetHeaderFlag.SECURITY | NetHeaderFlag.SECURITY_ERR;
     }
-    if (faults.size > 0) {
-      if (faults.has('rx-bad-resource')) header.resourceId = 0xfffffff0;
-      if (faults.has('rx-security-lie')) {
-        wire |= NetHeaderFlag.SECURITY;
-        header.resourceType = ResourceType.NET_IPSEC_INB_SA;
-      }
-    }
     header.flags = wire;
-    header.numBuffers = faults.has('rx-buffers-zero') ? 0 : buffers;
+    header.gsoType = GsoType.NONE;
+    header.numBuffers = buffers;
     header.outerNhOffset = layout.outerNhOffset >= 0 ? this.#networkHeader(packet) : 0;
+    this.#faults?.received(header);
     encodeNetHeader(layout, header, pool.u8, at);
+    this.#faults?.written(layout, pool.u8, at);
   }
 
   /** hot: where the IP header of a frame is, or 0. */

@@ -24,6 +24,7 @@ import {
 } from '../virtio-net/header.ts';
 import type { Arena } from './arena.ts';
 import { NetCounter } from './counters.ts';
+import { type FrameFaults, frameFaults } from './fault-frames.ts';
 import type { FaultSet } from './faults.ts';
 import { isIpFrame } from './frames.ts';
 import type { DeviceIpsec } from './ipsec.ts';
@@ -70,6 +71,7 @@ export class Transmitter {
   readonly #dropped = new Uint32Array(BURST);
   readonly #refused = new Uint32Array(BURST);
   readonly #verdicts = new Uint8Array(BURST);
+  readonly #faults: FrameFaults | null;
   #layout: NetHeaderLayout | null = null;
   #checksums = false;
   #gsoTypes = 0;
@@ -78,6 +80,7 @@ export class Transmitter {
     this.#options = options;
     this.#pool = options.pool;
     this.#counters = options.counters;
+    this.#faults = frameFaults(options.faults);
     this.#large = options.arena.allocate(Large.size);
     this.#segmenter = new Segmenter(options.pool.u8);
   }
@@ -223,6 +226,7 @@ export class Transmitter {
     const headerAt = at - layout.length;
     if (queue.gather(0, queue.readableBytes, headerAt) < 0) return Fate.dropped;
     pool.length[packet] = frame;
+    if (this.#faults?.sent({ layout, u8, header: headerAt, frame: at, length: frame }) === false) return Fate.dropped;
     // Most headers ask for nothing.
     if (u8[headerAt] === 0 && u8[headerAt + NetHeaderField.gsoType] === GsoType.NONE) return Fate.whole;
     const header = this.#header;
@@ -269,13 +273,14 @@ export class Transmitter {
   #protect(n: number): number {
     const { ipsec } = this.#options;
     if (ipsec === null) return 0;
-    const { sa } = this.#pool;
+    const { u8, sa, offset, length } = this.#pool;
     ipsec.protect(this.#out, n, this.#verdicts);
     let kept = 0;
     let drops = 0;
     for (let i = 0; i < n; i++) {
       const packet = this.#out[i];
       const verdict = this.#verdicts[i];
+      if (verdict === Verdict.ok) this.#faults?.protected(u8, offset[packet], length[packet]);
       if (verdict === Verdict.ok || (verdict === Verdict.notIpsec && sa[packet] === 0)) this.#out[kept++] = packet;
       else this.#refused[drops++] = packet;
     }
