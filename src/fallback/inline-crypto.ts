@@ -141,6 +141,16 @@ export class InlineCrypto {
     this.#setExtended(at, state);
   }
 
+  /** The IVs before `iv` count as used: another has had them. Never goes back. Throws IpsecError `NO_SUCH_SA`, `NONCE_REUSE`. */
+  skipIvs(context: number, iv: bigint): void {
+    const at = this.#at(context);
+    if (iv < this.counters(context).iv || iv >= 1n << 64n) {
+      throw new IpsecError('NONCE_REUSE', 'the context has used IVs beyond that one');
+    }
+    this.#words[at + Word.ivLow] = Number(BigInt.asIntN(32, iv));
+    this.#words[at + Word.ivHigh] = Number(BigInt.asIntN(32, iv >> 32n));
+  }
+
   /** Throws IpsecError `NO_SUCH_SA`. */
   counters(context: number): InlineCryptoCounters {
     const at = this.#at(context);
