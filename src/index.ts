@@ -56,6 +56,7 @@ export { SecretBytes } from './ipsec/secret.ts';
 export { type SecurityAssociationInput, validateSa, validateSas } from './ipsec/validate.ts';
 export { type Nic, type NicLink, openNic } from './nic.ts';
 export { isPortAddress, openFunction, openPort } from './nic-device.ts';
+export type { NicOffloads } from './nic-offloads.ts';
 export type { IpsecMode, NicOptions } from './nic-options.ts';
 export type { NicRxQueue, NicTxQueue } from './nic-queues.ts';
 export type { NicQueue, NicStatistics } from './nic-statistics.ts';
@@ -99,6 +100,8 @@ export type { DeviceFunction, PciFunction } from './vfio/function.ts';
 export { listFunctions, type PciDescription } from './vfio/sysfs.ts';
 export { Feature, FeatureSet, featureName } from './virtio/features.ts';
 export { WIRE_REVISIONS, type WireRevision } from './virtio/revision.ts';
+export { type Coalescing, type HashConfig, HashType, type RssConfig } from './virtio-net/control-wire.ts';
+export type { DeviceStatistics } from './virtio-net/device-statistics.ts';
 export {
   type FlowAction,
   FlowFilter,
@@ -116,5 +119,7 @@ export type {
   PortMatch,
   TcpMatch,
 } from './virtio-net/flow-match.ts';
+export { GsoType, HashReport } from './virtio-net/header.ts';
+export type { NetControl, ReceiveMode } from './virtio-net/net-control.ts';
 export { RxCounter } from './virtio-net/rx.ts';
 export { TxCounter } from './virtio-net/tx.ts';

@@ -3,6 +3,7 @@
  */
 import { InputError } from './errors.ts';
 import type { EngineName } from './fallback/engines/engine.ts';
+import { type NicOffloads, offloadFeatures } from './nic-offloads.ts';
 import type { DeviceFunction } from './vfio/function.ts';
 import { Feature, FeatureSet } from './virtio/features.ts';
 import { GENERIC_FEATURES } from './virtio/initialize.ts';
@@ -40,6 +41,8 @@ export interface NicOptions {
   readonly mtu?: number;
   /** Address of the NIC, six bytes, when the device does not say, as a vhost-user port. Default: random, locally administered. */
   readonly mac?: Uint8Array;
+  /** Segmentation, receive steering and filters. Default: what costs nothing and changes nothing. */
+  readonly offloads?: NicOffloads;
   /** Most SAs of each direction. Default 65536. */
   readonly maxSas?: number;
   /** File that remembers used nonces beyond the life of the process (`ipsec/nonce-guard.ts`). */
@@ -72,6 +75,7 @@ export function resolveOptions(options: NicOptions): ResolvedOptions {
     wire: 'virtio-1.4',
     tunnelTypeBase: 1,
     mtu: 1500,
+    offloads: {},
     maxSas: 65536,
     resetTimeout: 5000,
     commandTimeout: 5000,
@@ -128,14 +132,9 @@ export function featuresFor(
   const inline = FeatureSet.of(Feature.IPSEC, Feature.ADMIN_VQ);
   const multiqueue = options.queuePairs > 1 ? FeatureSet.of(Feature.MQ, Feature.CTRL_VQ) : FeatureSet.empty;
   const platform = platformFeatures(fn);
-  let useful = genericFeatures(options).with(
-    Feature.MAC,
-    Feature.STATUS,
-    Feature.MTU,
-    Feature.SPEED_DUPLEX,
-    Feature.CSUM,
-    Feature.GUEST_CSUM,
-  );
+  let useful = genericFeatures(options)
+    .with(Feature.MAC, Feature.STATUS, Feature.MTU, Feature.SPEED_DUPLEX, Feature.CSUM, Feature.GUEST_CSUM)
+    .or(offloadFeatures(options.offloads));
   const inlineWanted = options.ipsec === 'auto' || options.ipsec === 'inline';
   // Only with IPsec, which makes the header longer anyway; the draft has no place for it.
   if (inlineWanted && options.wire !== 'rfc-2025-01') useful = useful.with(Feature.OUT_NET_HEADER);

@@ -14,10 +14,12 @@ import { ringFormat, ringOptions } from './virtio/ring-format.ts';
 import type { VirtioTransport } from './virtio/transport.ts';
 import type { NetConfig } from './virtio-net/config.ts';
 import { ControlQueue } from './virtio-net/control.ts';
-import { netHeaderLayout } from './virtio-net/header.ts';
-import { RxQueue } from './virtio-net/rx.ts';
+import { netHeaderLayout, receivedGsoTypes, sentGsoTypes } from './virtio-net/header.ts';
+import { NetControl } from './virtio-net/net-control.ts';
+import type { RxQueue } from './virtio-net/rx.ts';
+import { createRxQueue } from './virtio-net/rx-merge.ts';
 import type { SaTable } from './virtio-net/sa-table.ts';
-import { TxCounter, TxQueue } from './virtio-net/tx.ts';
+import { MAX_CHAIN, TxCounter, TxQueue } from './virtio-net/tx.ts';
 import { createVirtqueue, virtqueueBytes } from './virtqueue/create.ts';
 
 /** Bytes in front of a packet: its header, and what IPsec puts in front of it. */
@@ -47,6 +49,8 @@ export class NicRings {
   readonly #fn: DeviceFunction;
   readonly #features: FeatureSet;
   readonly #resetTimeout: number;
+  /** Null without CTRL_VQ. */
+  readonly control: NetControl | null;
   readonly #control: ControlQueue | null;
   readonly #memories: DmaMemory[] = [];
   #closed = false;
@@ -68,7 +72,8 @@ export class NicRings {
     if (queuePairs > config.maxQueuePairs) {
       throw new VirtioError('QUEUE_PAIRS', `the device has ${config.maxQueuePairs} queue pairs, not ${queuePairs}`);
     }
-    const stride = options.packetStride ?? strideFor(this.mtu);
+    const mergeable = features.has(Feature.MRG_RXBUF);
+    const stride = options.packetStride ?? (mergeable ? MIN_STRIDE : strideFor(this.mtu));
     const packets = options.packets ?? 4 * queuePairs * 2 * queueSize;
     try {
       this.pool = new PacketPool(this.#allocate(packets * stride), { stride, headroom: HEADROOM });
@@ -76,6 +81,7 @@ export class NicRings {
       this.#control = features.has(Feature.CTRL_VQ)
         ? new ControlQueue(fn, transport, features, 2 * config.maxQueuePairs, options.commandTimeout)
         : null;
+      this.control = this.#control === null ? null : new NetControl(this.#control, features, config, queuePairs);
       for (const { rx } of this.pairs) rx.refill(false);
     } catch (error) {
       for (const memory of this.#memories) releaseDma(fn, memory);
@@ -94,13 +100,20 @@ export class NicRings {
     const layout = netHeaderLayout(features, options.wire);
     const receive = this.#ring(2 * index, transport, features, options.queueSize, layout.length);
     const transmit = this.#ring(2 * index + 1, transport, features, options.queueSize, layout.length);
-    const guestChecksum = features.has(Feature.GUEST_CSUM);
-    const checksum = features.has(Feature.CSUM);
-    const maxLength = this.mtu + Ethernet.length;
+    const receiving = {
+      guestChecksum: features.has(Feature.GUEST_CSUM),
+      mergeable: features.has(Feature.MRG_RXBUF),
+      gsoTypes: receivedGsoTypes(features),
+    };
+    const transmitting = {
+      checksum: features.has(Feature.CSUM),
+      gsoTypes: sentGsoTypes(features),
+      maxLength: this.mtu + Ethernet.length,
+    };
     const common = { pool, layout, sas };
     return {
-      rx: new RxQueue({ ...common, queue: receive.queue, notifier: receive, guestChecksum }),
-      tx: new TxQueue({ ...common, queue: transmit.queue, notifier: transmit, checksum, maxLength }),
+      rx: createRxQueue({ ...common, ...receiving, queue: receive.queue, notifier: receive }),
+      tx: new TxQueue({ ...common, ...transmitting, queue: transmit.queue, notifier: transmit }),
       rxRing: receive,
       txRing: transmit,
     };
@@ -115,6 +128,8 @@ export class NicRings {
       iovaLow: this.pool.iovaLow,
       iovaHigh: this.pool.iovaHigh,
       headroom,
+      // Only what is sent is ever a chain.
+      indirectEntries: features.has(Feature.INDIRECT_DESC) && index % 2 === 1 ? MAX_CHAIN : 0,
     };
     if (max === 0) throw new VirtioError('QUEUE_SIZE', `the device has no queue ${index}`);
     const format = ringFormat(features);
@@ -138,7 +153,7 @@ export class NicRings {
 
   /** Tells the device how many queue pairs to use, when that is not one. After DRIVER_OK. */
   async setQueuePairs(pairs: number): Promise<void> {
-    if (pairs > 1) await this.#control?.setQueuePairs(pairs);
+    if (pairs > 1 && this.#features.has(Feature.MQ)) await this.control?.setQueuePairs(pairs);
   }
 
   /** First notifications, after DRIVER_OK. */

@@ -33,6 +33,7 @@ import { initializeDevice, resetDevice } from './virtio/initialize.ts';
 import type { VirtioTransport } from './virtio/transport.ts';
 import { type NetConfig, readNetConfig } from './virtio-net/config.ts';
 import type { FlowFilter } from './virtio-net/flow-filter.ts';
+import type { NetControl } from './virtio-net/net-control.ts';
 
 /** Virtio device type of a network device (5). */
 const NETWORK_DEVICE = 1;
@@ -210,6 +211,11 @@ export class Nic implements AsyncDisposable {
   /** Null when the device has none, or when inline IPsec is not wanted: they come with the same queue. */
   get flowFilter(): FlowFilter | null {
     return this.#flowFilter;
+  }
+
+  /** What the device can be told besides: filters, steering, coalescing, statistics. Null when it has no control queue. */
+  get control(): NetControl | null {
+    return this.#parts.rings.control;
   }
 
   /** Why the NIC carries nothing any more, or null. */

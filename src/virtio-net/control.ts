@@ -1,9 +1,8 @@
 /**
- * The control virtqueue (Virtio 1.4, 5.1.9.5): one command at a time, each with a deadline.
- *
- * Left out: every class but VIRTIO_NET_CTRL_MQ, whose features are not negotiated.
+ * The control virtqueue (Virtio 1.4, 5.1.9.5): one command at a time, each with a deadline. What the commands are is the
+ * business of `net-control.ts`.
  */
-import { type VipsecError, VirtioError } from '../errors.ts';
+import { InputError, type VipsecError, VirtioError } from '../errors.ts';
 import type { DmaMemory } from '../sys/memory.ts';
 import { type DeviceFunction, releaseDma } from '../vfio/function.ts';
 import type { FeatureSet } from '../virtio/features.ts';
@@ -12,18 +11,15 @@ import { ringFormat, ringOptions } from '../virtio/ring-format.ts';
 import type { QueueNotifier, VirtioTransport } from '../virtio/transport.ts';
 import { createVirtqueue, virtqueueBytes } from '../virtqueue/create.ts';
 import type { Virtqueue } from '../virtqueue/virtqueue.ts';
+import { Ack, ControlField } from './control-wire.ts';
 
-/** `class` and `command` (5.1.9.5.6). */
-const Mq = { class: 4, pairsSet: 0 } as const;
-
-/** `struct virtio_net_ctrl`: class u8, command u8, then data; `ack` u8 apart. */
-const ControlField = { class: 0, command: 1, data: 2 } as const;
-const ACK_OK = 0;
 /** What `ack` holds until the device writes it: neither OK nor ERR. */
 const ACK_NONE = 0xff;
 
-/** Bytes of the largest command; the ack has a place of its own behind it. */
-const COMMAND_BYTES = 64;
+/** Bytes of the largest command, and of the largest ack and result, which have a place of their own behind it. */
+const COMMAND_BYTES = 16384;
+const REPLY_BYTES = 4096;
+const ALIGNMENT = 64;
 /** A command takes two descriptors. */
 const QUEUE_SIZE = 2;
 const POLL_MS = 1;
@@ -37,7 +33,9 @@ export class ControlQueue {
   readonly #timeout: number;
   readonly #tokens = new Uint32Array(1);
   readonly #written = new Uint32Array(1);
-  #last: Promise<void> = Promise.resolve();
+  /** Set while the device has a command. */
+  #isOut = false;
+  #last: Promise<unknown> = Promise.resolve();
 
   /** In step 7 of the initialisation. `index` is that of the queue. Throws VirtioError `QUEUE_SIZE`. */
   constructor(fn: DeviceFunction, transport: VirtioTransport, features: FeatureSet, index: number, timeout: number) {
@@ -45,8 +43,8 @@ export class ControlQueue {
     if (max < QUEUE_SIZE) throw new VirtioError('QUEUE_SIZE', `control queue ${index} takes ${max} descriptors`);
     const options = { index, size: QUEUE_SIZE, ...ringOptions(features) };
     const format = ringFormat(features);
-    const ringBytes = Math.ceil(virtqueueBytes(format, options) / COMMAND_BYTES) * COMMAND_BYTES;
-    const memory = fn.allocateDma(ringBytes + COMMAND_BYTES + 1);
+    const ringBytes = Math.ceil(virtqueueBytes(format, options) / ALIGNMENT) * ALIGNMENT;
+    const memory = fn.allocateDma(ringBytes + COMMAND_BYTES + REPLY_BYTES);
     this.#memory = memory;
     this.#freeMemory = () => releaseDma(fn, memory);
     this.#commandAt = ringBytes;
@@ -62,21 +60,32 @@ export class ControlQueue {
     }
   }
 
-  /** VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET. Throws VirtioError `CONTROL_REFUSED`, `CONTROL_TIMEOUT`, or why the queue is closed. */
-  setQueuePairs(pairs: number): Promise<void> {
-    return this.#command(Mq.class, Mq.pairsSet, Uint8Array.of(pairs & 0xff, pairs >>> 8));
-  }
-
-  #command(classNumber: number, command: number, data: Uint8Array): Promise<void> {
-    const run = () => this.#run(classNumber, command, data);
+  /**
+   * Gives the device a command and resolves with its result, at most `resultBytes` long, when it has acknowledged it. Throws
+   * InputError `CONTROL_ARGUMENT` when it is too long; rejects with VirtioError `CONTROL_REFUSED`, `CONTROL_TIMEOUT`, or
+   * why the queue is closed.
+   */
+  command(classNumber: number, command: number, data: Uint8Array, resultBytes = 0): Promise<Uint8Array> {
+    if (ControlField.data + data.length > COMMAND_BYTES || Ack.size + resultBytes > REPLY_BYTES) {
+      throw new InputError(
+        'CONTROL_ARGUMENT',
+        `control command ${classNumber}/${command} with ${data.length} bytes of data`,
+      );
+    }
+    const run = () => this.#run(classNumber, command, data, resultBytes);
     const done = this.#last.then(run, run);
     this.#last = done.catch(() => {});
     return done;
   }
 
-  async #run(classNumber: number, command: number, data: Uint8Array): Promise<void> {
+  async #run(classNumber: number, command: number, data: Uint8Array, resultBytes: number): Promise<Uint8Array> {
     const { u8, iovaLow, iovaHigh } = this.#memory;
     if (this.#ring.broken !== null) throw this.#ring.broken;
+    // A command that was given up on is the device's until it answers: its memory must not change.
+    if (this.#isOut && this.#ring.take(this.#tokens, this.#written, 1) === 0) {
+      throw new VirtioError('CONTROL_TIMEOUT', 'the device still holds an earlier control command');
+    }
+    this.#isOut = false;
     const at = this.#commandAt;
     const ackAt = at + COMMAND_BYTES;
     u8[at + ControlField.class] = classNumber;
@@ -84,12 +93,12 @@ export class ControlQueue {
     u8.set(data, at + ControlField.data);
     u8[ackAt] = ACK_NONE;
     const length = ControlField.data + data.length;
-    const pieces = Uint32Array.of(iovaLow + at, iovaHigh, length, iovaLow + ackAt, iovaHigh, 1);
+    const reply = Ack.size + resultBytes;
+    const pieces = Uint32Array.of(iovaLow + at, iovaHigh, length, iovaLow + ackAt, iovaHigh, reply);
     if (!this.#ring.postChain(0, pieces, 1, 1)) {
-      throw (
-        this.#ring.broken ?? new VirtioError('CONTROL_TIMEOUT', 'the device still holds an earlier control command')
-      );
+      throw this.#ring.broken ?? new VirtioError('CONTROL_TIMEOUT', 'the control queue has no room');
     }
+    this.#isOut = true;
     if (this.#ring.publish()) this.#notifier.notify();
     const deadline = performance.now() + this.#timeout;
     while (this.#ring.take(this.#tokens, this.#written, 1) === 0) {
@@ -99,10 +108,13 @@ export class ControlQueue {
       }
       await new Promise((resolve) => setTimeout(resolve, POLL_MS));
     }
-    const ack = this.#written[0] === 0 ? ACK_NONE : u8[ackAt];
-    if (ack !== ACK_OK) {
+    this.#isOut = false;
+    const written = this.#written[0];
+    const ack = written === 0 ? ACK_NONE : u8[ackAt];
+    if (ack !== Ack.OK) {
       throw new VirtioError('CONTROL_REFUSED', `the device refused control command ${classNumber}/${command}`);
     }
+    return u8.slice(ackAt + Ack.size, ackAt + written);
   }
 
   /** Pending commands reject; no shared memory is touched any more. */
