@@ -39,6 +39,8 @@ export interface TransmitOptions {
   /** Where the buffer is split into descriptors: offsets from its start. */
   readonly cuts?: readonly number[];
   readonly queue?: number;
+  /** Fields of the header that are overwritten: offset, 16-bit value. */
+  readonly raw?: readonly (readonly [at: number, value: number])[];
 }
 
 /** Receive buffers of one queue. */
@@ -183,6 +185,10 @@ export class Driver {
     options: TransmitOptions = {},
   ): Promise<{ before: Uint8Array; after: Uint8Array; length: number }> {
     const { at, length } = this.place(frame, options.header);
+    for (const [field, value] of options.raw ?? []) {
+      this.target.memory.u8[at + field] = value;
+      this.target.memory.u8[at + field + 1] = value >>> 8;
+    }
     const ring = this.ring(options.queue ?? 1);
     const before = this.target.memory.u8.slice(at, at + length);
     const head = ring.offer(...cut(at, length, options.cuts ?? []));
@@ -224,6 +230,16 @@ export class Driver {
     const bytes = Uint8Array.from(parts.flatMap((part) => [...part]));
     const lengths = parts.map(({ length }) => length);
     return { header, bytes, frame: bytes.subarray(this.layout.length), lengths, queue: index };
+  }
+
+  /** Whether a receive buffer of queue `index` holds a frame that begins so, whatever the device says about it. */
+  holds(frame: Uint8Array, index = 0): boolean {
+    const { u8 } = this.target.memory;
+    const buffers = [...(this.#posted.get(index)?.values() ?? [])];
+    return buffers.some(({ at, size }) => {
+      const from = at + this.layout.length;
+      return frame.length + this.layout.length <= size && frame.every((byte, i) => u8[from + i] === byte);
+    });
   }
 
   #takeBuffer(ring: CheckRing): Uint8Array {

@@ -7,6 +7,7 @@
 import type { Check } from './check.ts';
 import { adminChecks } from './checks/admin.ts';
 import { capabilityChecks } from './checks/capabilities.ts';
+import { headerChecks } from './checks/header.ts';
 import { initChecks } from './checks/init.ts';
 import { interruptChecks } from './checks/interrupts.ts';
 import { objectChecks } from './checks/objects.ts';
@@ -37,4 +38,5 @@ export const CHECKS: readonly Check[] = [
   ...adminChecks,
   ...capabilityChecks,
   ...objectChecks,
+  ...headerChecks,
 ];

@@ -89,9 +89,8 @@ async function findOpcodes(bench: Bench): Promise<Pick<Profile, 'queryOpcode' | 
 
 /** A frame to the device's own address comes back. */
 async function findLoopback(bench: Bench): Promise<boolean> {
-  const { network } = await bench.network();
+  const { driver, network } = await bench.network();
   const frame = udpFrame(network.outward);
   await network.send(frame);
-  const back = await network.sent(bench.patience.timeout / 2);
-  return back !== null && isEqual(back.subarray(0, frame.length), frame);
+  return await bench.patience.until(() => driver.holds(frame), bench.patience.timeout / 2);
 }

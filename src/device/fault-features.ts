@@ -16,6 +16,7 @@ const CHANGES: Partial<Record<FaultName, (offered: FeatureSet) => FeatureSet>> =
   'features-without-ctrl': (offered) =>
     offered.with(Feature.HASH_REPORT, Feature.CTRL_RX_EXTRA).without(Feature.CTRL_VQ),
   'no-out-net-header': (offered) => offered.without(Feature.OUT_NET_HEADER),
+  'guest-tso-silent': (offered) => offered.with(Feature.GUEST_TSO4),
   'notification-data': (offered) => offered.with(Feature.NOTIFICATION_DATA),
 };
 

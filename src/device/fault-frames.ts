@@ -61,7 +61,7 @@ const SENT: Partial<Record<FaultName, (sent: Sent) => boolean>> = {
   'tx-tunnel-offsets-used': (sent) => !leadsOut(sent, Offsets.outerTh) && !leadsOut(sent, Offsets.innerNh),
   'tx-hdr-len-trusted': (sent) => !leadsOut(sent, F.hdrLen),
   'tx-gso-ignored': ({ u8, header }) => {
-    u8[header] &= ~Flag.UDP_TUNNEL_CSUM;
+    u8[header] &= ~(Flag.UDP_TUNNEL_CSUM | Flag.NEEDS_CSUM);
     u8[header + F.gsoType] = GsoType.NONE;
     return true;
   },

@@ -180,6 +180,7 @@ export const FAULTS = {
   'rx-gso-ecn': 'gso_type has the ECN bit in received packets',
   'rx-buffers-two': 'num_buffers is 2 in received packets',
   'rx-outer-nh': 'outer_nh_offset is set in received packets',
+  'guest-tso-silent': 'GUEST_TSO4 is offered, and hdr_len is 0 in received packets',
   'rx-mtu-ignored': 'received packets may be longer than the MTU',
   'tx-never-completes': 'transmitted buffers are never returned',
   'interrupt-storm': 'an interrupt is sent for every poll',
