@@ -87,6 +87,8 @@ export class AdminChannel {
   readonly #slots: (Pending | null | undefined)[];
   readonly #waiting: Pending[] = [];
   #inFlight = 0;
+  /** Commands are in the queue that the device wants to be told of, and was not. */
+  #unnotified = false;
   #abandoned = 0;
   #timer: NodeJS.Timeout | NodeJS.Immediate | undefined;
   #quietSince = 0;
@@ -200,7 +202,12 @@ export class AdminChannel {
         reject,
       });
       this.#stirred();
-      this.#guard(() => this.#submit());
+      const idle = this.#inFlight === 0;
+      this.#guard(() => {
+        this.#submit();
+        // Commands that are given together share a notification: the first has one of its own, the others wait for the next tick.
+        if (idle) this.#notify();
+      });
       this.#unschedule();
       this.#schedule();
     });
@@ -214,6 +221,7 @@ export class AdminChannel {
       // With event indices an interrupt is asked for one at a time; true says that more has come meanwhile.
       if (this.#interrupts && this.#queue.enableInterrupts()) this.#reap();
       this.#submit();
+      this.#notify();
     });
     this.#schedule();
   }
@@ -290,7 +298,14 @@ export class AdminChannel {
       this.#inFlight++;
       posted = true;
     }
-    if (posted && this.#queue.publish()) this.#notifier.notify();
+    if (posted && this.#queue.publish()) this.#unnotified = true;
+  }
+
+  /** Tells the device of what was submitted, if it wants to be told. */
+  #notify(): void {
+    if (!this.#unnotified) return;
+    this.#unnotified = false;
+    this.#notifier.notify();
   }
 
   #runsAlone(): boolean {
@@ -415,6 +430,7 @@ export class AdminChannel {
       const now = performance.now();
       this.#expire(now);
       this.#submit();
+      this.#notify();
       if (this.pending > 0) this.#checkLiveness(now);
     });
     this.#schedule();
