@@ -4,7 +4,8 @@
  * The memory is a DMA arena's. Each allocation has an IOVA; the same number is its guest address and its user address: both are
  * names that only have to agree within the session, and so ring addresses need no translation and our pointers stay
  * with us. The back-end is told when rings start, and of every change while they run: with CONFIGURE_MEM_SLOTS each
- * allocation is a slot of its own, otherwise all of them make up a table of eight regions, neighbours joined.
+ * allocation is a slot of its own, otherwise all of them make up a table of at most eight regions, joined where they can be: the arena cuts
+ * addresses and file alike, so that one is usual.
  */
 import { VfioError } from '../errors.ts';
 import type { DmaMemory } from '../sys/memory.ts';
@@ -22,8 +23,11 @@ import type { VhostUserSession } from './vhost-user-session.ts';
 /** Nothing limits these addresses but that 0 should never be a valid one. */
 export const IOVA_RANGES: readonly IovaRange[] = [{ start: 0x1_0000, last: 2 ** 46 - 1 }];
 
+/** What is used of the session. */
+type Session = Pick<VhostUserSession, 'tell' | 'settle' | 'check'>;
+
 export class VhostUserMemory implements DmaMapper {
-  readonly #session: VhostUserSession;
+  readonly #session: Session;
   readonly #arena: DmaArena;
   /** Slots that the back-end has; 0 when it takes a table. */
   readonly #slots: number;
@@ -32,7 +36,7 @@ export class VhostUserMemory implements DmaMapper {
   #told = new Map<number, MemoryRegion>();
   #published = false;
 
-  constructor(session: VhostUserSession, slots: number, hugePages: boolean) {
+  constructor(session: Session, slots: number, hugePages: boolean) {
     this.#session = session;
     this.#slots = slots;
     this.#arena = new DmaArena(this, IOVA_RANGES, { hugePages });
@@ -138,18 +142,18 @@ function sameRegion(a: MemoryRegion | undefined, b: MemoryRegion): boolean {
   );
 }
 
-/** Regions by address, those joined that follow one another both as addresses and in their file. */
+/**
+ * Regions by address, those joined that lie in one file as they lie in the address space, with what is between them: pages that nobody
+ * has, of a file to which the back-end has the descriptor anyway.
+ */
 export function joined(regions: readonly MemoryRegion[]): MemoryRegion[] {
   const all: MemoryRegion[] = [];
   for (const region of [...regions].sort((a, b) => a.guestAddress - b.guestAddress)) {
     const last = all.at(-1);
-    const follows =
-      last !== undefined &&
-      last.fd === region.fd &&
-      last.guestAddress + last.size === region.guestAddress &&
-      last.offset + last.size === region.offset;
-    if (follows) all[all.length - 1] = { ...last, size: last.size + region.size };
-    else all.push(region);
+    const distance = region.guestAddress - (last?.guestAddress ?? 0);
+    if (last !== undefined && last.fd === region.fd && last.offset + distance === region.offset) {
+      all[all.length - 1] = { ...last, size: distance + region.size };
+    } else all.push(region);
   }
   return all;
 }

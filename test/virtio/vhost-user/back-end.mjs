@@ -546,11 +546,6 @@ function answer(fd, incoming) {
     return;
   }
   const own = rule?.refuse === true ? false : serve(incoming);
-  if (rule?.raw !== undefined) {
-    send(fd, Buffer.from(rule.raw));
-    if (rule.cut === true) throw CLOSED;
-    return;
-  }
   const acknowledged = has(state.protocol, Proto.REPLY_ACK) && (flags & 8) !== 0;
   let payload = own;
   if (own === undefined || own === false) {
@@ -565,6 +560,11 @@ function answer(fd, incoming) {
   if (rule?.reply?.payload !== undefined) reply.payload = Buffer.from(rule.reply.payload);
   const bytes = encode(request, reply);
   const fds = rule?.descriptors === true ? [1] : [];
+  if (rule?.partial !== undefined) {
+    send(fd, bytes.subarray(0, rule.partial));
+    if (rule.cut === true) throw CLOSED;
+    return;
+  }
   if (rule?.dribble === true) for (const byte of bytes) send(fd, [byte]);
   else send(fd, bytes, fds);
   if (rule?.unasked !== undefined) send(fd, Buffer.from(rule.unasked));

@@ -17,8 +17,8 @@ export interface Rule {
   readonly nth?: number;
   /** Changed fields of the reply; `size` replaces the true one. */
   readonly reply?: { request?: number; flags?: number; size?: number; payload?: readonly number[] };
-  /** Instead of a reply these bytes; with `cut` the socket is closed after them. */
-  readonly raw?: readonly number[];
+  /** So many bytes of the reply; with `cut` the socket is closed after them. */
+  readonly partial?: number;
   readonly cut?: boolean;
   /** A descriptor comes with the reply. */
   readonly descriptors?: boolean;
