@@ -41,7 +41,7 @@ export type { SaEvent } from './lifetime.ts';
 export interface SoftwareIpsecOptions {
   /** Default `auto`. */
   readonly engine?: EngineOption;
-  /** Called after the burst in which it happened; must not throw. It may add, modify and remove SAs. */
+  /** Called after the burst in which it happened; must not throw. It may add, modify and remove SAs, not pass packets. */
   readonly onEvent?: (handle: number, event: SaEvent) => void;
 }
 
