@@ -14,7 +14,7 @@ import { VirtioFunction } from './function.ts';
 import { GuestMemory } from './guest-memory.ts';
 import type { Link } from './links/link.ts';
 import { NetDevice } from './net.ts';
-import { offeredFeatures, pciLayout, QueueSize } from './personalities/standard.ts';
+import { type DeviceRings, offeredFeatures, pciLayout, QueueSize, requiredFeatures } from './personalities/standard.ts';
 
 /**
  * Space in a slot before and behind the largest frame: outer headers, ESP header and IV, link header; padding,
@@ -37,6 +37,8 @@ export interface FunctionOptions {
   readonly mac: Uint8Array;
   readonly mtu: number;
   readonly faults: FaultSet;
+  /** Default `both`. */
+  readonly rings?: DeviceRings;
   /** There may be work: poll the device. */
   readonly wake: () => void;
 }
@@ -62,13 +64,14 @@ export function makePool(arena: Arena, slots: number, maxFrame: number): PacketP
 
 export function makeFunction(options: FunctionOptions): AssembledFunction {
   const { arena, pool, link, queuePairs, wire, ipsec, faults, wake } = options;
-  const all = offeredFeatures({ queuePairs, ipsec, wire });
+  const { rings = 'both' } = options;
+  const all = offeredFeatures({ queuePairs, ipsec, wire, rings });
   const offered = withFeatureFaults(all, faults);
   // 5.1.2: receive and transmit queues in turn, the control queue behind them, if there is one.
   const hasControl = offered.has(Feature.CTRL_VQ);
   const data = 2 * queuePairs;
   const fn = new VirtioFunction(new GuestMemory(arena), {
-    layout: pciLayout({ queuePairs, ipsec, wire }),
+    layout: pciLayout({ queuePairs }),
     offered,
     queues: data + (hasControl ? 1 : 0),
     adminQueues: ipsec ? 1 : 0,
@@ -87,6 +90,7 @@ export function makeFunction(options: FunctionOptions): AssembledFunction {
     mtu: options.mtu,
     maxFrame: maxFrameOf(options.mtu),
     offered,
+    required: requiredFeatures({ rings }),
     revision: wire,
     wire: ipsec ? ipsecWire(wire) : null,
     link,

@@ -4,12 +4,15 @@
  *
  * A register answers to accesses of its own width, at its own offset, and 64-bit ones to two 32-bit halves; any other
  * access reads as ones and writes nothing. What a driver must not write is ignored, so that it reads back what holds:
- * the status bits only ever grow, features do not change after FEATURES_OK, a queue size that is not a power of two
+ * the status bits only ever grow, features do not change after FEATURES_OK, a split queue's size that is not a power of two
  * is not taken, and a queue is not enabled before FEATURES_OK or at misaligned addresses.
  */
 import { FEATURE_WORDS, Feature, FeatureSet } from '../virtio/features.ts';
 import { CommonCfgField, DeviceStatus, NO_VECTOR } from '../virtio/pci-layout.ts';
 import { AREA_ALIGNMENT, type QueueAddresses } from './queues.ts';
+
+/** NOTIF_CONFIG_DATA: what queue 0 is called in notifications; not an index, so that nobody mistakes it for one. */
+const NOTIFICATION_ID = 0x4000;
 
 /** What one virtqueue is configured to. */
 export interface QueueConfig {
@@ -109,6 +112,17 @@ export class CommonConfig {
     for (const queue of this.queues) clearQueue(queue);
   }
 
+  /** What names queue `index` in a notification: with NOTIF_CONFIG_DATA not its index (4.1.5.2). */
+  notificationId(index: number): number {
+    return this.#features.has(Feature.NOTIF_CONFIG_DATA) ? NOTIFICATION_ID + index : index;
+  }
+
+  /** Counts a notification at the address of queue `index` that is not what was negotiated (4.1.5.2.1). */
+  checkNotification(index: number, width: number, value: number): void {
+    const expected = this.#features.has(Feature.NOTIFICATION_DATA) ? 4 : 2;
+    if (width !== expected || (value & 0xffff) !== this.notificationId(index)) this.violations++;
+  }
+
   /** Sets DEVICE_NEEDS_RESET; true when it was not set and the driver must be told. */
   needsReset(): boolean {
     if ((this.#status & DeviceStatus.DEVICE_NEEDS_RESET) !== 0) return false;
@@ -160,8 +174,9 @@ export class CommonConfig {
       case F.queueEnable:
         return queue?.enabled === true ? 1 : 0;
       case F.queueNotifyOff:
-      case F.queueNotifConfigData:
         return queue?.index ?? 0;
+      case F.queueNotifConfigData:
+        return queue === undefined ? 0 : this.notificationId(queue.index);
       case F.queueReset:
         // A queue is reset before the write of 1 returns (4.1.4.3.1).
         return 0;
@@ -285,7 +300,9 @@ export class CommonConfig {
       return;
     }
     if (offset === F.queueSize) {
-      if (value === 0 || value > queue.maxSize || (value & (value - 1)) !== 0) this.violations++;
+      const packed = this.#features.has(Feature.RING_PACKED);
+      const isSize = packed || (value & (value - 1)) === 0;
+      if (value === 0 || value > queue.maxSize || !isSize) this.violations++;
       else queue.size = value;
       return;
     }
@@ -297,10 +314,11 @@ export class CommonConfig {
   }
 
   #enable(queue: QueueConfig, value: number): void {
+    const alignment = AREA_ALIGNMENT[this.#features.has(Feature.RING_PACKED) ? 'packed' : 'split'];
     const aligned =
-      queue.words[0] % AREA_ALIGNMENT.descriptor === 0 &&
-      queue.words[2] % AREA_ALIGNMENT.driver === 0 &&
-      queue.words[4] % AREA_ALIGNMENT.device === 0;
+      queue.words[0] % alignment.descriptor === 0 &&
+      queue.words[2] % alignment.driver === 0 &&
+      queue.words[4] % alignment.device === 0;
     if (value !== 1 || !aligned || (this.#status & DeviceStatus.FEATURES_OK) === 0) {
       this.violations++;
       return;

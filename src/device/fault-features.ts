@@ -15,6 +15,8 @@ const CHANGES: Partial<Record<FaultName, (offered: FeatureSet) => FeatureSet>> =
   'rss-without-room': (offered) => offered.with(Feature.RSS, Feature.CTRL_VQ),
   'features-without-ctrl': (offered) =>
     offered.with(Feature.HASH_REPORT, Feature.CTRL_RX_EXTRA).without(Feature.CTRL_VQ),
+  // Packed virtqueues may have any size.
+  'queue-size-odd': (offered) => offered.without(Feature.RING_PACKED),
   'no-out-net-header': (offered) => offered.without(Feature.OUT_NET_HEADER),
   'guest-tso-silent': (offered) => offered.with(Feature.GUEST_TSO4),
   'notification-data': (offered) => offered.with(Feature.NOTIFICATION_DATA),

@@ -16,6 +16,7 @@ import type { FaultSet } from './faults.ts';
 import type { GuestMemory } from './guest-memory.ts';
 import { Msix } from './msix.ts';
 import { NET_CONFIG_SIZE } from './net-config.ts';
+import { PackedDeviceQueue } from './packed-queue.ts';
 import { Command, ConfigSpace, MsixControl, type PciLayout } from './pci.ts';
 import { MsixBar, VirtioBar } from './personalities/standard.ts';
 import { type DeviceQueue, SplitDeviceQueue } from './queues.ts';
@@ -184,12 +185,13 @@ export class VirtioFunction {
     if (bar !== VirtioBar.index) return;
     if (offset < VirtioBar.common + CommonCfgLength.full)
       this.#registers.write(offset - VirtioBar.common, width, value);
-    else if (offset >= VirtioBar.notify && width >= 2) this.#notified();
+    else if (offset >= VirtioBar.notify && width >= 2) this.#notified(offset - VirtioBar.notify, width, value);
     else this.common.violations++;
   }
 
   /** An available buffer notification. */
-  #notified(): void {
+  #notified(at: number, width: number, value: number): void {
+    this.common.checkNotification(Math.floor(at / VirtioBar.notifyMultiplier), width, value);
     if (this.faults.has('notifications-fatal') && ++this.#notifications > MANY) this.fail('fault notifications-fatal');
     this.#options.wake();
   }
@@ -268,16 +270,19 @@ export class VirtioFunction {
     const { faults, memory } = this;
     const addresses = queueAddresses(queue);
     const scratch = this.#scratch;
-    const split: DeviceQueue = new SplitDeviceQueue(memory, {
+    const Queue = features.has(Feature.RING_PACKED) ? PackedDeviceQueue : SplitDeviceQueue;
+    const honest: DeviceQueue = new Queue(memory, {
       index: queue.index,
       size: faults.has('queue-size-sticks') ? queue.maxSize : queue.size,
       addresses,
       eventIdx: faults.has('event-idx-swapped') ? !features.has(Feature.EVENT_IDX) : features.has(Feature.EVENT_IDX),
       indirect: features.has(Feature.INDIRECT_DESC),
+      // Faults lie about one buffer at a time.
+      inOrder: features.has(Feature.IN_ORDER) && faults.size === 0,
       scratch,
     });
     this.#device.attachQueue(
-      faults.size === 0 ? split : new FaultyQueue(split, { faults, memory, addresses, scratch }),
+      faults.size === 0 ? honest : new FaultyQueue(honest, { faults, memory, addresses, scratch }),
     );
     if (this.faults.has('early-start')) this.#device.start(features);
     this.#options.wake();

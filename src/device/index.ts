@@ -15,11 +15,12 @@ import type { VirtioFunction } from './function.ts';
 import type { Link } from './links/link.ts';
 import { makeLinks } from './links/parse.ts';
 import type { NetDevice } from './net.ts';
-import { MAX_QUEUE_PAIRS } from './personalities/standard.ts';
+import { DEVICE_RINGS, type DeviceRings, MAX_QUEUE_PAIRS } from './personalities/standard.ts';
 import { type Pollable, Pump } from './pump.ts';
 import { VfioUserServer } from './vfio-user-server.ts';
 
 export { FAULTS, type FaultName } from './faults.ts';
+export { DEVICE_RINGS, type DeviceRings } from './personalities/standard.ts';
 
 export interface DeviceOptions {
   /** Paths of the sockets, one for each function; one or two. */
@@ -29,6 +30,8 @@ export interface DeviceOptions {
   readonly wire?: WireRevision;
   /** Whether functions offer IPsec: all of them, or each. Default true. */
   readonly ipsec?: boolean | readonly boolean[];
+  /** Formats of virtqueues that drivers may use: `both` (default), `split`, or `packed`, like some hardware. */
+  readonly rings?: DeviceRings;
   /** 1 (default) to 62. More than one needs the control virtqueue to be used. */
   readonly queuePairs?: number;
   /** One for each function, such as `02:00:00:00:00:01`; default: derived from the socket's path. */
@@ -82,6 +85,7 @@ interface Resolved {
   readonly link: string;
   readonly wire: WireRevision;
   readonly ipsec: readonly boolean[];
+  readonly rings: DeviceRings;
   readonly queuePairs: number;
   readonly macs: readonly Uint8Array[];
   readonly mtu: number;
@@ -95,6 +99,8 @@ function resolve(options: DeviceOptions): Resolved {
   if (count < 1 || count > 2 || new Set(sockets).size !== count) throw invalid('one socket, or two different ones');
   const wire = options.wire ?? 'virtio-1.4';
   if (!WIRE_REVISIONS.includes(wire)) throw invalid(`there is no wire revision ${wire}`);
+  const rings = options.rings ?? 'both';
+  if (!DEVICE_RINGS.includes(rings)) throw invalid(`there are no ${rings} rings`);
   const each = <T>(value: T | readonly T[] | undefined, fallback: T): T[] =>
     sockets.map((_, i) => (isList(value) ? value[i] : value) ?? fallback);
   const macs = options.macs ?? [];
@@ -104,6 +110,7 @@ function resolve(options: DeviceOptions): Resolved {
     wire,
     link: options.link ?? (count === 2 ? 'pair' : 'loopback'),
     ipsec: each(options.ipsec, true),
+    rings,
     queuePairs: inRange('queue pairs', options.queuePairs ?? 1, 1, MAX_QUEUE_PAIRS),
     macs: sockets.map((path, i) => (macs[i] === undefined ? derivedMac(path) : parseMac(macs[i]))),
     mtu: inRange('MTU', options.mtu ?? DEFAULT_MTU, MTU_RANGE.min, MTU_RANGE.max),
@@ -196,6 +203,7 @@ class RunningDevice implements Device {
       pool,
       link,
       queuePairs: options.queuePairs,
+      rings: options.rings,
       wire: options.wire,
       ipsec,
       mac: options.macs[i],

@@ -34,6 +34,7 @@ export interface NetDeviceOptions {
   /** Bytes of the largest frame that is sent. */
   readonly maxFrame: number;
   readonly offered: FeatureSet;
+  readonly required: FeatureSet;
   readonly revision: WireRevision;
   /** Null for a function without IPsec. */
   readonly wire: IpsecWire | null;
@@ -125,7 +126,7 @@ export class NetDevice implements DeviceModel {
   }
 
   acceptsFeatures(features: FeatureSet): boolean {
-    return features.has(Feature.VERSION_1) && unmetRequirements(features).isEmpty;
+    return this.#options.required.minus(features).isEmpty && unmetRequirements(features).isEmpty;
   }
 
   start(features: FeatureSet): void {

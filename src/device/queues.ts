@@ -6,19 +6,14 @@
  * are walked. A queue whose driver broke a rule is `broken` and does nothing any more; the function then needs a
  * reset.
  *
- * `DeviceQueue` is what the rest of the device knows, so that packed virtqueues (2.8) can be put beside it.
+ * `DeviceQueue` is what the rest of the device knows, of this and of packed virtqueues (`packed-queue.ts`).
  */
 import type { GuestMemory, Pin } from './guest-memory.ts';
+import { Descriptor, DescriptorFlag, QueueBuffer } from './queue-buffer.ts';
 
 /** `take` found no buffer. */
 export const NO_BUFFER = -1;
 
-/** Most descriptors of one buffer, whatever the queue size. */
-export const MAX_SEGMENTS = 1024;
-
-/** Virtio 1.4, 2.7.5. */
-const Descriptor = { size: 16, words: 4, address: 0, addressHigh: 1, length: 2, flagsNext: 3 } as const;
-const DescriptorFlag = { NEXT: 1, WRITE: 2, INDIRECT: 4 } as const;
 /** Virtio 1.4, 2.7.6: flags, idx, ring, used_event; offsets in 16-bit words. */
 const Avail = { flags: 0, idx: 1, ring: 2 } as const;
 const AvailFlag = { NO_INTERRUPT: 1 } as const;
@@ -27,11 +22,11 @@ const Used = { flags: 0, idx: 1, ring: 2 } as const;
 const UsedFlag = { NO_NOTIFY: 1 } as const;
 const USED_ELEMENT = 8;
 
-/** Alignment of the three areas (2.7). */
-export const AREA_ALIGNMENT = { descriptor: 16, driver: 2, device: 4 } as const;
-
-/** Total length of a buffer (2.7.5.2). */
-const BUFFER_MAX = 2 ** 32;
+/** Alignment of the three areas (2.7, 2.8.10.1). */
+export const AREA_ALIGNMENT = {
+  split: { descriptor: 16, driver: 2, device: 4 },
+  packed: { descriptor: 16, driver: 4, device: 4 },
+} as const;
 
 /** Where a driver has put a queue, as written to the common configuration structure. */
 export interface QueueAddresses {
@@ -63,7 +58,7 @@ export interface DeviceQueue {
   readonly readableBytes: number;
   readonly writableBytes: number;
 
-  /** hot: number of buffers that the driver has made available and that were not taken. */
+  /** hot: number of buffers that the driver has made available and that were not taken; a packed queue may count up to 128 only. */
   available(): number;
   /** hot: takes the next buffer and returns its id, or `NO_BUFFER`. */
   take(): number;
@@ -94,30 +89,20 @@ export interface DeviceQueue {
   close(): void;
 }
 
-export interface SplitQueueOptions {
+export interface QueueOptions {
   readonly index: number;
-  /** A power of two. */
+  /** For a split queue a power of two. */
   readonly size: number;
   readonly addresses: QueueAddresses;
   readonly eventIdx: boolean;
   readonly indirect: boolean;
+  /** IN_ORDER: buffers are completed in the order in which they were taken, and several may be shown by the last of them. */
+  readonly inOrder?: boolean;
   /** Arena offset of `size * 16` private bytes: indirect tables are copied there. */
   readonly scratch: number;
 }
 
-export class SplitDeviceQueue implements DeviceQueue {
-  readonly index: number;
-  readonly size: number;
-  broken: string | null = null;
-  readonly low = new Uint32Array(MAX_SEGMENTS);
-  readonly high = new Uint32Array(MAX_SEGMENTS);
-  readonly length = new Uint32Array(MAX_SEGMENTS);
-  readable = 0;
-  segments = 0;
-  readableBytes = 0;
-  writableBytes = 0;
-
-  readonly #memory: GuestMemory;
+export class SplitDeviceQueue extends QueueBuffer implements DeviceQueue {
   readonly #addresses: QueueAddresses;
   readonly #eventIdx: boolean;
   readonly #indirect: boolean;
@@ -125,7 +110,7 @@ export class SplitDeviceQueue implements DeviceQueue {
   readonly #u16: Uint16Array;
   readonly #u32: Uint32Array;
   readonly #mask: number;
-  readonly #limit: number;
+  readonly #inOrder: boolean;
   #pins: readonly Pin[] = [];
   /** Word indices: of the descriptor table in 32-bit words, of the rings in 16-bit words. */
   #descriptors = 0;
@@ -137,13 +122,14 @@ export class SplitDeviceQueue implements DeviceQueue {
   #nextAvail = 0;
   #nextUsed = 0;
   #published = 0;
+  /** With IN_ORDER: the last completed buffer, whose entry is still to be written at `#batchAt`; `NO_BUFFER` for none. */
+  #batch: number = NO_BUFFER;
+  #batchAt = 0;
   /** Available index when it was last read. */
   #availIdx = 0;
 
-  constructor(memory: GuestMemory, options: SplitQueueOptions) {
-    this.#memory = memory;
-    this.index = options.index;
-    this.size = options.size;
+  constructor(memory: GuestMemory, options: QueueOptions) {
+    super(memory, options.index, options.size);
     this.#addresses = options.addresses;
     this.#eventIdx = options.eventIdx;
     this.#indirect = options.indirect;
@@ -151,7 +137,7 @@ export class SplitDeviceQueue implements DeviceQueue {
     this.#u16 = memory.arena.u16;
     this.#u32 = memory.arena.u32;
     this.#mask = options.size - 1;
-    this.#limit = Math.min(options.size, MAX_SEGMENTS);
+    this.#inOrder = options.inOrder ?? false;
   }
 
   /**
@@ -177,24 +163,19 @@ export class SplitDeviceQueue implements DeviceQueue {
     ] as const;
     const pins: Pin[] = [];
     for (const [low, high, size, write] of areas) {
-      const pin = this.#memory.pin(low, high, size, write);
+      const pin = this.memory.pin(low, high, size, write);
       if (pin === null) break;
       pins.push(pin);
     }
     this.#pins = pins;
     if (pins.length < areas.length) {
       this.close();
-      return this.#fail('a part of the ring is not mapped');
+      return this.fail('a part of the ring is not mapped');
     }
     this.#descriptors = pins[0].offset >>> 2;
     this.#avail = pins[1].offset >>> 1;
     this.#used = pins[2].offset >>> 1;
     return true;
-  }
-
-  #fail(reason: string): false {
-    this.broken = `queue ${this.index}: ${reason}`;
-    return false;
   }
 
   available(): number {
@@ -203,7 +184,7 @@ export class SplitDeviceQueue implements DeviceQueue {
     this.#availIdx = Atomics.load(this.#u16, this.#avail + Avail.idx);
     const count = (this.#availIdx - this.#nextAvail) & 0xffff;
     if (count > this.size) {
-      this.#fail('the available index is ahead by more than the queue size');
+      this.fail('the available index is ahead by more than the queue size');
       return 0;
     }
     return count;
@@ -214,10 +195,7 @@ export class SplitDeviceQueue implements DeviceQueue {
     if (this.#nextAvail === this.#availIdx && this.available() === 0) return NO_BUFFER;
     if (this.broken !== null || !this.#located()) return NO_BUFFER;
     const head = this.#u16[this.#avail + Avail.ring + (this.#nextAvail & this.#mask)];
-    this.readable = 0;
-    this.segments = 0;
-    this.readableBytes = 0;
-    this.writableBytes = 0;
+    this.begin();
     if (!this.#walk(head)) return NO_BUFFER;
     this.#nextAvail = (this.#nextAvail + 1) & 0xffff;
     return head;
@@ -228,67 +206,43 @@ export class SplitDeviceQueue implements DeviceQueue {
     const u32 = this.#u32;
     let next = head;
     for (let steps = 0; steps < this.size; steps++) {
-      if (next >= this.size) return this.#fail('a descriptor index beyond the table');
+      if (next >= this.size) return this.fail('a descriptor index beyond the table');
       const d = this.#descriptors + next * Descriptor.words;
       const low = u32[d + Descriptor.address];
       const high = u32[d + Descriptor.addressHigh];
       const length = u32[d + Descriptor.length];
-      const flagsNext = u32[d + Descriptor.flagsNext];
+      const flagsNext = u32[d + Descriptor.last];
       if ((flagsNext & DescriptorFlag.INDIRECT) !== 0) {
-        if ((flagsNext & DescriptorFlag.NEXT) !== 0) return this.#fail('a descriptor with both INDIRECT and NEXT');
+        if ((flagsNext & DescriptorFlag.NEXT) !== 0) return this.fail('a descriptor with both INDIRECT and NEXT');
         return this.#walkTable(low, high, length);
       }
-      if (!this.#add(low, high, length, (flagsNext & DescriptorFlag.WRITE) !== 0)) return false;
+      if (!this.add(low, high, length, (flagsNext & DescriptorFlag.WRITE) !== 0)) return false;
       if ((flagsNext & DescriptorFlag.NEXT) === 0) return true;
       next = flagsNext >>> 16;
     }
-    return this.#fail('a descriptor chain that is longer than the queue');
+    return this.fail('a descriptor chain that is longer than the queue');
   }
 
   /** hot: follows the chain in a table of indirect descriptors (2.7.5.3). */
   #walkTable(tableLow: number, tableHigh: number, bytes: number): boolean {
-    if (!this.#indirect) return this.#fail('INDIRECT without having negotiated it');
-    if (bytes === 0 || bytes % Descriptor.size !== 0) return this.#fail(`an indirect table of ${bytes} bytes`);
-    const count = bytes / Descriptor.size;
-    if (count > this.size) return this.#fail(`an indirect table of ${count} descriptors`);
-    if (!this.#memory.read(tableLow, tableHigh, bytes, this.#scratch)) {
-      return this.#fail('an indirect table that is not mapped');
-    }
+    if (!this.#indirect) return this.fail('INDIRECT without having negotiated it');
+    const count = this.copyTable(tableLow, tableHigh, bytes, this.#scratch);
+    if (count === 0) return false;
     const u32 = this.#u32;
     const table = this.#scratch >>> 2;
     let next = 0;
     for (let steps = 0; steps < count; steps++) {
-      if (next >= count) return this.#fail('an indirect descriptor index beyond the table');
+      if (next >= count) return this.fail('an indirect descriptor index beyond the table');
       const d = table + next * Descriptor.words;
-      const flagsNext = u32[d + Descriptor.flagsNext];
-      if ((flagsNext & DescriptorFlag.INDIRECT) !== 0) return this.#fail('INDIRECT inside an indirect table');
+      const flagsNext = u32[d + Descriptor.last];
+      if ((flagsNext & DescriptorFlag.INDIRECT) !== 0) return this.fail('INDIRECT inside an indirect table');
       const write = (flagsNext & DescriptorFlag.WRITE) !== 0;
       const length = u32[d + Descriptor.length];
-      if (!this.#add(u32[d + Descriptor.address], u32[d + Descriptor.addressHigh], length, write)) return false;
+      if (!this.add(u32[d + Descriptor.address], u32[d + Descriptor.addressHigh], length, write)) return false;
       if ((flagsNext & DescriptorFlag.NEXT) === 0) return true;
       next = flagsNext >>> 16;
     }
-    return this.#fail('an indirect chain that loops');
-  }
-
-  /** hot: appends a piece to the buffer. */
-  #add(low: number, high: number, length: number, write: boolean): boolean {
-    const at = this.segments;
-    if (at >= this.#limit) return this.#fail('a buffer of more descriptors than the queue has');
-    this.low[at] = low;
-    this.high[at] = high;
-    this.length[at] = length;
-    this.segments = at + 1;
-    if (write) {
-      this.writableBytes += length;
-      if (this.writableBytes > BUFFER_MAX) return this.#fail('a buffer of more than 2^32 bytes');
-      return true;
-    }
-    if (this.readable !== at) return this.#fail('a device-readable descriptor after a device-writable one');
-    this.readable = at + 1;
-    this.readableBytes += length;
-    if (this.readableBytes > BUFFER_MAX) return this.#fail('a buffer of more than 2^32 bytes');
-    return true;
+    return this.fail('an indirect chain that loops');
   }
 
   putBack(count: number): void {
@@ -296,74 +250,23 @@ export class SplitDeviceQueue implements DeviceQueue {
     this.#nextAvail = (this.#nextAvail - count) & 0xffff;
   }
 
-  gather(skip: number, max: number, to: number): number {
-    // hot:
-    let left = max;
-    let over = skip;
-    let done = 0;
-    for (let i = 0; i < this.readable && left > 0; i++) {
-      const length = this.length[i];
-      if (over >= length) {
-        over -= length;
-        continue;
-      }
-      const n = Math.min(length - over, left);
-      if (!this.#read(i, over, n, to + done)) {
-        this.#fail('a device-readable descriptor that is not mapped');
-        return -1;
-      }
-      over = 0;
-      done += n;
-      left -= n;
-    }
-    return done;
-  }
-
-  scatter(skip: number, bytes: number, from: number): number {
-    // hot:
-    let left = bytes;
-    let over = skip;
-    let done = 0;
-    for (let i = this.readable; i < this.segments && left > 0; i++) {
-      const length = this.length[i];
-      if (over >= length) {
-        over -= length;
-        continue;
-      }
-      const n = Math.min(length - over, left);
-      if (!this.#write(i, over, n, from + done)) {
-        this.#fail('a device-writable descriptor that is not mapped, or not for writing');
-        return -1;
-      }
-      over = 0;
-      done += n;
-      left -= n;
-    }
-    return done;
-  }
-
-  /** hot: */
-  #read(segment: number, over: number, n: number, to: number): boolean {
-    const low = this.low[segment] + over;
-    const carry = low >= 0x100000000 ? 1 : 0;
-    return this.#memory.read(low - carry * 0x100000000, this.high[segment] + carry, n, to);
-  }
-
-  /** hot: */
-  #write(segment: number, over: number, n: number, from: number): boolean {
-    const low = this.low[segment] + over;
-    const carry = low >= 0x100000000 ? 1 : 0;
-    return this.#memory.write(low - carry * 0x100000000, this.high[segment] + carry, n, from);
-  }
-
   complete(id: number, written: number): void {
     // hot:
     // What was taken in this turn of the event loop was taken from where the ring still is.
     if (this.broken !== null) return;
-    const at = (this.#used + Used.ring + (this.#nextUsed & this.#mask) * (USED_ELEMENT / 2)) >>> 1;
+    if (this.#batch === NO_BUFFER) this.#batchAt = this.#nextUsed;
+    this.#nextUsed = (this.#nextUsed + 1) & 0xffff;
+    // 2.7.9: a buffer that was only read can be skipped, because the next one of the batch says that it was used.
+    if (this.#inOrder && this.writableBytes === 0) this.#batch = id;
+    else this.#writeEntry(id, written);
+  }
+
+  /** hot: writes the entry of the buffers that were completed since the last one. */
+  #writeEntry(id: number, written: number): void {
+    const at = (this.#used + Used.ring + (this.#batchAt & this.#mask) * (USED_ELEMENT / 2)) >>> 1;
     this.#u32[at] = id;
     this.#u32[at + 1] = written;
-    this.#nextUsed = (this.#nextUsed + 1) & 0xffff;
+    this.#batch = NO_BUFFER;
   }
 
   publish(): boolean {
@@ -371,6 +274,7 @@ export class SplitDeviceQueue implements DeviceQueue {
     const before = this.#published;
     const now = this.#nextUsed;
     if (before === now || this.broken !== null || !this.#located()) return false;
+    if (this.#batch !== NO_BUFFER) this.#writeEntry(this.#batch, 0);
     // One store that no other side can see in halves; as an atomic one it also keeps the order: entries, index, then
     // the read below.
     Atomics.store(this.#u16, this.#used + Used.idx, now);
@@ -404,7 +308,7 @@ export class SplitDeviceQueue implements DeviceQueue {
   }
 
   close(): void {
-    for (const pin of this.#pins) this.#memory.unpin(pin);
+    for (const pin of this.#pins) this.memory.unpin(pin);
     this.#pins = [];
   }
 }

@@ -26,6 +26,7 @@ export const EventFlag = { ENABLE: 0, DISABLE: 1, DESC: 2 } as const;
 export const EVENT_FLAG_MASK = 3;
 /** Bit of the wrap counter, beside an offset (2.8.14, 2.9). */
 export const WRAP_SHIFT = 15;
+const OFFSET_MASK = (1 << WRAP_SHIFT) - 1;
 
 /** Byte offsets of the parts; the descriptor ring is at 0. */
 export interface PackedLayout {
@@ -41,4 +42,17 @@ export function packedLayout(options: Pick<VirtqueueOptions, 'size' | 'indirectE
   const device = alignPart(driver + 4);
   const indirect = alignPart(device + 4);
   return { driver, device, indirect, bytes: indirect + size * indirectEntries * DESCRIPTOR_BYTES };
+}
+
+/** An offset with its wrap counter, from the ring flags of an available descriptor there, as events and notifications say it. */
+export function ringPosition(at: number, availableFlags: number): number {
+  return at | ((availableFlags & RingFlag.AVAIL) === 0 ? 0 : 1 << WRAP_SHIFT);
+}
+
+/** hot: whether the descriptor at `event` is among the `count` ones from `from` on, both being positions (2.8.10). */
+export function isAmongNext(event: number, from: number, count: number, size: number): boolean {
+  const offset = (event & OFFSET_MASK) - (from & OFFSET_MASK);
+  // In the next round when the wrap counters differ; behind us, so in the one after that, when the offset is too.
+  const ahead = event >>> WRAP_SHIFT === from >>> WRAP_SHIFT ? offset : offset + size;
+  return (ahead < 0 ? ahead + 2 * size : ahead) < count;
 }

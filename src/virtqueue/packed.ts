@@ -29,10 +29,11 @@ import {
   EventFlag,
   FLAGS_HALF,
   FLAGS_SHIFT,
+  isAmongNext,
   packedLayout,
   RING_FLAGS,
   RingFlag,
-  WRAP_SHIFT,
+  ringPosition,
 } from './packed-layout.ts';
 import { STOPPED, type Virtqueue, type VirtqueueOptions } from './virtqueue.ts';
 
@@ -142,12 +143,7 @@ export class PackedVirtqueue implements Virtqueue {
   }
 
   get next(): number {
-    return this.#position(this.#nextAvail, this.#availFlags);
-  }
-
-  /** An offset with its wrap counter, as events and notifications say it. */
-  #position(offset: number, flags: number): number {
-    return offset | ((flags & RingFlag.AVAIL) === 0 ? 0 : 1 << WRAP_SHIFT);
+    return ringPosition(this.#nextAvail, this.#availFlags);
   }
 
   fail(reason: VirtioError): void {
@@ -352,18 +348,7 @@ export class PackedVirtqueue implements Virtqueue {
     const event = Atomics.load(this.#u32, this.#deviceEvent);
     const flags = (event >>> FLAGS_SHIFT) & EVENT_FLAG_MASK;
     if (flags !== EventFlag.DESC || !this.#eventIdx) return flags !== EventFlag.DISABLE;
-    return this.#isAhead(event & 0xffff, added);
-  }
-
-  /** 2.8.10: whether the descriptor that the device waits for is among the `added` ones from `#head` on. */
-  #isAhead(position: number, added: number): boolean {
-    // hot:
-    const offset = position & ((1 << WRAP_SHIFT) - 1);
-    const sameRound = position >>> WRAP_SHIFT === ((this.#headFlags & RingFlag.AVAIL) === 0 ? 0 : 1);
-    // In the next round when the wrap counter differs, and by two rounds when it is behind us.
-    let ahead = (sameRound ? offset : offset + this.size) - this.#head;
-    if (ahead < 0) ahead += 2 * this.size;
-    return ahead < added;
+    return isAmongNext(event & 0xffff, ringPosition(this.#head, this.#headFlags), added, this.size);
   }
 
   take(tokens: Uint32Array, written: Uint32Array, max: number): number {
@@ -498,7 +483,7 @@ export class PackedVirtqueue implements Virtqueue {
 
   /**
    * Bytes that the device wrote into buffer `id`, or -1 when the buffer does not hold them. The length is reserved when WRITE is not set
-   * (2.8.4), but QEMU does not set it, as late as version 10: so it counts whenever the buffer has a writable part.
+   * (2.8.4), but QEMU never sets it: so it counts whenever the buffer has a writable part.
    */
   #usedLength(id: number, word: number): number {
     const capacity = this.#capacity[id];
@@ -566,7 +551,7 @@ export class PackedVirtqueue implements Virtqueue {
   enableInterrupts(): boolean {
     if (this.#broken !== null) return false;
     const event = this.#eventIdx
-      ? (EventFlag.DESC << FLAGS_SHIFT) | this.#position(this.#nextUsed, this.#usedFlags)
+      ? (EventFlag.DESC << FLAGS_SHIFT) | ringPosition(this.#nextUsed, this.#usedFlags)
       : EventFlag.ENABLE << FLAGS_SHIFT;
     Atomics.store(this.#u32, this.#driverEvent, event);
     if (this.#batch !== 0) return true;

@@ -3,7 +3,7 @@ import { CONFIG_SPACE_SIZE, ConfigField, ConfigSpace, MsixCap, MsixControl } fro
 import { pciLayout } from '../../src/device/personalities/standard.ts';
 import { VirtioCapField, VirtioCfgType } from '../../src/virtio/pci-layout.ts';
 
-const layout = pciLayout({ queuePairs: 1, ipsec: true, wire: 'virtio-1.4' });
+const layout = pciLayout({ queuePairs: 1 });
 
 function make() {
   const log: string[] = [];

@@ -376,7 +376,7 @@ describe('a driver that breaks the rules', () => {
     drivers.push(driver);
     const V = Feature.VERSION_1;
     expect(await driver.negotiate(FeatureSet.of(V, Feature.IPSEC))).toBe(false);
-    expect(await driver.negotiate(FeatureSet.of(V, Feature.RING_PACKED))).toBe(false);
+    expect(await driver.negotiate(FeatureSet.of(V, Feature.SR_IOV))).toBe(false);
     expect(await driver.negotiate(FeatureSet.of(Feature.MAC))).toBe(false);
     expect(await driver.negotiate(FeatureSet.of(V, Feature.MAC))).toBe(true);
   });

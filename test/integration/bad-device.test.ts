@@ -131,34 +131,42 @@ describe('a device that reads the standard otherwise', () => {
 });
 
 describe('a device that breaks the rules of a ring', () => {
-  it.each<[FaultName, string]>([
-    ['used-id-bogus', 'USED_ID'],
-    ['used-id-twice', 'USED_ID'],
-    ['used-length-too-long', 'USED_LENGTH'],
-    ['used-index-jump', 'USED_INDEX'],
-  ])('leaves a NIC that says so and bursts that give 0, with the fault %s', async (fault, expected) => {
-    const device = await startDevice({ faults: [fault] });
-    const nic = await open(device.addresses[0], { ...quick, ipsec: 'off' });
-    const told: string[] = [];
-    nic.onBroken((error) => told.push(error.code));
-    const packets = new Uint32Array(32);
-    const [{ rx, tx }] = nic.queues;
-    // The data path alone finds out: nobody asks `nic.broken`.
-    for (let i = 0; i < 50 && told.length === 0; i++) {
-      const n = nic.packets.allocate(packets, 8);
-      for (let k = 0; k < n; k++) nic.packets.write(packets[k], capture('ping-ipv4')[0]);
-      const taken = tx.burst(packets, n);
-      nic.packets.free(packets.subarray(taken), n - taken);
-      await sleep(2);
-      nic.packets.free(packets, rx.burst(packets, 32));
-    }
-    expect(nic.broken).toEqual(code(expected));
-    expect(rx.burst(packets, 32)).toBe(0);
-    const n = nic.packets.allocate(packets, 4);
-    expect(tx.burst(packets, n)).toBe(0);
-    await expect(nic.ipsec.addSa(saPair().outbound)).rejects.toThrow(code(expected));
-    expect(told).toEqual([expected]);
-  });
+  it.each<['split' | 'packed', FaultName, string]>([
+    ['split', 'used-id-bogus', 'USED_ID'],
+    ['split', 'used-id-twice', 'USED_ID'],
+    ['split', 'used-length-too-long', 'USED_LENGTH'],
+    ['split', 'used-index-jump', 'USED_INDEX'],
+    ['packed', 'used-id-bogus', 'USED_ID'],
+    ['packed', 'used-id-twice', 'USED_ID'],
+    ['packed', 'used-length-too-long', 'USED_LENGTH'],
+    // There is no index: the same buffer is returned again and again.
+    ['packed', 'used-index-jump', 'USED_ID'],
+  ])(
+    'leaves a NIC that says so and bursts that give 0, with %s rings and the fault %s',
+    async (ring, fault, expected) => {
+      const device = await startDevice({ faults: [fault] });
+      const nic = await open(device.addresses[0], { ...quick, ipsec: 'off', ring });
+      const told: string[] = [];
+      nic.onBroken((error) => told.push(error.code));
+      const packets = new Uint32Array(32);
+      const [{ rx, tx }] = nic.queues;
+      // The data path alone finds out: nobody asks `nic.broken`.
+      for (let i = 0; i < 50 && told.length === 0; i++) {
+        const n = nic.packets.allocate(packets, 8);
+        for (let k = 0; k < n; k++) nic.packets.write(packets[k], capture('ping-ipv4')[0]);
+        const taken = tx.burst(packets, n);
+        nic.packets.free(packets.subarray(taken), n - taken);
+        await sleep(2);
+        nic.packets.free(packets, rx.burst(packets, 32));
+      }
+      expect(nic.broken).toEqual(code(expected));
+      expect(rx.burst(packets, 32)).toBe(0);
+      const n = nic.packets.allocate(packets, 4);
+      expect(tx.burst(packets, n)).toBe(0);
+      await expect(nic.ipsec.addSa(saPair().outbound)).rejects.toThrow(code(expected));
+      expect(told).toEqual([expected]);
+    },
+  );
 
   it('is not believed when it calls an unprotected packet secured', async () => {
     const device = await startDevice({ faults: ['rx-security-lie'] });

@@ -2,7 +2,7 @@
  * `vipsec device`: the software virtio-net IPsec function behind vfio-user sockets, until SIGTERM or SIGINT.
  */
 import { Command, InvalidArgumentError, Option } from 'commander';
-import { type Device, FAULTS, startDevice } from '../../src/device/index.ts';
+import { DEVICE_RINGS, type Device, type DeviceRings, FAULTS, startDevice } from '../../src/device/index.ts';
 import { InputError, WIRE_REVISIONS, type WireRevision } from '../../src/index.ts';
 import { note, print, printJson, warn } from '../cli.ts';
 
@@ -13,6 +13,7 @@ interface Flags {
   readonly wire: WireRevision;
   readonly ipsec: boolean;
   readonly ipsecOff?: string[];
+  readonly rings: DeviceRings;
   readonly queuePairs: number;
   readonly mac?: string[];
   readonly mtu: number;
@@ -54,6 +55,9 @@ export function command(): Command {
     .addOption(
       new Option('--ipsec-off <n>', 'function n (1 or 2) is a plain one; the other has IPsec').argParser(collect),
     )
+    .addOption(
+      new Option('--rings <format>', 'virtqueues that drivers may use').choices([...DEVICE_RINGS]).default('both'),
+    )
     .addOption(new Option('--queue-pairs <n>', 'receive and transmit queue pairs').argParser(integer).default(1))
     .addOption(new Option('--mac <address>', 'MAC address; give it twice for two functions').argParser(collect))
     .addOption(new Option('--mtu <bytes>', 'largest IP packet').argParser(integer).default(1500))
@@ -76,6 +80,7 @@ async function run(flags: Flags): Promise<void> {
     ...(flags.link === undefined ? {} : { link: flags.link }),
     wire: flags.wire,
     ipsec: ipsecOf(flags),
+    rings: flags.rings,
     queuePairs: flags.queuePairs,
     ...(flags.mac === undefined ? {} : { macs: flags.mac }),
     mtu: flags.mtu,

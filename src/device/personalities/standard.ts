@@ -38,10 +38,15 @@ const SUBSYSTEM_ID = 0x0040;
 
 export const QueueSize = { net: 1024, control: 64, admin: 128 } as const;
 
+/** Formats of virtqueues that a function takes. */
+export const DEVICE_RINGS = ['both', 'split', 'packed'] as const;
+export type DeviceRings = (typeof DEVICE_RINGS)[number];
+
 export interface PersonalityOptions {
   readonly queuePairs: number;
   readonly ipsec: boolean;
   readonly wire: WireRevision;
+  readonly rings: DeviceRings;
 }
 
 /** One vector for configuration changes, one for each virtqueue. */
@@ -49,7 +54,7 @@ export function vectorCount(queuePairs: number): number {
   return 1 + 2 * queuePairs + 2;
 }
 
-export function pciLayout(options: PersonalityOptions): PciLayout {
+export function pciLayout(options: Pick<PersonalityOptions, 'queuePairs'>): PciLayout {
   const bar = VirtioBar.index;
   return {
     vendorId: VirtioPciId.vendor,
@@ -87,6 +92,13 @@ export function pciLayout(options: PersonalityOptions): PciLayout {
   };
 }
 
+/** What a driver must accept: a function that takes packed virtqueues only is of no use to one that has split ones. */
+export function requiredFeatures(options: Pick<PersonalityOptions, 'rings'>): FeatureSet {
+  return options.rings === 'packed'
+    ? FeatureSet.of(Feature.VERSION_1, Feature.RING_PACKED)
+    : FeatureSet.of(Feature.VERSION_1);
+}
+
 /** What the function offers. OUT_NET_HEADER has no place in the header of the draft. */
 export function offeredFeatures(options: PersonalityOptions): FeatureSet {
   const F = Feature;
@@ -96,6 +108,10 @@ export function offeredFeatures(options: PersonalityOptions): FeatureSet {
     F.INDIRECT_DESC,
     F.EVENT_IDX,
     F.RING_RESET,
+    F.IN_ORDER,
+    F.ORDER_PLATFORM,
+    F.NOTIFICATION_DATA,
+    F.NOTIF_CONFIG_DATA,
     F.CSUM,
     F.GUEST_CSUM,
     F.MTU,
@@ -109,6 +125,7 @@ export function offeredFeatures(options: PersonalityOptions): FeatureSet {
     F.MRG_RXBUF,
     F.SPEED_DUPLEX,
   );
+  if (options.rings !== 'split') offered = offered.with(F.RING_PACKED);
   if (options.queuePairs > 1) offered = offered.with(F.CTRL_VQ, F.MQ);
   if (!options.ipsec) return offered;
   offered = offered.with(F.ADMIN_VQ, F.IPSEC);
