@@ -177,6 +177,15 @@ export function matrixPart(part: MatrixPart): readonly InteropCase[] {
   return part === 'options' ? optionCases() : transformCases(TRANSFORMS[part]);
 }
 
+/** Bytes that an SA object has for a key, and the only ICV that it can mean for an AEAD (docs/spec-notes.md, 2). */
+const InlineLimit = { keyLength: 32, aeadIcv: 16 } as const;
+
+/** Whether an SA object can express the SAs of `item`; if not, they run in software also where the device does IPsec. */
+export function isExpressible({ algorithms: { aead, auth: mac } }: InteropCase): boolean {
+  if (aead !== undefined) return aead.icvLength === InlineLimit.aeadIcv;
+  return typeof mac?.key === 'string' && mac.key.length / 2 <= InlineLimit.keyLength;
+}
+
 /** SPIs of the two SAs of case `index` of a part: no two alike in one run. */
 export function spiOf(index: number, from: End): number {
   return 0x1000 + 2 * index + (from === 'ours' ? 0 : 1);
