@@ -1,30 +1,86 @@
 /**
- * The control virtqueue of a network device (Virtio 1.4, 5.1.9.5): the number of queue pairs in use.
+ * The control virtqueue of a network device (Virtio 1.4, 5.1.9.5): reads commands, checks them against what was negotiated, and has
+ * them done. What is unknown, was not negotiated, or is too short is answered with VIRTIO_NET_ERR and changes nothing.
  *
- * Left out: all other classes, whose features are not offered; they are answered with VIRTIO_NET_ERR.
+ * Left out: RSS contexts, hashes of inner headers, RSC.
  */
+import { Feature, type FeatureSet } from '../virtio/features.ts';
+import {
+  Ack,
+  AnnounceCommand,
+  COALESCING_LENGTH,
+  CoalescingCommand,
+  ControlClass,
+  ControlField,
+  decodeCoalescing,
+  decodeHashConfig,
+  decodeMacTables,
+  decodeRssConfig,
+  encodeCoalescing,
+  getLe,
+  type HashConfig,
+  MacCommand,
+  MqCommand,
+  OffloadsCommand,
+  putLe,
+  type RssConfig,
+  RxCommand,
+  StatsCommand,
+  VLAN_IDS,
+  VlanCommand,
+} from '../virtio-net/control-wire.ts';
+import {
+  encodeReply,
+  queueKind,
+  RequestField,
+  STATISTICS_CAPABILITIES_LENGTH,
+  STATISTICS_NAMES,
+  statisticsBitmap,
+  statisticsNames,
+  statisticsOf,
+} from '../virtio-net/device-statistics.ts';
 import type { Arena } from './arena.ts';
+import type { Coalescer } from './coalescer.ts';
+import { type QueueStatistics, Stat } from './queue-statistics.ts';
 import { type DeviceQueue, NO_BUFFER } from './queues.ts';
+import type { ReceiveFilter } from './rx-filter.ts';
 
-/** `struct virtio_net_ctrl` (5.1.9.5). */
-const ControlField = { class: 0, command: 1, data: 2 } as const;
-const Ack = { OK: 0, ERR: 1, size: 1 } as const;
-/** Class and command of automatic receive steering (5.1.9.5.6). */
-const Mq = { class: 4, pairsSet: 0 } as const;
-
-/** Bytes of a command that are read. */
-const COMMAND_MAX = 64;
+/** Bytes of a command that are read, and of a reply that are written. */
+const COMMAND_MAX = 16384;
+const REPLY_MAX = 4096;
 const COMMANDS_PER_POLL = 16;
+const NOTHING = new Uint8Array(0);
+const MAC_LENGTH = 6;
+const GROUP = 1;
+
+/** What commands change, besides filter and coalescer. Each says whether it could. */
+export interface ControlTarget {
+  readonly filter: ReceiveFilter;
+  readonly coalescer: Coalescer;
+  readonly statistics: QueueStatistics;
+  /** Receive and transmit queues. */
+  readonly dataQueues: number;
+  /** The features that were negotiated. */
+  readonly features: FeatureSet;
+  isEnabled(queue: number): boolean;
+  setPairs(pairs: number): boolean;
+  setRss(config: RssConfig): boolean;
+  setHash(config: HashConfig): boolean;
+  setMac(mac: Uint8Array): void;
+  announced(): void;
+  /** The command's bits (5.1.9.5.8). */
+  setOffloads(bits: number): boolean;
+}
 
 export class ControlProcessor {
   readonly #arena: Arena;
-  readonly #setPairs: (pairs: number) => boolean;
+  readonly #target: ControlTarget;
   readonly #scratch: number;
+  #result: Uint8Array = NOTHING;
 
-  /** `setPairs` uses that many queue pairs from now on; false when it cannot. */
-  constructor(arena: Arena, setPairs: (pairs: number) => boolean) {
+  constructor(arena: Arena, target: ControlTarget) {
     this.#arena = arena;
-    this.#setPairs = setPairs;
+    this.#target = target;
     this.#scratch = arena.allocate(COMMAND_MAX);
   }
 
@@ -42,17 +98,136 @@ export class ControlProcessor {
       const read = queue.gather(0, COMMAND_MAX, this.#scratch);
       if (read < 0) break;
       const command = this.#arena.u8.slice(this.#scratch, this.#scratch + read);
-      this.#arena.u8[this.#scratch] = this.#execute(command) ? Ack.OK : Ack.ERR;
-      const written = queue.scatter(0, Ack.size, this.#scratch);
+      this.#result = NOTHING;
+      const { statistics } = this.#target;
+      statistics.add(queue.index, Stat.commands, 1);
+      // The statistics of the control queue count the current command as done (5.1.9.5.10).
+      statistics.add(queue.index, Stat.succeeded, 1);
+      const ok = queue.readableBytes <= COMMAND_MAX && this.#execute(command);
+      if (!ok) statistics.add(queue.index, Stat.succeeded, -1);
+      const result = ok ? this.#result.subarray(0, REPLY_MAX - Ack.size) : NOTHING;
+      this.#arena.u8[this.#scratch] = ok ? Ack.OK : Ack.ERR;
+      this.#arena.u8.set(result, this.#scratch + Ack.size);
+      const written = queue.scatter(0, Ack.size + result.length, this.#scratch);
       if (written < 0) break;
       queue.complete(id, written);
     }
     return done;
   }
 
-  #execute(command: Uint8Array): boolean {
-    if (command.length < ControlField.data + 2) return false;
-    if (command[ControlField.class] !== Mq.class || command[ControlField.command] !== Mq.pairsSet) return false;
-    return this.#setPairs(command[ControlField.data] | (command[ControlField.data + 1] << 8));
+  #execute(bytes: Uint8Array): boolean {
+    if (bytes.length < ControlField.data || !this.#has(Feature.CTRL_VQ)) return false;
+    const command = bytes[ControlField.command];
+    const data = bytes.subarray(ControlField.data);
+    switch (bytes[ControlField.class]) {
+      case ControlClass.RX:
+        return this.#receiveMode(command, data);
+      case ControlClass.MAC:
+        return this.#mac(command, data);
+      case ControlClass.VLAN:
+        return this.#vlan(command, data);
+      case ControlClass.ANNOUNCE:
+        if (command !== AnnounceCommand.ACK || !this.#has(Feature.GUEST_ANNOUNCE)) return false;
+        this.#target.announced();
+        return true;
+      case ControlClass.MQ:
+        return this.#queues(command, data);
+      case ControlClass.GUEST_OFFLOADS:
+        if (command !== OffloadsCommand.SET || !this.#has(Feature.CTRL_GUEST_OFFLOADS) || data.length < 8) return false;
+        return this.#target.setOffloads(getLe(data, 0, 8));
+      case ControlClass.NOTF_COAL:
+        return this.#coalescing(command, data);
+      case ControlClass.STATS:
+        return this.#has(Feature.DEVICE_STATS) && this.#statistics(command, data);
+      default:
+        return false;
+    }
+  }
+
+  #has(feature: number): boolean {
+    return this.#target.features.has(feature);
+  }
+
+  #receiveMode(command: number, data: Uint8Array): boolean {
+    const needs = command <= RxCommand.ALLMULTI ? Feature.CTRL_RX : Feature.CTRL_RX_EXTRA;
+    if (command > RxCommand.NOBCAST || !this.#has(needs) || data.length < 1 || data[0] > 1) return false;
+    this.#target.filter.setMode(command, data[0] === 1);
+    return true;
+  }
+
+  #mac(command: number, data: Uint8Array): boolean {
+    if (command === MacCommand.ADDR_SET) {
+      const allowed = this.#has(Feature.CTRL_MAC_ADDR) && data.length >= MAC_LENGTH && (data[0] & GROUP) === 0;
+      if (allowed) this.#target.setMac(data.slice(0, MAC_LENGTH));
+      return allowed;
+    }
+    if (command !== MacCommand.TABLE_SET || !this.#has(Feature.CTRL_RX)) return false;
+    const tables = decodeMacTables(data);
+    if (tables === null || tables.unicast.some((mac) => (mac[0] & GROUP) !== 0)) return false;
+    if (tables.multicast.some((mac) => (mac[0] & GROUP) === 0)) return false;
+    this.#target.filter.setTables(tables);
+    return true;
+  }
+
+  #vlan(command: number, data: Uint8Array): boolean {
+    const isKnown = command === VlanCommand.ADD || command === VlanCommand.DEL;
+    if (!isKnown || !this.#has(Feature.CTRL_VLAN) || data.length < 2) return false;
+    const id = getLe(data, 0, 2);
+    if (id >= VLAN_IDS) return false;
+    this.#target.filter.setVlan(id, command === VlanCommand.ADD);
+    return true;
+  }
+
+  #queues(command: number, data: Uint8Array): boolean {
+    if (command === MqCommand.VQ_PAIRS_SET) {
+      return this.#has(Feature.MQ) && data.length >= 2 && this.#target.setPairs(getLe(data, 0, 2));
+    }
+    if (command === MqCommand.RSS_CONFIG) {
+      const config = this.#has(Feature.RSS) ? decodeRssConfig(data) : null;
+      return config !== null && this.#target.setRss(config);
+    }
+    const config = command === MqCommand.HASH_CONFIG && this.#has(Feature.HASH_REPORT) ? decodeHashConfig(data) : null;
+    return config !== null && this.#target.setHash(config);
+  }
+
+  #coalescing(command: number, data: Uint8Array): boolean {
+    const { coalescer, dataQueues } = this.#target;
+    if (command === CoalescingCommand.TX_SET || command === CoalescingCommand.RX_SET) {
+      if (!this.#has(Feature.NOTF_COAL) || data.length < COALESCING_LENGTH) return false;
+      coalescer.setAll(command === CoalescingCommand.RX_SET ? 0 : 1, decodeCoalescing(data));
+      return true;
+    }
+    const isKnown = command === CoalescingCommand.VQ_SET || command === CoalescingCommand.VQ_GET;
+    if (!isKnown || !this.#has(Feature.VQ_NOTF_COAL) || data.length < 4) return false;
+    const index = getLe(data, 0, 2);
+    if (index >= dataQueues || !this.#target.isEnabled(index)) return false;
+    if (command === CoalescingCommand.VQ_GET) {
+      this.#result = encodeCoalescing(coalescer.get(index));
+      return true;
+    }
+    if (data.length < 4 + COALESCING_LENGTH) return false;
+    coalescer.set(index, decodeCoalescing(data, 4));
+    return true;
+  }
+
+  #statistics(command: number, data: Uint8Array): boolean {
+    const { dataQueues, features, statistics } = this.#target;
+    if (command === StatsCommand.QUERY) {
+      this.#result = new Uint8Array(STATISTICS_CAPABILITIES_LENGTH);
+      putLe(this.#result, 0, STATISTICS_CAPABILITIES_LENGTH, statisticsBitmap(STATISTICS_NAMES));
+      return true;
+    }
+    if (command !== StatsCommand.GET || data.length === 0 || data.length % RequestField.length !== 0) return false;
+    const replies: Uint8Array[] = [];
+    for (let at = 0; at < data.length; at += RequestField.length) {
+      const index = getLe(data, at + RequestField.queue, 2);
+      const names = statisticsNames(getLe(data, at + RequestField.types, 8));
+      if (index > dataQueues || names === null) return false;
+      const allowed = statisticsOf(queueKind(index, dataQueues), features);
+      if (names.some((name) => !allowed.includes(name))) return false;
+      for (const name of names) replies.push(encodeReply(name, index, statistics.read(index, name)));
+    }
+    this.#result = Uint8Array.from(replies.flatMap((reply) => [...reply]));
+    return true;
   }
 }

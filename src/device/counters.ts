@@ -30,6 +30,8 @@ export const NetCounter = {
   /** Packets that were cut into segments, and the segments. */
   txSegmented: 15,
   txSegments: 16,
+  /** Not for the driver: by address or VLAN. */
+  rxNotForUs: 17,
 } as const;
 
 export type NetCounterName = keyof typeof NetCounter;

@@ -33,6 +33,8 @@ export interface DeviceModel {
   attachQueue(queue: DeviceQueue): void;
   /** Queue `index` is reset: it is not touched any more. */
   detachQueue(index: number): void;
+  /** The driver has notified of buffers in queue `index`, which may be any number. */
+  notified(index: number): void;
   /** Device-specific configuration; `width` is 1, 2 or 4. */
   readConfig(offset: number, width: number): number;
 }
@@ -191,7 +193,9 @@ export class VirtioFunction {
 
   /** An available buffer notification. */
   #notified(at: number, width: number, value: number): void {
-    this.common.checkNotification(Math.floor(at / VirtioBar.notifyMultiplier), width, value);
+    const queue = Math.floor(at / VirtioBar.notifyMultiplier);
+    this.common.checkNotification(queue, width, value);
+    this.#device.notified(queue);
     if (this.faults.has('notifications-fatal') && ++this.#notifications > MANY) this.fail('fault notifications-fatal');
     this.#options.wake();
   }

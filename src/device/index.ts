@@ -51,6 +51,8 @@ export interface DeviceFunction {
   readonly ipsec: boolean;
   /** Counters and state, for reports. */
   statistics(): Record<string, unknown>;
+  /** Asks its driver to announce its addresses, as after a migration (GUEST_ANNOUNCE). */
+  announce(): void;
 }
 
 export interface Device {
@@ -229,6 +231,7 @@ class RunningDevice implements Device {
       mac: macText(options.macs[i]),
       ipsec,
       statistics: () => ({ ...device.statistics(), link: { up: link.up, ...link.counters } }),
+      announce: () => device.announce(),
     };
   }
 

@@ -6,21 +6,26 @@
 import { verdictNames } from '../fallback/verdict.ts';
 import type { IpsecWire } from '../ipsec/wire/codec.ts';
 import type { PacketPool } from '../packet/pool.ts';
-import { Feature, type FeatureSet, unmetRequirements } from '../virtio/features.ts';
+import { Feature, FeatureSet, unmetRequirements } from '../virtio/features.ts';
 import type { WireRevision } from '../virtio/revision.ts';
+import type { HashConfig } from '../virtio-net/control-wire.ts';
 import { netHeaderLayout } from '../virtio-net/header.ts';
+import { SUPPORTED_HASH_TYPES, TOEPLITZ_KEY_LENGTH } from '../virtio-net/toeplitz.ts';
 import { AdminProcessor } from './admin.ts';
 import type { Arena } from './arena.ts';
 import { CapabilityTable } from './capabilities.ts';
-import { ControlProcessor } from './control.ts';
+import { Coalescer } from './coalescer.ts';
+import { ControlProcessor, type ControlTarget } from './control.ts';
 import { makeNetCounters, NetCounter, readNetCounters } from './counters.ts';
 import { FlowFilter } from './flow-filter.ts';
 import type { DeviceModel, VirtioFunction } from './function.ts';
 import { DeviceIpsec } from './ipsec.ts';
 import type { Link } from './links/link.ts';
-import { NetConfig } from './net-config.ts';
+import { NetConfig, RSS_TABLE_LENGTH } from './net-config.ts';
+import { QueueStatistics, Stat } from './queue-statistics.ts';
 import type { DeviceQueue } from './queues.ts';
 import { Receiver } from './receive.ts';
+import { ReceiveFilter } from './rx-filter.ts';
 import { Steering } from './steering.ts';
 import { Transmitter } from './transmit.ts';
 
@@ -58,6 +63,9 @@ export class NetDevice implements DeviceModel {
   readonly admin: AdminProcessor | null;
   readonly #control: ControlProcessor;
   readonly #steering = new Steering();
+  readonly #filter = new ReceiveFilter();
+  readonly #coalescer: Coalescer;
+  readonly #statistics: QueueStatistics;
   readonly #receiver: Receiver;
   readonly #transmitter: Transmitter;
   /** By virtqueue index, administration last. */
@@ -75,13 +83,18 @@ export class NetDevice implements DeviceModel {
     this.#adminIndex = fn.common.adminQueueIndex;
     this.#queues = new Array<DeviceQueue | null>(fn.common.queues.length).fill(null);
     this.#ipsec = wire === null ? null : new DeviceIpsec(pool, wire);
-    this.#flowFilter = wire === null ? null : new FlowFilter();
-    this.#control = new ControlProcessor(arena, (pairs) => this.#setPairs(pairs));
-    const shared = { pool, ipsec: this.#ipsec, counters: this.counters, steering: this.#steering, faults };
+    this.#flowFilter = wire === null ? null : new FlowFilter(faults);
+    this.#coalescer = new Coalescer(PAIR * queuePairs, (index) => this.#interrupt(index));
+    this.#statistics = new QueueStatistics(this.#queues.length);
+    this.#control = new ControlProcessor(arena, this.#controlTarget());
+    const { counters } = this;
+    const statistics = this.#statistics;
+    const shared = { pool, ipsec: this.#ipsec, counters, steering: this.#steering, statistics, faults };
     this.#receiver = new Receiver(
       {
         ...shared,
         flowFilter: this.#flowFilter,
+        receiveFilter: this.#filter,
         mtu: options.mtu,
         isLive: () => fn.isLive,
         wake: options.wake,
@@ -134,9 +147,12 @@ export class NetDevice implements DeviceModel {
     const layout = netHeaderLayout(features, this.#options.revision);
     this.#receiver.start(layout, features);
     this.#transmitter.start(layout, features);
+    this.#filter.start(features, this.#config.mac);
     const hasControl = features.has(Feature.CTRL_VQ);
     // "N=1 if neither VIRTIO_NET_F_MQ nor VIRTIO_NET_F_RSS are negotiated" (5.1.2).
-    this.#controlIndex = hasControl ? PAIR * (features.has(Feature.MQ) ? this.#options.queuePairs : 1) : -1;
+    this.#controlIndex = hasControl
+      ? PAIR * (features.hasAny(Feature.MQ, Feature.RSS) ? this.#options.queuePairs : 1)
+      : -1;
     for (let pair = 0; pair < this.#options.queuePairs; pair++) {
       const index = PAIR * pair;
       this.#receiver.attach(pair, index === this.#controlIndex ? null : this.#queues[index]);
@@ -151,7 +167,11 @@ export class NetDevice implements DeviceModel {
     this.#controlIndex = -1;
     this.#receiver.stop();
     this.#transmitter.stop();
-    this.#steering.pairs = 1;
+    this.#steering.clear();
+    this.#coalescer.clear();
+    this.#statistics.clear();
+    this.#config.mac = this.#options.mac;
+    this.#config.announce = false;
     this.admin?.clear();
   }
 
@@ -164,13 +184,27 @@ export class NetDevice implements DeviceModel {
     this.#options.link.close();
   }
 
+  /** A notification of the driver for queue `index`. */
+  notified(index: number): void {
+    if (index < this.#queues.length) this.#statistics.add(index, Stat.notifications, 1);
+  }
+
+  /** Asks the driver to announce its addresses, when it can (5.1.9.5.4). */
+  announce(): void {
+    if (this.#features?.has(Feature.GUEST_ANNOUNCE) !== true) return;
+    this.#config.announce = true;
+    this.#function.configChanged();
+  }
+
   attachQueue(queue: DeviceQueue): void {
+    this.#coalescer.forget(queue.index);
     this.#queues[queue.index]?.close();
     this.#queues[queue.index] = queue;
     if (this.#features !== null && this.#isReceive(queue.index)) this.#receiver.attach(queue.index / PAIR, queue);
   }
 
   detachQueue(index: number): void {
+    this.#coalescer.forget(index);
     this.#queues[index]?.close();
     this.#queues[index] = null;
     if (this.#isReceive(index)) this.#receiver.attach(index / PAIR, null);
@@ -193,6 +227,7 @@ export class NetDevice implements DeviceModel {
       const rx = this.#queues[PAIR * pair];
       if (rx !== null && rx.index !== this.#controlIndex) work += this.#finish(rx, this.#receiver.poll(pair));
     }
+    this.#coalescer.expire(false);
     const { faults } = this.#function;
     if (faults.size > 0) this.#misbehave();
     return work;
@@ -214,9 +249,20 @@ export class NetDevice implements DeviceModel {
 
   /** hot: shows what was done to a queue, notifies, and fails the function when the queue is broken. */
   #finish(queue: DeviceQueue, work: number): number {
-    if (queue.publish()) this.#function.interruptQueue(queue.index);
+    const wanted = queue.publish();
+    if (queue.index < PAIR * this.#options.queuePairs && queue.index !== this.#controlIndex) {
+      if (work > 0 || wanted) this.#coalescer.used(queue.index, work, wanted);
+    } else if (wanted) {
+      this.#interrupt(queue.index);
+    }
     if (queue.broken !== null) this.#function.fail(queue.broken);
     return work;
+  }
+
+  /** hot: a used buffer notification. */
+  #interrupt(index: number): void {
+    this.#statistics.add(index, Stat.interrupts, 1);
+    this.#function.interruptQueue(index);
   }
 
   /** Asks the driver not to notify: we look anyway. */
@@ -228,6 +274,7 @@ export class NetDevice implements DeviceModel {
   arm(): boolean {
     if (this.#features === null || !this.#function.isLive) return false;
     let ready = false;
+    this.#coalescer.expire(true);
     for (const [index, queue] of this.#queues.entries()) {
       if (queue === null) continue;
       if (this.#isReceive(index)) {
@@ -246,11 +293,53 @@ export class NetDevice implements DeviceModel {
     return index < PAIR * this.#options.queuePairs && index % PAIR === 0 && index !== this.#controlIndex;
   }
 
-  #setPairs(pairs: number): boolean {
-    const allowed = this.#features?.has(Feature.MQ) === true ? this.#options.queuePairs : 1;
-    if (pairs < 1 || pairs > allowed) return false;
-    this.#steering.pairs = pairs;
-    return true;
+  /** What control commands change. */
+  #controlTarget(): ControlTarget {
+    const device = this;
+    return {
+      filter: this.#filter,
+      coalescer: this.#coalescer,
+      statistics: this.#statistics,
+      get features() {
+        return device.#features ?? FeatureSet.empty;
+      },
+      // The control queue stands behind them.
+      get dataQueues() {
+        return device.#controlIndex;
+      },
+      isEnabled: (queue) => this.#queues[queue] !== null,
+      setPairs: (pairs) => {
+        if (pairs < 1 || pairs > this.#options.queuePairs) return false;
+        this.#steering.pairs = pairs;
+        return true;
+      },
+      setRss: (config) => {
+        const isPair = (pair: number) => pair < this.#options.queuePairs && this.#queues[PAIR * pair] !== null;
+        const { indirectionTable, unclassifiedQueue, maxTransmitQueues } = config;
+        if (!isHashConfig(config) || indirectionTable.length > RSS_TABLE_LENGTH) return false;
+        if (!isPair(unclassifiedQueue) || !indirectionTable.every(isPair)) return false;
+        if (maxTransmitQueues < 1 || maxTransmitQueues > this.#options.queuePairs) return false;
+        this.#steering.setRss(config);
+        return true;
+      },
+      setHash: (config) => {
+        if (isHashConfig(config)) this.#steering.setHash(config);
+        return isHashConfig(config);
+      },
+      setMac: (mac) => {
+        this.#filter.mac = mac;
+        if (this.#features?.has(Feature.MAC) === true) this.#config.mac = mac;
+      },
+      announced: () => {
+        this.#config.announce = false;
+      },
+      // Nothing is received that GUEST_CSUM, the only one offered, would allow.
+      setOffloads: (bits) => bits === 0 || (bits === 2 ** Feature.GUEST_CSUM && this.#hasChecksums()),
+    };
+  }
+
+  #hasChecksums(): boolean {
+    return this.#features?.has(Feature.GUEST_CSUM) === true;
   }
 
   #linkChanged(): void {
@@ -265,4 +354,8 @@ export class NetDevice implements DeviceModel {
     if (faults.has('dies-on-traffic') && this.counters[NetCounter.txPackets] >= 100)
       process.kill(process.pid, 'SIGKILL');
   }
+}
+
+function isHashConfig({ hashTypes, key }: HashConfig): boolean {
+  return (hashTypes & ~SUPPORTED_HASH_TYPES) === 0 && key.length <= TOEPLITZ_KEY_LENGTH;
 }

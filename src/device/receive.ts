@@ -6,7 +6,7 @@
  * The header is written into the headroom of the packet, so that header and frame are one copy into the driver's
  * buffer. Frames for which there is no buffer wait in a short backlog.
  *
- * Left out: MAC and VLAN filters (not offered: the function is promiscuous), GSO, hash reports.
+ * Left out: GSO: a frame comes in as it was on the link.
  */
 import { Verdict } from '../fallback/verdict.ts';
 import { Ethernet, EtherType, Vlan } from '../packet/fields.ts';
@@ -31,7 +31,9 @@ import { NO_MATCH } from './flow-matcher.ts';
 import { etherTypeOf, isIpFrame } from './frames.ts';
 import { type DeviceIpsec, isUntouched } from './ipsec.ts';
 import { type FrameSink, LINK_BURST } from './links/link.ts';
+import { type QueueStatistics, Stat } from './queue-statistics.ts';
 import { type DeviceQueue, NO_BUFFER } from './queues.ts';
+import type { ReceiveFilter } from './rx-filter.ts';
 import type { Steering } from './steering.ts';
 
 /** Frames that wait for a receive buffer, for each queue; a power of two. */
@@ -50,6 +52,8 @@ export interface ReceiverOptions {
   readonly flowFilter: FlowFilter | null;
   readonly counters: Float64Array;
   readonly steering: Steering;
+  readonly receiveFilter: ReceiveFilter;
+  readonly statistics: QueueStatistics;
   readonly mtu: number;
   readonly faults: FaultSet;
   /** Whether the driver is ready. */
@@ -86,6 +90,7 @@ export class Receiver implements FrameSink {
   #layout: NetHeaderLayout | null = null;
   #mergeable = false;
   #limitMtu = false;
+  #reportsHash = false;
 
   constructor(options: ReceiverOptions, pairs: number) {
     this.#options = options;
@@ -162,9 +167,8 @@ export class Receiver implements FrameSink {
       const packet = packets[from + i];
       let target = this.#targets[i];
       if (target === Target.drop) continue;
-      if (target === Target.steer) {
-        target = this.#options.steering.pick(pool.u8, pool.offset[packet], pool.length[packet]);
-      }
+      if (target === Target.steer) target = this.#options.steering.pick(pool, packet);
+      else if (this.#reportsHash) this.#options.steering.calculate(pool, packet);
       this.#enqueue(target, packet);
     }
     pool.free(this.#dropped, this.#drops);
@@ -173,14 +177,20 @@ export class Receiver implements FrameSink {
   /** hot: applies the flow filter; returns how many frames are to go through IPsec. */
   #filter(packets: Uint32Array, from: number, n: number): number {
     const filter = this.#options.flowFilter;
-    if (filter === null || filter.size === 0) {
-      for (let i = 0; i < n; i++) this.#targets[i] = Target.steer;
-      return 0;
-    }
+    const { receiveFilter } = this.#options;
+    const isEmpty = filter === null || filter.size === 0;
     let toOpen = 0;
     for (let i = 0; i < n; i++) {
       const packet = packets[from + i];
       const at = this.#pool.offset[packet];
+      if (!receiveFilter.accepts(this.#pool.u8, at)) {
+        this.#drop(i, packet, NetCounter.rxNotForUs);
+        continue;
+      }
+      if (isEmpty) {
+        this.#targets[i] = Target.steer;
+        continue;
+      }
       const rule = filter.match(this.#pool.u8, at, this.#pool.length[packet]);
       const action = rule === NO_MATCH ? 0 : filter.action(rule);
       const isIpsec = action === FlowFilterAction.ipsec || action === FlowFilterAction.ipsecRecirculate;
@@ -210,8 +220,9 @@ export class Receiver implements FrameSink {
     const filter = this.#options.flowFilter;
     const pair = filter === null ? 0 : filter.queueIndex(rule) >>> 1;
     // "if the receive virtqueue is reset, the device MUST drop such packets" (5.1.9.6.4).
-    if (pair >= this.#queues.length || this.#queues[pair] === null) this.#drop(i, packet, NetCounter.rxNoQueue);
-    else this.#targets[i] = pair;
+    if (pair < this.#queues.length && this.#queues[pair] !== null) this.#targets[i] = pair;
+    else if (this.#options.faults.has('flow-reset-queue-steers')) this.#targets[i] = Target.steer;
+    else this.#drop(i, packet, NetCounter.rxNoQueue);
   }
 
   /** hot: */
@@ -253,6 +264,8 @@ export class Receiver implements FrameSink {
     const backlog = this.#backlogs[pair];
     if (backlog.count === BACKLOG || this.#queues[pair] === null) {
       this.#counters[NetCounter.rxNoBuffer]++;
+      this.#options.statistics.add(2 * pair, Stat.drops, 1);
+      this.#options.statistics.add(2 * pair, Stat.special, 1);
       this.#dropped[this.#drops++] = packet;
       return;
     }
@@ -269,6 +282,8 @@ export class Receiver implements FrameSink {
     const layout = this.#layout;
     if (queue === null || layout === null || backlog.count === 0) return 0;
     let moved = 0;
+    const packetsBefore = this.#counters[NetCounter.rxPackets];
+    const bytesBefore = this.#counters[NetCounter.rxBytes];
     while (moved < BURST && backlog.count > 0) {
       const packet = backlog.packets[backlog.head];
       this.#tooFew[pair] = 0;
@@ -278,6 +293,12 @@ export class Receiver implements FrameSink {
       this.#done[moved++] = packet;
     }
     this.#pool.free(this.#done, moved);
+    const { statistics } = this.#options;
+    const delivered = this.#counters[NetCounter.rxPackets] - packetsBefore;
+    statistics.add(queue.index, Stat.packets, delivered);
+    statistics.add(queue.index, Stat.bytes, this.#counters[NetCounter.rxBytes] - bytesBefore);
+    statistics.add(queue.index, Stat.rxChecksumNone, delivered);
+    statistics.add(queue.index, Stat.drops, moved - delivered);
     return moved;
   }
 

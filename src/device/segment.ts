@@ -38,8 +38,9 @@ export class Segmenter {
   headers = 0;
   size = 0;
   readonly #u8: Uint8Array;
+  /** Bytes of the packet. */
+  length = 0;
   #at = 0;
-  #length = 0;
   #segments = 0;
   #isUdp = false;
   #isIpv6 = false;
@@ -55,7 +56,7 @@ export class Segmenter {
   /** hot: how many segments the `length` bytes at `at` become as `header` wants; 0 when they cannot or may not. `types` are those negotiated. */
   plan(header: NetHeader, types: number, at: number, length: number): number {
     this.#at = at;
-    this.#length = length;
+    this.length = length;
     this.#isUdp = header.gsoType === GsoType.UDP_L4;
     const isAsked = (header.flags & NetHeaderFlag.NEEDS_CSUM) !== 0 && header.gsoSize > 0;
     if (!isAsked || !isAmong(header.gsoType, types)) return 0;
@@ -88,7 +89,7 @@ export class Segmenter {
     if (type !== EtherType.ipv4 && type !== EtherType.ipv6) return false;
     const version = this.#u8[this.#at + this.#ip] >>> 4;
     return (
-      version === (this.#isIpv6 ? 6 : 4) && this.#ip + (this.#isIpv6 ? Ipv6.length : Ipv4.minLength) <= this.#length
+      version === (this.#isIpv6 ? 6 : 4) && this.#ip + (this.#isIpv6 ? Ipv6.length : Ipv4.minLength) <= this.length
     );
   }
 
@@ -109,7 +110,7 @@ export class Segmenter {
     for (let i = 0; i < MAX_EXTENSIONS && next !== wanted; i++) {
       if (next !== IpProtocol.hopByHop && next !== IpProtocol.routing && next !== IpProtocol.destinationOptions)
         return false;
-      if (at + Ipv6Extension.unit > this.#length) return false;
+      if (at + Ipv6Extension.unit > this.length) return false;
       next = u8[this.#at + at + Ipv6Extension.nextHeader];
       at += (u8[this.#at + at + Ipv6Extension.lengthUnits] + 1) * Ipv6Extension.unit;
     }
@@ -126,7 +127,7 @@ export class Segmenter {
   cut(k: number, to: number): number {
     const u8 = this.#u8;
     const from = this.#at + this.headers + k * this.size;
-    const bytes = Math.min(this.size, this.#length - this.headers - k * this.size);
+    const bytes = Math.min(this.size, this.length - this.headers - k * this.size);
     u8.copyWithin(to, this.#at, this.#at + this.headers);
     u8.copyWithin(to + this.headers, from, from + bytes);
     const length = this.headers + bytes;

@@ -1,11 +1,15 @@
 /**
- * Automatic receive steering (Virtio 1.4, 5.1.9.5.6): frames of a flow come in on the receive queue whose transmit
- * queue the flow last went out on; frames of other flows on a queue that their hash picks.
+ * Which receive queue a frame comes in on. Automatic receive steering (Virtio 1.4, 5.1.9.5.6): the one whose transmit queue the
+ * flow last went out on; frames of other flows on a queue that their hash picks. Receive-side scaling (5.1.9.5.7): the entry of
+ * the indirection table that the Toeplitz hash picks. The last command of the driver decides which of the two.
  *
  * A flow is a pair of addresses and a pair of ports, whichever direction. The table has no collision handling: two
  * flows that share an entry share a queue, which the standard allows.
  */
 import { Ethernet, EtherType, IpProtocol, Ipv4, Ipv4Fragment, Ipv6 } from '../packet/fields.ts';
+import type { PacketPool } from '../packet/pool.ts';
+import type { HashConfig, RssConfig } from '../virtio-net/control-wire.ts';
+import { RssHash } from '../virtio-net/toeplitz.ts';
 
 const ENTRIES = 4096;
 const NONE = 0xff;
@@ -15,6 +19,29 @@ export class Steering {
   /** Queue pair by flow hash. */
   readonly #pairs = new Uint8Array(ENTRIES).fill(NONE);
   #inUse = 1;
+  readonly #hash = new RssHash();
+  /** Whether frames are hashed; and by what they are steered, null for automatically. */
+  #hashes = false;
+  #rss: RssConfig | null = null;
+
+  /** As after a reset. */
+  clear(): void {
+    this.pairs = 1;
+    this.#hashes = false;
+  }
+
+  /** Receive-side scaling from now on; the numbers in `config` are checked. */
+  setRss(config: RssConfig): void {
+    this.#inUse = Math.max(config.maxTransmitQueues, ...config.indirectionTable.map((pair) => pair + 1));
+    this.#inUse = Math.max(this.#inUse, config.unclassifiedQueue + 1);
+    this.#rss = config;
+    this.setHash(config);
+  }
+
+  setHash({ hashTypes, key }: HashConfig): void {
+    this.#hash.configure(hashTypes, key);
+    this.#hashes = true;
+  }
 
   /** Queue pairs in use: 1 after a reset (5.1.9.5.6). */
   get pairs(): number {
@@ -23,6 +50,7 @@ export class Steering {
 
   set pairs(count: number) {
     this.#inUse = count;
+    this.#rss = null;
     this.#pairs.fill(NONE);
   }
 
@@ -31,12 +59,26 @@ export class Steering {
     if (this.#inUse > 1) this.#pairs[flowHash(u8, at, length) & (ENTRIES - 1)] = pair;
   }
 
-  /** hot: the receive queue for a frame. */
-  pick(u8: Uint8Array, at: number, length: number): number {
+  /** hot: the receive queue for a frame. Its hash, when it is to be reported, goes into the pool. */
+  pick(pool: PacketPool, packet: number): number {
+    if (this.#hashes) this.calculate(pool, packet);
+    const rss = this.#rss;
+    if (rss !== null) {
+      const table = rss.indirectionTable;
+      if (this.#hash.report === 0) return rss.unclassifiedQueue;
+      return table[this.#hash.value & (table.length - 1)];
+    }
     if (this.#inUse === 1) return 0;
-    const hash = flowHash(u8, at, length);
+    const hash = flowHash(pool.u8, pool.offset[packet], pool.length[packet]);
     const pair = this.#pairs[hash & (ENTRIES - 1)];
     return pair < this.#inUse ? pair : hash % this.#inUse;
+  }
+
+  /** hot: the hash of a frame, into the pool. */
+  calculate(pool: PacketPool, packet: number): void {
+    if (this.#hashes) this.#hash.hash(pool.u8, pool.offset[packet], pool.length[packet]);
+    pool.hash[packet] = this.#hash.value;
+    pool.hashReport[packet] = this.#hashes ? this.#hash.report : 0;
   }
 }
 

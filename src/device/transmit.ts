@@ -29,6 +29,7 @@ import type { FaultSet } from './faults.ts';
 import { isIpFrame } from './frames.ts';
 import type { DeviceIpsec } from './ipsec.ts';
 import type { Link } from './links/link.ts';
+import { type QueueStatistics, Stat } from './queue-statistics.ts';
 import { type DeviceQueue, NO_BUFFER } from './queues.ts';
 import { MAX_LARGE_FRAME, MAX_SEGMENTS, Segmenter } from './segment.ts';
 import type { Steering } from './steering.ts';
@@ -47,6 +48,7 @@ export interface TransmitterOptions {
   readonly link: Link;
   readonly counters: Float64Array;
   readonly steering: Steering;
+  readonly statistics: QueueStatistics;
   /** Bytes of the largest frame. */
   readonly maxFrame: number;
   readonly faults: FaultSet;
@@ -75,6 +77,9 @@ export class Transmitter {
   #layout: NetHeaderLayout | null = null;
   #checksums = false;
   #gsoTypes = 0;
+  /** The queue that is polled, and its packets so far whose checksum was left to the device. */
+  #queue = 0;
+  #checksummed = 0;
 
   constructor(options: TransmitterOptions) {
     this.#options = options;
@@ -122,6 +127,13 @@ export class Transmitter {
     this.#ready = 0;
     this.#secured = false;
     let left = room;
+    const { statistics } = this.#options;
+    const packetsBefore = this.#counters[NetCounter.txPackets];
+    const bytesBefore = this.#counters[NetCounter.txBytes];
+    const malformedBefore = this.#counters[NetCounter.txLength];
+    let lost = 0;
+    this.#queue = queue.index;
+    this.#checksummed = 0;
     for (; taken < got; taken++) {
       const id = queue.take();
       if (id === NO_BUFFER) break;
@@ -137,12 +149,19 @@ export class Transmitter {
       if (count === Fate.whole) this.#emit(packet, pair);
       else this.#dropped[drops++] = packet;
       if (count > 0) this.#segment(count, pair);
+      if (count === Fate.dropped) lost++;
       left -= Math.abs(count);
     }
     for (let i = taken; i < got; i++) this.#fresh[i - taken] = this.#fresh[i];
     this.#pool.free(this.#fresh, got - taken);
     this.#pool.free(this.#dropped, drops);
     this.#flush();
+    statistics.add(queue.index, Stat.packets, this.#counters[NetCounter.txPackets] - packetsBefore);
+    statistics.add(queue.index, Stat.bytes, this.#counters[NetCounter.txBytes] - bytesBefore);
+    statistics.add(queue.index, Stat.drops, lost);
+    statistics.add(queue.index, Stat.special, this.#counters[NetCounter.txLength] - malformedBefore);
+    statistics.add(queue.index, Stat.txNeedsChecksum, this.#checksummed);
+    statistics.add(queue.index, Stat.txChecksumNone, taken - this.#checksummed);
     return taken;
   }
 
@@ -185,16 +204,24 @@ export class Transmitter {
   /** hot: emits the `count` segments of the planned packet, for which the pool has room. */
   #segment(count: number, pair: number): void {
     const pool = this.#pool;
+    const { statistics } = this.#options;
+    this.#checksummed++;
     const isSecured = (this.#header.flags & NetHeaderFlag.SECURITY) !== 0;
     const handle = isSecured ? this.#outboundHandle() : 0;
     if (isSecured && handle === 0) return;
     pool.allocate(this.#segments, count);
+    let segmentBytes = 0;
     for (let k = 0; k < count; k++) {
       const packet = this.#segments[k];
       pool.length[packet] = this.#segmenter.cut(k, pool.offset[packet]);
       pool.sa[packet] = handle;
+      segmentBytes += pool.length[packet];
       this.#emit(packet, pair);
     }
+    statistics.add(this.#queue, Stat.txGsoPackets, 1);
+    statistics.add(this.#queue, Stat.txGsoBytes, this.#segmenter.length);
+    statistics.add(this.#queue, Stat.txGsoSegments, count);
+    statistics.add(this.#queue, Stat.txGsoSegmentBytes, segmentBytes);
     this.#counters[NetCounter.txSegmented]++;
     this.#counters[NetCounter.txSegments] += count;
   }
@@ -252,6 +279,7 @@ export class Transmitter {
     const start = this.#header.csumStart;
     const place = start + this.#header.csumOffset;
     if (!this.#checksums || start >= length || place + 2 > length) return false;
+    this.#checksummed++;
     const u8 = this.#pool.u8;
     // A result of zero means "no checksum" to UDP, and 0xffff is the same number.
     const value = finish(addBytes(u8, at + start, length - start, 0)) || 0xffff;

@@ -447,7 +447,7 @@ describe('the administration queue', () => {
   it('is not there without ADMIN_VQ', async () => {
     const [path] = start();
     const net = await open(path, { features: FeatureSet.of(Feature.VERSION_1) });
-    await net.driver.write(0x16, 2, 2);
+    await net.driver.write(0x16, 2, 3);
     expect(await net.driver.read(0x18, 2)).toBe(0);
   });
 

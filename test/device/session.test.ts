@@ -204,7 +204,7 @@ describe('a session', () => {
     expect(await client.read(0, F.numQueues, 2)).toBe(0xffff);
     await client.write(0, F.deviceStatus, 1, 1);
     await client.write(CONFIG, 4, 2, 2);
-    expect(await client.read(0, F.numQueues, 2)).toBe(2);
+    expect(await client.read(0, F.numQueues, 2)).toBe(3);
     expect(await client.read(0, F.deviceStatus, 1)).toBe(0);
   });
 

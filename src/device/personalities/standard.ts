@@ -126,7 +126,21 @@ export function offeredFeatures(options: PersonalityOptions): FeatureSet {
     F.SPEED_DUPLEX,
   );
   if (options.rings !== 'split') offered = offered.with(F.RING_PACKED);
-  if (options.queuePairs > 1) offered = offered.with(F.CTRL_VQ, F.MQ);
+  offered = offered.with(
+    F.CTRL_VQ,
+    F.CTRL_RX,
+    F.CTRL_RX_EXTRA,
+    F.CTRL_VLAN,
+    F.CTRL_MAC_ADDR,
+    F.CTRL_GUEST_OFFLOADS,
+    F.GUEST_ANNOUNCE,
+    F.NOTF_COAL,
+    F.VQ_NOTF_COAL,
+    F.DEVICE_STATS,
+    F.HASH_REPORT,
+    F.RSS,
+  );
+  if (options.queuePairs > 1) offered = offered.with(F.MQ);
   if (!options.ipsec) return offered;
   offered = offered.with(F.ADMIN_VQ, F.IPSEC);
   return options.wire === 'virtio-1.4' ? offered.with(F.OUT_NET_HEADER) : offered;
