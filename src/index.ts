@@ -13,12 +13,20 @@ export {
   VirtioError,
 } from './errors.ts';
 export type { EngineName } from './fallback/engines/engine.ts';
+export {
+  type EsnState,
+  InlineCrypto,
+  type InlineCryptoCounters,
+  type InlineCryptoOptions,
+  type InlineCryptoParameters,
+} from './fallback/inline-crypto.ts';
 export { type SaCounters, type SaEvent, SoftwareIpsec, type SoftwareIpsecOptions } from './fallback/software.ts';
 export { VERDICTS, Verdict, verdictNames } from './fallback/verdict.ts';
 export { algorithmNames, type InlineCapability, modeName, optionNamesOf } from './ipsec/capability.ts';
 export type {
   AddSaOptions,
   Ipsec,
+  KeyReservation,
   RedactedSaObject,
   SaEvents,
   SaHandle,
@@ -54,6 +62,34 @@ export type {
 export { loadSaFile, parseSaDocument, type SaFile } from './ipsec/sa-file.ts';
 export { SecretBytes } from './ipsec/secret.ts';
 export { type SecurityAssociationInput, validateSa, validateSas } from './ipsec/validate.ts';
+// ESP actions in the shape of the RDMA verbs.
+export type {
+  EncapIpv4Ext,
+  EncapIpv6,
+  EspAttr,
+  EspEncap,
+  EspKeymatAesGcm,
+  FlowActionEspAttributes,
+  FlowActionEspModify,
+} from './ipsec/verbs/attributes.ts';
+export { createFlowActionEsp, type FlowActionEsp, type VerbsNic } from './ipsec/verbs/flow-action.ts';
+export {
+  type Flow,
+  type FlowOptions,
+  type FlowSpec,
+  FlowTable,
+  type IpSpec,
+  type PortSpec,
+} from './ipsec/verbs/flow-table.ts';
+export {
+  EspFlag,
+  EspKeymat,
+  EspMask,
+  EspReplay,
+  FlowSpecType,
+  Ipv4SpecFlag,
+  IvAlgorithm,
+} from './ipsec/verbs/numbers.ts';
 export { type Nic, type NicLink, openNic } from './nic.ts';
 export { isPortAddress, openFunction, openPort } from './nic-device.ts';
 export type { NicOffloads } from './nic-offloads.ts';

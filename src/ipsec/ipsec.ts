@@ -88,6 +88,12 @@ export interface SaHandle {
   off<E extends keyof SaEvents>(event: E, listener: (...args: SaEvents[E]) => void): this;
 }
 
+/** A key whose nonces somebody counts outside of an SA. */
+export interface KeyReservation {
+  /** It is over: explicit IVs below `nextIv` have been used. */
+  release(nextIv: bigint): void;
+}
+
 export interface AddSaOptions {
   /** Refuse the SA rather than place it elsewhere. */
   readonly require?: Where;
@@ -107,6 +113,13 @@ export interface Ipsec {
   get(handle: number): SaHandle | undefined;
   /** All SAs, oldest first. */
   list(): SaHandle[];
+  /**
+   * Reserves the key and salt of `sa` for somebody who encrypts with them and counts IVs up from 0. No SA gets them meanwhile, and none
+   * afterwards that would repeat an IV. Throws IpsecError `NONCE_REUSE`, those of validation.
+   */
+  reserveKey(sa: SecurityAssociationInput): KeyReservation;
+  /** Calls `listener` when the NIC ends and with it all SAs, for whoever has keys of its own to wipe. Returns how to stop. */
+  onClose(listener: () => void): () => void;
   /** Calls `listener` with what happens to any SA, as `SaHandle.on` does for one. Returns how to stop. */
   onSaEvent(listener: (notification: SaNotification) => void): () => void;
 }

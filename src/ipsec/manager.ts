@@ -12,7 +12,16 @@ import { Ipv4, Ipv6 } from '../packet/fields.ts';
 import { ObjectIds } from '../virtio/object-ids.ts';
 import { type InlineCapability, whyNotInline } from './capability.ts';
 import type { InlineIpsec } from './inline.ts';
-import type { AddSaOptions, Ipsec, RedactedSaObject, SaEvents, SaHandle, SaNotification, SaTraffic } from './ipsec.ts';
+import type {
+  AddSaOptions,
+  Ipsec,
+  KeyReservation,
+  RedactedSaObject,
+  SaEvents,
+  SaHandle,
+  SaNotification,
+  SaTraffic,
+} from './ipsec.ts';
 import { ManagedSa } from './managed-sa.ts';
 import { type MoveOptions, type MoveParts, moveSa } from './move.ts';
 import type { NonceClaim, NonceGuard } from './nonce-guard.ts';
@@ -60,6 +69,7 @@ export class IpsecManager implements Ipsec {
   /** Protocol and SPI of software inbound SAs, and how many have them. */
   readonly #softwareInbound = new Map<string, number>();
   readonly #listeners = new Set<(notification: SaNotification) => void>();
+  readonly #closeListeners = new Set<() => void>();
   #closed: VipsecError | null = null;
 
   constructor(options: IpsecManagerOptions) {
@@ -340,6 +350,7 @@ export class IpsecManager implements Ipsec {
       else managed.claim.release();
     }
     this.#sas.clear();
+    for (const listener of [...this.#closeListeners]) listener();
     this.software?.close();
     this.software = null;
     this.#options.guard.close();
@@ -353,6 +364,24 @@ export class IpsecManager implements Ipsec {
       managed.tell(event, args);
       for (const listener of this.#listeners) listener({ sa: managed, event, limit: args[0] ?? null });
     });
+  }
+
+  reserveKey(input: SecurityAssociationInput): KeyReservation {
+    if (this.#closed !== null) throw this.#closed;
+    const sa = validateSa(input);
+    try {
+      // The first packet's IV is 0, one behind its sequence number.
+      const initial = { sequence: 1n, iv: new Uint8Array(8) };
+      const claim = this.#options.guard.claim({ ...sa, initial, options: { ...sa.options, esn: true } }, 'software');
+      return { release: (nextIv) => claim.release(nextIv + 1n) };
+    } finally {
+      wipeKeys(sa);
+    }
+  }
+
+  onClose(listener: () => void): () => void {
+    this.#closeListeners.add(listener);
+    return () => this.#closeListeners.delete(listener);
   }
 
   onSaEvent(listener: (notification: SaNotification) => void): () => void {
