@@ -100,9 +100,9 @@ describe('actions of the verbs on a device', () => {
       expect(numbers).toEqual([...Array(30).keys()].map((i) => (i % 15) + 1));
 
       // What is refused leaves everything as it is.
-      await expect(action.modify({ espAttr: { ...next.espAttr, hardLimitPkts: 5n } })).rejects.toThrow(
-        expect.objectContaining({ code: 'NONCE_REUSE' }),
-      );
+      const farther = { type: FlowSpecType.ipv4Ext, val: { ...encap[0].val, ttl: 9 } } as const;
+      const asked = action.modify({ espEncap: [farther] });
+      await expect(asked).rejects.toThrow(expect.objectContaining({ code: 'NONCE_REUSE' }));
       await through(web.slice(0, 5), () => inbound.sa);
       expect(a.ipsec.list()).toHaveLength(1);
       expect(b.ipsec.list()).toHaveLength(1);
