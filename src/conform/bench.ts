@@ -27,6 +27,8 @@ export interface UpOptions {
   /** MSI-X: vector 0 for configuration changes, 1 for receiving, 2 for sending. */
   readonly vectors?: boolean;
   readonly rx?: { readonly count?: number; readonly size?: number; readonly split?: number };
+  /** Indices of further queues to enable. */
+  readonly queues?: readonly number[];
   /** Leave DRIVER_OK to the check. */
   readonly stopped?: boolean;
 }
@@ -100,6 +102,7 @@ export class Bench {
     const queue = { size: options.size ?? 64, eventIdx };
     driver.addQueue(0, { ...queue, vector: vectors ? 1 : NO_VECTOR });
     driver.addQueue(1, { ...queue, vector: vectors ? 2 : NO_VECTOR });
+    for (const index of options.queues ?? []) driver.addQueue(index, queue);
     if (features.has(Feature.ADMIN_VQ)) this.addAdmin(driver, eventIdx);
     if (options.stopped === true) return driver;
     driver.start();
@@ -134,8 +137,11 @@ export class Bench {
   /** LIST_USE of all commands, and all capabilities set as the device has them, or to `limits`. */
   async useAll(driver: Driver, limits: Limits = {}): Promise<void> {
     const admin = this.console(driver);
-    await useCommands(admin);
-    await useCapabilities(admin, await offeredCapabilities(admin), limits);
+    await admin.quietly(async () => {
+      await useCommands(admin);
+      await useCapabilities(admin, await offeredCapabilities(admin), limits);
+    });
+    this.log('all commands and capabilities in use');
   }
 
   /** Brings the device up with receive buffers, and its link's other side. Throws `Untestable` when there is none. */

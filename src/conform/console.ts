@@ -4,6 +4,7 @@
 import {
   AdminGroup,
   AdminOpcode,
+  AdminStatus,
   adminOpcodeName,
   adminPartLength,
   adminQualifierName,
@@ -66,6 +67,8 @@ export class AdminConsole {
   /** QUERY and MODIFY: the standard contradicts itself (spec-notes, 13). */
   queryOpcode: number = AdminOpcode.RESOURCE_OBJ_QUERY;
   modifyOpcode: number = AdminOpcode.RESOURCE_OBJ_MODIFY;
+  /** Whether commands that succeed are left out of the report. */
+  #quiet = false;
   readonly #target: Target;
   readonly #patience: Patience;
   readonly #log: (line: string) => void;
@@ -88,6 +91,17 @@ export class AdminConsole {
     this.#reply = target.allocate(REPLY);
   }
 
+  /** Does something that is no part of what a check is about. */
+  async quietly<T>(work: () => Promise<T>): Promise<T> {
+    const before = this.#quiet;
+    this.#quiet = true;
+    try {
+      return await work();
+    } finally {
+      this.#quiet = before;
+    }
+  }
+
   /** Sends any bytes, and takes a reply of up to `writable` bytes. */
   async raw(bytes: Uint8Array, writable: number, name: string, split = 1): Promise<Reply> {
     const { u8 } = this.#target.memory;
@@ -108,7 +122,8 @@ export class AdminConsole {
     if (length > writable) throw new Failed(`${name}: used length ${length} of a buffer of ${writable} bytes`);
     const { status, qualifier, result } = decodeAdminReply(bytes.subarray(0, length));
     const reply = { name, status, qualifier, result, length, bytes };
-    this.#log(`${name} → ${outcome(reply)}${result.length > 0 ? `, ${result.length} bytes` : ''}`);
+    if (!this.#quiet || status !== AdminStatus.OK)
+      this.#log(`${name} → ${outcome(reply)}${result.length > 0 ? `, ${result.length} bytes` : ''}`);
     return reply;
   }
 

@@ -7,9 +7,12 @@
 import type { Check } from './check.ts';
 import { adminChecks } from './checks/admin.ts';
 import { capabilityChecks } from './checks/capabilities.ts';
+import { flowFilterChecks } from './checks/flow-filter.ts';
 import { headerChecks } from './checks/header.ts';
 import { initChecks } from './checks/init.ts';
 import { interruptChecks } from './checks/interrupts.ts';
+import { ipsecChecks } from './checks/ipsec.ts';
+import { ipsecTrafficChecks } from './checks/ipsec-traffic.ts';
 import { objectChecks } from './checks/objects.ts';
 import { pciChecks } from './checks/pci.ts';
 import { queueChecks } from './checks/queues.ts';
@@ -38,5 +41,8 @@ export const CHECKS: readonly Check[] = [
   ...adminChecks,
   ...capabilityChecks,
   ...objectChecks,
+  ...flowFilterChecks,
+  ...ipsecChecks,
+  ...ipsecTrafficChecks,
   ...headerChecks,
 ];

@@ -52,7 +52,11 @@ export async function useCommands(admin: AdminConsole): Promise<readonly number[
 }
 
 /** CAP_ID_LIST_QUERY, and DEVICE_CAP_GET of each capability that concerns a network device. */
-export async function offeredCapabilities(admin: AdminConsole): Promise<Offer> {
+export function offeredCapabilities(admin: AdminConsole): Promise<Offer> {
+  return admin.quietly(() => readCapabilities(admin));
+}
+
+async function readCapabilities(admin: AdminConsole): Promise<Offer> {
   const ids = decodeIdList(succeeded(await admin.capabilityIds()));
   const get = async <T>(id: number, decode: (bytes: Uint8Array) => T, none: T): Promise<T> =>
     ids.includes(id) ? decode(succeeded(await admin.capabilityGet(id))) : none;

@@ -65,7 +65,9 @@ export async function outboundSa(
 ): Promise<SecurityAssociation> {
   const { admin, judge } = secured;
   const sa = makeSa({ ...wish, direction: 'outbound' }, algorithms);
-  judge.add(makeSa({ ...wish, lifetime: {}, direction: 'inbound' }, algorithms));
+  // The other end must not change the packet in its turn.
+  const options = { esn: wish.options?.esn === true };
+  judge.add(makeSa({ ...wish, options, lifetime: {}, direction: 'inbound' }, algorithms));
   succeeded(await admin.create(R.NET_IPSEC_OUTB_SA, id, saBytes(admin.revision, sa, id)));
   return sa;
 }

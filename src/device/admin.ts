@@ -82,8 +82,8 @@ export class AdminProcessor {
 
   constructor(options: AdminOptions) {
     this.#options = options;
-    const { faults, fail } = options;
-    this.#execute = withFaults((call) => this.#run(call), faults, { supported: SUPPORTED, fail });
+    const { faults, fail, revision } = options;
+    this.#execute = withFaults((call) => this.#run(call), faults, { supported: SUPPORTED, revision, fail });
     this.#scratch = options.arena.allocate(COMMAND_MAX);
   }
 

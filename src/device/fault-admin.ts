@@ -3,6 +3,9 @@
  *
  * A rule gets the command and `next`, which executes it, or another, as the device would. It may ask `next` several times.
  */
+import type { WireLayout } from '../ipsec/wire/codec.ts';
+import { rfc202501Layout } from '../ipsec/wire/rfc-2025-01.ts';
+import { virtio14Layout } from '../ipsec/wire/virtio-1.4.ts';
 import {
   type AdminCommand,
   AdminOpcode,
@@ -11,7 +14,9 @@ import {
   CapabilityCommandField,
   encodeIdList,
   ResourceCommandField,
+  ResourceType,
 } from '../virtio/admin-wire.ts';
+import type { WireRevision } from '../virtio/revision.ts';
 import { type CommandResult, failed, OK_RESULT, succeeded } from './command-result.ts';
 import type { FaultName, FaultSet } from './faults.ts';
 
@@ -27,6 +32,7 @@ export type Rule = (call: AdminCall, next: Execute) => CommandResult;
 
 /** What a rule may know of the device. */
 export interface RuleContext {
+  readonly revision: WireRevision;
   readonly supported: readonly number[];
   /** DEVICE_NEEDS_RESET. */
   fail(reason: string): void;
@@ -84,6 +90,28 @@ function isSame(call: AdminCall, next: Execute): boolean {
 function objectName({ data }: AdminCall): string {
   return Buffer.from(data.subarray(ResourceCommandField.type, ResourceCommandField.flags)).toString('hex');
 }
+
+const NOWHERE = -1;
+
+/** A field of `width` bytes of each SA that is created has `value`, whatever the driver says. */
+function saField(
+  field: (at: WireLayout['sa']) => number,
+  width: number,
+  value: number,
+): (context: RuleContext) => Rule {
+  return ({ revision }) =>
+    (call, next) => {
+      const at = field((revision === 'virtio-1.4' ? virtio14Layout : rfc202501Layout).sa);
+      const isSa = call.data[ResourceCommandField.type] >= FIRST_SA_TYPE;
+      if (call.opcode === O.RESOURCE_OBJ_CREATE && isSa && at !== NOWHERE) {
+        call.data.fill(0, ResourceCommandField.object + at, ResourceCommandField.object + at + width);
+        call.data[ResourceCommandField.object + at] = value;
+      }
+      return next(call);
+    };
+}
+/** The lower byte of the type of outbound SAs; that of inbound ones is the next. */
+const FIRST_SA_TYPE = ResourceType.NET_IPSEC_OUTB_SA & 0xff;
 
 /** Makes the rule of each fault, with a state of its own. */
 const RULES: Partial<Record<FaultName, (context: RuleContext) => Rule>> = {
@@ -260,6 +288,10 @@ const RULES: Partial<Record<FaultName, (context: RuleContext) => Rule>> = {
         : result;
     };
   },
+  'ipsec-replay-unchecked': saField((at) => at.replayWindow, 4, 0),
+  'ipsec-replay-always': saField((at) => at.replayWindow, 4, 64),
+  'ipsec-options-ignored': saField((at) => at.options, 8, 0),
+  'ipsec-limits-ignored': saField((at) => at.lifetime?.softPackets ?? NOWHERE, 32, 0),
 };
 
 /** Changes to the bytes of a reply. */

@@ -23,6 +23,8 @@ import {
   SelectorType,
 } from '../virtio-net/flow-filter-wire.ts';
 import { type CommandResult, failed, OK_RESULT } from './command-result.ts';
+import { withFlowFaults } from './fault-flow.ts';
+import { type FaultSet, NO_FAULTS } from './faults.ts';
 import { type MatcherRule, NO_MATCH, RuleMatcher } from './flow-matcher.ts';
 
 /** What the driver may use: its own limits, selectors and actions, out of what the device offers. */
@@ -39,6 +41,7 @@ interface Group {
 }
 
 export class FlowFilter {
+  readonly #faults: FaultSet;
   readonly #groups = new Map<number, Group>();
   readonly #classifiers = new Map<number, FlowClassifier>();
   readonly #rules = new Map<number, FlowRule>();
@@ -49,6 +52,10 @@ export class FlowFilter {
 
   /** Made at the first packet after a change. */
   #matcher: RuleMatcher | null = null;
+
+  constructor(faults: FaultSet = NO_FAULTS) {
+    this.#faults = faults;
+  }
 
   /** hot: number of rules. */
   get size(): number {
@@ -172,7 +179,7 @@ export class FlowFilter {
       groupPriority: this.#groups.get(rule.groupId)?.priority ?? 0,
       selectors: this.#classifiers.get(rule.classifierId)?.selectors ?? [],
     }));
-    this.#matcher = new RuleMatcher(ordered);
+    this.#matcher = new RuleMatcher(withFlowFaults(ordered, this.#faults));
     return this.#matcher;
   }
 
