@@ -5,6 +5,8 @@
 import { AdminCommandError, VfioError, VipsecError, VirtioError } from './errors.ts';
 import { InboundRules } from './ipsec/inbound-rules.ts';
 import { InlineIpsec, type MutableSaTable } from './ipsec/inline.ts';
+import { IpsecCapability } from './ipsec/wire/numbers.ts';
+import { recogniseRevision } from './ipsec/wire/recognise.ts';
 import { ipsecWire } from './ipsec/wire/revisions.ts';
 import type { NicRings } from './nic-rings.ts';
 import type { OpenOptions } from './nic-wire.ts';
@@ -13,6 +15,7 @@ import type { AdminQueue } from './virtio/admin.ts';
 import { AdminOpcode, adminOpcodeName } from './virtio/admin-wire.ts';
 import { Feature, type FeatureSet } from './virtio/features.ts';
 import { findObjectOpcodes } from './virtio/objects.ts';
+import type { WireRevision } from './virtio/revision.ts';
 import { FlowFilter, type FlowGroupHandle } from './virtio-net/flow-filter.ts';
 import { encodeGroup, FlowFilterObject } from './virtio-net/flow-filter-wire.ts';
 
@@ -60,7 +63,9 @@ export async function openInline(parts: InlineParts): Promise<OpenInline> {
     return await useCapabilities(admin, parts);
   } catch (error) {
     const gone = error instanceof VfioError || fn.gone;
-    if (options.ipsec === 'inline' || gone || !(error instanceof VipsecError)) throw error;
+    // With the wrong revision packet headers are wrong too, so software is no way out.
+    const hopeless = gone || !(error instanceof VipsecError) || error.code === 'WIRE_REVISION';
+    if (options.ipsec === 'inline' || hopeless) throw error;
     return without(`${error.message} [${error.code}]`);
   }
 }
@@ -75,6 +80,7 @@ async function useCapabilities(admin: AdminQueue, parts: InlineParts): Promise<O
   }
   await admin.listUse([AdminOpcode.LIST_QUERY, AdminOpcode.LIST_USE, ...OBJECT_COMMANDS]);
   const ids = await admin.capabilityIds();
+  if (ids.includes(IpsecCapability.sa)) await checkRevision(admin, options.wire);
   const flowFilter = await FlowFilter.open(admin, ids);
   if (flowFilter !== null) await learnObjectOpcodes(admin, flowFilter);
   const inline = await InlineIpsec.open(admin, ids, {
@@ -88,6 +94,15 @@ async function useCapabilities(admin: AdminQueue, parts: InlineParts): Promise<O
   });
   if (inline === null) throw new VirtioError('CAPABILITY_MISSING', 'the device has no usable IPsec capabilities');
   return { inline, obstacle: null, flowFilter };
+}
+
+/** A device that speaks the other revision takes every SA, and every packet, for something else. */
+async function checkRevision(admin: AdminQueue, wire: WireRevision): Promise<void> {
+  const spoken = recogniseRevision(await admin.deviceCapability(IpsecCapability.sa));
+  if (spoken === null || spoken === wire) return;
+  throw new VirtioError('WIRE_REVISION', `the device speaks ${spoken}, not ${wire}`, {
+    hint: "Open it with wire: 'auto', or with the revision that it speaks.",
+  });
 }
 
 /**

@@ -23,7 +23,10 @@ export type TxRing = Pick<
   TxQueue,
   'burst' | 'reclaim' | 'room' | 'broken' | 'counters' | 'enableInterrupts' | 'disableInterrupts'
 >;
-export type RxRing = Pick<RxQueue, 'burst' | 'broken' | 'counters' | 'enableInterrupts' | 'disableInterrupts'>;
+export type RxRing = Pick<
+  RxQueue,
+  'burst' | 'networkHeader' | 'broken' | 'counters' | 'enableInterrupts' | 'disableInterrupts'
+>;
 
 /** Packets that are looked at together; no more than one burst of a crypto engine. */
 const CHUNK = 256;
@@ -339,6 +342,14 @@ export class NicRxQueue {
     this.dropped[Verdict.selector]++;
     state.drop(handle, Verdict.selector);
     return false;
+  }
+
+  /**
+   * Where the device says that the IP header of packet `p` begins, in bytes from its start; 0 when it does not say (OUT_NET_HEADER). To be
+   * asked before the packet is changed.
+   */
+  networkHeader(p: number): number {
+    return this.#ring.networkHeader(p);
   }
 
   /** Asks for an interrupt at the next packet; true when one is there already. */

@@ -27,7 +27,7 @@ import {
 } from './vfio/config-space.ts';
 import type { PciFunction } from './vfio/function.ts';
 import { AdminQueue } from './virtio/admin.ts';
-import { AdminOpcode, adminOpcodeName, CapabilityId } from './virtio/admin-wire.ts';
+import { AdminOpcode, adminOpcodeName, CapabilityId, decodeDevicePartsCapability } from './virtio/admin-wire.ts';
 import { FEATURE_BITS, Feature, FeatureSet, featureName } from './virtio/features.ts';
 import { GENERIC_FEATURES, initializeDevice, resetDevice } from './virtio/initialize.ts';
 import { VirtioCfgType } from './virtio/pci-layout.ts';
@@ -69,6 +69,16 @@ export interface PciReport extends PciIdentity {
   }[];
 }
 
+export interface CapabilityReport {
+  readonly id: number;
+  readonly name: string;
+  readonly bytes: number;
+  /** Whether this driver does anything with it. */
+  readonly used: boolean;
+  /** DEV_PARTS: how many resource objects for getting and for setting device parts there may be. */
+  readonly deviceParts?: { readonly get: number; readonly set: number };
+}
+
 export interface ModeReport {
   readonly name: string;
   readonly mode: number;
@@ -92,7 +102,7 @@ export interface ProbeReport {
   admin?: {
     queues: { first: number; count: number };
     commands: readonly { opcode: number; name: string }[];
-    capabilities: readonly { id: number; name: string; bytes: number }[];
+    capabilities: readonly CapabilityReport[];
   };
   flowFilter?: {
     limits?: FlowFilterLimits;
@@ -273,11 +283,7 @@ async function readCapabilities(
     if (value !== undefined) bytes.set(id, value);
   }
   if (report.admin !== undefined) {
-    report.admin.capabilities = [...bytes].map(([id, value]) => ({
-      id,
-      name: nameIn(CapabilityId, id),
-      bytes: value.length,
-    }));
+    report.admin.capabilities = [...bytes].map(([id, value]) => describeCapability(id, value));
   }
   const decode = <T>(id: number, work: (value: Uint8Array) => T): Promise<T | undefined> => {
     const value = bytes.get(id);
@@ -285,6 +291,14 @@ async function readCapabilities(
   };
   await readFlowFilter(report, decode);
   await readIpsec(report, revision, bytes.get(CapabilityId.NET_IPSEC_SA), decode);
+}
+
+/** What is known of one capability, also of one that this driver has no use for. */
+export function describeCapability(id: number, value: Uint8Array): CapabilityReport {
+  const name = nameIn(CapabilityId, id);
+  const known = { id, name, bytes: value.length };
+  if (id === CapabilityId.DEV_PARTS) return { ...known, used: false, deviceParts: decodeDevicePartsCapability(value) };
+  return { ...known, used: Object.values<number>(CapabilityId).includes(id) };
 }
 
 type Decode = <T>(id: number, work: (value: Uint8Array) => T) => Promise<T | undefined>;

@@ -27,6 +27,10 @@ class FakeRing implements TxRing, RxRing {
     this.#pool = pool;
   }
 
+  networkHeader(): number {
+    return 0;
+  }
+
   burst(packets: Uint32Array, n: number): number {
     return this.arriving.length > 0 ? this.#receive(packets, n) : this.#transmit(packets, n);
   }

@@ -1,7 +1,7 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterEach, describe, expect, it } from 'vitest';
-import { Feature, PacketFlag } from '../../src/index.ts';
+import { Feature, PacketFlag, WIRE_REVISIONS } from '../../src/index.ts';
 import {
   capture,
   cleanUp,
@@ -9,11 +9,11 @@ import {
   freshKey,
   isProtected,
   open,
-  openPair,
   receive,
   saPair,
   send,
   startDevice,
+  until,
 } from './support.ts';
 
 afterEach(cleanUp);
@@ -131,23 +131,64 @@ describe('a NIC that is opened', () => {
   });
 });
 
-describe('the draft of January 2025', () => {
-  it('carries real traffic inline, when both sides speak it', async () => {
+describe('the wire revision', () => {
+  it('is found out, when it is not given', async () => {
+    for (const wire of WIRE_REVISIONS) {
+      const device = await startDevice({ wire });
+      const nic = await open(device.addresses[0], { wire: 'auto', ipsec: 'inline' });
+      expect(nic.ipsec.inline?.wire.revision).toBe(wire);
+      expect(nic.features.has(Feature.OUT_NET_HEADER)).toBe(wire === 'virtio-1.4');
+      const sa = await nic.ipsec.addSa(saPair().outbound);
+      expect(await sa.query()).toMatchObject({ spi: sa.spi });
+    }
+    const plain = await startDevice({ ipsec: false });
+    const nic = await open(plain.addresses[0], { wire: 'auto' });
+    expect(nic.ipsec.inlineObstacle).toBe('the device does not offer VIRTIO_NET_F_IPSEC');
+  });
+
+  it('is not taken for another when it is given wrongly', async () => {
+    for (const wire of WIRE_REVISIONS) {
+      const device = await startDevice({ wire });
+      const other = WIRE_REVISIONS.find((one) => one !== wire) ?? wire;
+      for (const ipsec of ['auto', 'inline'] as const) {
+        await expect(open(device.addresses[0], { wire: other, ipsec })).rejects.toThrow(
+          expect.objectContaining({ code: 'WIRE_REVISION' }),
+        );
+      }
+      await open(device.addresses[0], { wire });
+    }
+  });
+
+  it('limits what is expressible', async () => {
     const wire = 'rfc-2025-01';
-    const { a, b, wire: cable } = await openPair({ wire, nic: { wire } }, { wire, nic: { wire } });
-    const forth = saPair();
-    const back = saPair({}, true);
-    const outA = await a.ipsec.addSa(forth.outbound, { require: 'inline' });
-    const inB = await b.ipsec.addSa(forth.inbound, { require: 'inline' });
-    const outB = await b.ipsec.addSa(back.outbound, { require: 'inline' });
-    const inA = await a.ipsec.addSa(back.inbound, { require: 'inline' });
-    const ip = frames.filter(isProtected);
-    const [, atB] = await Promise.all([send(a, ip, outA), receive(b, ip.length)]);
-    const [, atA] = await Promise.all([send(b, ip, outB), receive(a, ip.length)]);
-    expect(atB.map(({ frame, sa }) => [sa, frame])).toEqual(ip.map((frame) => [inB.handle, frame]));
-    expect(atA.map(({ frame, sa }) => [sa, frame])).toEqual(ip.map((frame) => [inA.handle, frame]));
-    expect(cable.frames.every(({ frame }) => [frame[14 + 9], frame[14 + 6]].includes(50))).toBe(true);
+    const device = await startDevice({ wire });
+    const nic = await open(device.addresses[0], { wire });
     const limited = saPair({ lifetime: { hardPackets: 5 } });
-    expect((await a.ipsec.addSa(limited.outbound)).placement.because).toMatch(/does not offer SA lifetime/);
+    expect((await nic.ipsec.addSa(limited.outbound)).placement.because).toMatch(/does not offer SA lifetime/);
+  });
+});
+
+describe('the place of the IP header', () => {
+  it('is told on both ways with OUT_NET_HEADER, also behind a VLAN tag', async () => {
+    const device = await startDevice();
+    const nic = await open(device.addresses[0]);
+    expect(nic.features.has(Feature.OUT_NET_HEADER)).toBe(true);
+    const [plain] = frames.filter(isProtected);
+    const arp = frames.find((frame) => frame.readUInt16BE(12) === 0x0806);
+    const tagged = Buffer.concat([plain.subarray(0, 12), Buffer.of(0x81, 0x00, 0, 5), plain.subarray(12)]);
+    if (arp === undefined) throw new Error('no ARP in the capture');
+    await send(nic, [plain, tagged, arp], null);
+    const packets = new Uint32Array(4);
+    const said: number[] = [];
+    await until(
+      () => {
+        const n = nic.queues[0].rx.burst(packets, 4);
+        for (let i = 0; i < n; i++) said.push(nic.queues[0].rx.networkHeader(packets[i]));
+        nic.packets.free(packets, n);
+        return said.length === 3;
+      },
+      () => `${said.length} packets`,
+    );
+    expect(said).toEqual([14, 18, 0]);
   });
 });

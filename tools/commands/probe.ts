@@ -156,8 +156,13 @@ function printAdmin(report: ProbeReport): void {
   section(
     'Capabilities',
     table(
-      ['id', 'name', 'bytes'],
-      admin.capabilities.map(({ id, name, bytes }) => [hex(id), name, bytes]),
+      ['id', 'name', 'bytes', 'this driver'],
+      admin.capabilities.map(({ id, name, bytes, used }) => [
+        hex(id),
+        name,
+        bytes,
+        used ? 'uses it' : 'does not use it',
+      ]),
     ),
   );
 }
