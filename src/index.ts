@@ -23,6 +23,7 @@ export {
 export { type SaCounters, type SaEvent, SoftwareIpsec, type SoftwareIpsecOptions } from './fallback/software.ts';
 export { VERDICTS, Verdict, verdictNames } from './fallback/verdict.ts';
 export { algorithmNames, type InlineCapability, modeName, optionNamesOf } from './ipsec/capability.ts';
+export { type Description, describeSa } from './ipsec/describe.ts';
 export type {
   AddSaOptions,
   Ipsec,
@@ -134,7 +135,7 @@ export { type MappedMemory, mapAnonymous, unmapMemory } from './sys/memory.ts';
 export { type BindOptions, type BindResult, bindFunction, unbindFunction } from './vfio/bind.ts';
 export type { DeviceFunction, PciFunction } from './vfio/function.ts';
 export { listFunctions, type PciDescription } from './vfio/sysfs.ts';
-export { Feature, FeatureSet, featureName } from './virtio/features.ts';
+export { Feature, type FeatureBit, FeatureSet, featureName } from './virtio/features.ts';
 export { WIRE_REVISIONS, type WireRevision } from './virtio/revision.ts';
 export { type Coalescing, type HashConfig, HashType, type RssConfig } from './virtio-net/control-wire.ts';
 export type { DeviceStatistics } from './virtio-net/device-statistics.ts';

@@ -6,6 +6,7 @@
  */
 import type { EngineName } from '../fallback/engines/engine.ts';
 import type { InlineCapability } from './capability.ts';
+import type { Description } from './describe.ts';
 import type { MoveOptions } from './move.ts';
 import type { Placement, Where } from './placement.ts';
 import type { Direction, Mode, Protocol } from './sa.ts';
@@ -86,6 +87,8 @@ export interface SaHandle {
   remove(): Promise<void>;
   on<E extends keyof SaEvents>(event: E, listener: (...args: SaEvents[E]) => void): this;
   off<E extends keyof SaEvents>(event: E, listener: (...args: SaEvents[E]) => void): this;
+  /** What `JSON.stringify` writes: what the SA is, where it runs, what it has carried; no key. */
+  toJSON(): Description;
 }
 
 /** A key whose nonces somebody counts outside of an SA. */

@@ -1,7 +1,9 @@
 /**
  * An SA as the application holds it: its number, its listeners, its last counters.
  */
+import { inspect } from 'node:util';
 import { IpsecError } from '../errors.ts';
+import { type Description, describeHandle } from './describe.ts';
 import type { RedactedSaObject, SaEvents, SaHandle, SaTraffic } from './ipsec.ts';
 import { keyId } from './key-id.ts';
 import type { MoveOptions } from './move.ts';
@@ -90,6 +92,14 @@ export class ManagedSa implements SaHandle {
     return this.#owner.remove(this);
   }
 
+  toJSON(): Description {
+    return describeHandle(this);
+  }
+
+  [inspect.custom](): Description {
+    return describeHandle(this);
+  }
+
   on<E extends keyof SaEvents>(event: E, listener: (...args: SaEvents[E]) => void): this {
     this.#listeners ??= {
       'soft-expiry': new Set(),
@@ -126,7 +136,7 @@ export class ManagedSa implements SaHandle {
     const here = this.#owner.traffic(this);
     this.#carried = this.traffic();
     const used = this.used(here);
-    this.usedBefore = this.became(sa) ? { packets: 0n, bytes: 0n } : used;
+    this.usedBefore = this.became(sa) ? NOTHING_USED : used;
     this.start = sa.initial.sequence;
     this.placement = placement;
   }
@@ -137,7 +147,7 @@ export class ManagedSa implements SaHandle {
     const rekeyed = id !== this.keyId;
     if (rekeyed) {
       this.start = sa.initial.sequence;
-      this.usedBefore = { packets: 0n, bytes: 0n };
+      this.usedBefore = NOTHING_USED;
     }
     this.keyId = id;
     this.replayWindow = sa.replayWindow;
