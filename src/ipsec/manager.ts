@@ -5,10 +5,7 @@
  * goes to software, with that as the reason, unless inline is required. Nothing here is on the data path but the arrays of `SaState`.
  */
 import { AdminCommandError, IpsecError, VipsecError } from '../errors.ts';
-import { encapsulationOf, largestInner } from '../fallback/pmtu.ts';
-import { isRestrictive } from '../fallback/selector.ts';
 import type { SaEvent, SoftwareIpsec } from '../fallback/software.ts';
-import { Ipv4, Ipv6 } from '../packet/fields.ts';
 import { ObjectIds } from '../virtio/object-ids.ts';
 import { type InlineCapability, whyNotInline } from './capability.ts';
 import type { InlineIpsec } from './inline.ts';
@@ -27,6 +24,7 @@ import { type MoveOptions, type MoveParts, moveSa } from './move.ts';
 import type { NonceClaim, NonceGuard } from './nonce-guard.ts';
 import { type Placement, place, type Where } from './placement.ts';
 import type { SecurityAssociation } from './sa.ts';
+import { identityOf, longestFrame, placeOf, selectorOf, wipeKeys } from './sa-facts.ts';
 import { SaPlace, SaState } from './sa-state.ts';
 import { type SecurityAssociationInput, validateSa } from './validate.ts';
 
@@ -267,7 +265,7 @@ export class IpsecManager implements Ipsec {
     if (this.#closed !== null) throw this.#closed;
     const sa = validateSa(input);
     const moving = this.#move(managed, where, sa, options);
-    managed.moving = moving.then(ignore, ignore);
+    managed.moving = moving.catch(() => {});
     try {
       await moving;
     } finally {
@@ -406,36 +404,5 @@ export class IpsecManager implements Ipsec {
   #device(): InlineIpsec {
     if (this.device === null) throw new IpsecError('NOT_OFFLOADABLE', this.inlineObstacle ?? 'no inline IPsec');
     return this.device;
-  }
-}
-
-function placeOf(sa: SecurityAssociation, where: Where): SaPlace {
-  if (sa.direction === 'outbound') return where === 'inline' ? SaPlace.inlineOutbound : SaPlace.softwareOutbound;
-  return where === 'inline' ? SaPlace.inlineInbound : SaPlace.softwareInbound;
-}
-
-function ignore(): void {}
-
-function identityOf(sa: Pick<SecurityAssociation, 'protocol' | 'spi'>): string {
-  return `${sa.protocol} ${sa.spi}`;
-}
-
-/** The selector that decapsulated packets of an inline inbound SA must fit: the device does not check it. */
-function selectorOf(sa: SecurityAssociation): SecurityAssociation['selector'] | null {
-  return sa.direction === 'inbound' && isRestrictive(sa.selector) ? sa.selector : null;
-}
-
-/** The longest IP packet that still fits the link when `sa` protects it, whichever IP version it has. */
-function longestFrame(sa: SecurityAssociation, mtu: number): number {
-  if (sa.direction === 'inbound') return 0;
-  const how = encapsulationOf(sa);
-  return Math.min(largestInner(how, mtu, Ipv4.minLength), largestInner(how, mtu, Ipv6.length));
-}
-
-/** Zeroes what validation has copied. */
-function wipeKeys(sa: SecurityAssociation): void {
-  for (const part of [sa.aead, sa.cipher, sa.auth]) {
-    part?.key.fill(0);
-    part?.salt?.fill(0);
   }
 }

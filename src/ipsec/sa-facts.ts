@@ -1,0 +1,38 @@
+/** What follows from an SA: small questions that the manager of SAs asks. */
+import { encapsulationOf, largestInner } from '../fallback/pmtu.ts';
+import { isRestrictive } from '../fallback/selector.ts';
+import { Ipv4, Ipv6 } from '../packet/fields.ts';
+import type { Where } from './placement.ts';
+import type { SecurityAssociation } from './sa.ts';
+import { SaPlace } from './sa-state.ts';
+
+/** Where the packets of an SA go that is in that place. */
+export function placeOf(sa: SecurityAssociation, where: Where): SaPlace {
+  if (sa.direction === 'outbound') return where === 'inline' ? SaPlace.inlineOutbound : SaPlace.softwareOutbound;
+  return where === 'inline' ? SaPlace.inlineInbound : SaPlace.softwareInbound;
+}
+
+/** How a device finds an inbound SA. */
+export function identityOf(sa: Pick<SecurityAssociation, 'protocol' | 'spi'>): string {
+  return `${sa.protocol} ${sa.spi}`;
+}
+
+/** The selector that decapsulated packets of an inline inbound SA must fit: the device does not check it. */
+export function selectorOf(sa: SecurityAssociation): SecurityAssociation['selector'] | null {
+  return sa.direction === 'inbound' && isRestrictive(sa.selector) ? sa.selector : null;
+}
+
+/** The longest IP packet that still fits the link when `sa` protects it, whichever IP version it has. */
+export function longestFrame(sa: SecurityAssociation, mtu: number): number {
+  if (sa.direction === 'inbound') return 0;
+  const how = encapsulationOf(sa);
+  return Math.min(largestInner(how, mtu, Ipv4.minLength), largestInner(how, mtu, Ipv6.length));
+}
+
+/** Zeroes what validation has copied. */
+export function wipeKeys(sa: SecurityAssociation): void {
+  for (const part of [sa.aead, sa.cipher, sa.auth]) {
+    part?.key.fill(0);
+    part?.salt?.fill(0);
+  }
+}
