@@ -33,6 +33,22 @@ export function startWindow(bits: Uint32Array, base: number, mask: number, topLo
   bits[base + ((topLow >>> 5) & mask)] = bit === 31 ? 0xffffffff : (2 << bit) - 1;
 }
 
+/** Starts a window with all that another one, of any size, knows about the numbers up to `topLow`, its top. */
+export function carryWindow(
+  bits: Uint32Array,
+  from: number,
+  fromMask: number,
+  to: number,
+  toMask: number,
+  topLow: number,
+): void {
+  startWindow(bits, to, toMask, topLow);
+  const topBlock = topLow >>> 5;
+  for (let k = Math.min(fromMask, toMask); k >= 0; k--) {
+    bits[to + ((topBlock - k) & toMask)] = bits[from + ((topBlock - k) & fromMask)];
+  }
+}
+
 /** Whether number `high`:`low` is new: ahead of the top, or inside the window and not seen. Halves are of either sign. */
 export function isNew(
   bits: Uint32Array,

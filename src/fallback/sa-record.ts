@@ -7,7 +7,7 @@ import { Ah, IpProtocol } from '../packet/fields.ts';
 import type { Transform } from './engines/engine.ts';
 import { packetSizes } from './esp.ts';
 import { MaxPacket } from './pmtu.ts';
-import { startWindow, windowBlocks } from './replay.ts';
+import { carryWindow, startWindow, windowBlocks } from './replay.ts';
 import { RECORD, SaKind, type SaTable, SaWord, Sizes } from './sa-table.ts';
 import { isRestrictive } from './selector.ts';
 import { writeTemplate } from './tunnel.ts';
@@ -163,11 +163,18 @@ export function carrySequence(table: SaTable, from: number, to: number): void {
   }
   words[b + SaWord.failures] = words[a + SaWord.failures];
   if (words[b + SaWord.window] === 0) return;
-  const blocks = words[a + SaWord.windowMask] + 1;
-  if (words[a + SaWord.window] !== 0 && words[b + SaWord.windowMask] + 1 === blocks) {
-    const base = words[a + SaWord.windowBase];
-    windows.copyWithin(words[b + SaWord.windowBase], base, base + blocks);
-  } else restartWindow(table, to);
+  if (words[a + SaWord.window] === 0) {
+    restartWindow(table, to);
+    return;
+  }
+  carryWindow(
+    windows,
+    words[a + SaWord.windowBase],
+    words[a + SaWord.windowMask],
+    words[b + SaWord.windowBase],
+    words[b + SaWord.windowMask],
+    words[a + SaWord.sequenceLow] >>> 0,
+  );
 }
 
 /** Gives back what `writeRecord` took. */

@@ -121,9 +121,8 @@ export class SoftwareIpsec {
    * direction cannot change) and `NONCE_REUSE` (a key that this SA has sent with before).
    */
   modify(handle: number, sa: SecurityAssociation): void {
-    this.#checkOpen();
     const { table, lifetimes } = this.#path;
-    const old = this.#sad.slot(handle);
+    const old = this.#slot(handle);
     const oldRecord = old * RECORD;
     const entry = this.#entry(old);
     const outbound = (table.words[oldRecord + SaWord.kind] & SaKind.outbound) !== 0;
@@ -164,7 +163,7 @@ export class SoftwareIpsec {
 
   /** Removes the SA and wipes its key. Throws `IpsecError` `NO_SUCH_SA`. */
   remove(handle: number): void {
-    const slot = this.#sad.slot(handle);
+    const slot = this.#slot(handle);
     if ((this.#path.table.words[slot * RECORD] & SaKind.inbound) !== 0) this.#sad.remove(slot);
     this.#forget(slot);
     this.#sad.setHandle(handle, 0);
@@ -172,7 +171,7 @@ export class SoftwareIpsec {
 
   /** Throws `IpsecError` `NO_SUCH_SA`. */
   counters(handle: number): SaCounters {
-    const slot = this.#sad.slot(handle);
+    const slot = this.#slot(handle);
     const { table, lifetimes, groups } = this.#path;
     const { words } = table;
     const record = slot * RECORD;
@@ -200,12 +199,12 @@ export class SoftwareIpsec {
    * `headerLength` is the length of the packet's own headers in front of ESP or AH.
    */
   largestInner(handle: number, mtu: number, headerLength?: number): number {
-    return largestInner(this.#entry(this.#sad.slot(handle)).how, mtu, headerLength);
+    return largestInner(this.#entry(this.#slot(handle)).how, mtu, headerLength);
   }
 
   /** From now on packets of the outbound SA that would be longer than `mtu` on the wire get `Verdict.tooBig`; 0 lifts that. */
   setMtu(handle: number, mtu: number): void {
-    const slot = this.#sad.slot(handle);
+    const slot = this.#slot(handle);
     const { words } = this.#path.table;
     if ((words[slot * RECORD] & SaKind.outbound) === 0) {
       throw new IpsecError('SA_DIRECTION', 'only an outbound SA has an MTU');
@@ -330,6 +329,12 @@ export class SoftwareIpsec {
 
   #checkOpen(): void {
     if (this.#closed) throw new IpsecError('CLOSED', 'this SoftwareIpsec is closed');
+  }
+
+  /** Throws `CLOSED` or `NO_SUCH_SA`. */
+  #slot(handle: number): number {
+    this.#checkOpen();
+    return this.#sad.slot(handle);
   }
 
   #entry(slot: number): Entry {

@@ -1,6 +1,6 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
-import { isNew, markSeen, startWindow, windowBlocks } from '../../src/fallback/replay.ts';
+import { carryWindow, isNew, markSeen, startWindow, windowBlocks } from '../../src/fallback/replay.ts';
 
 /** What RFC 4303, 3.4.3 says, with a set of numbers and no arithmetic on bits. */
 class NaiveWindow {
@@ -21,6 +21,10 @@ class NaiveWindow {
     return !this.#seen.has(number);
   }
 
+  saw(number: bigint): boolean {
+    return number <= this.#start || this.#seen.has(number);
+  }
+
   add(number: bigint): void {
     this.#seen.add(number);
     if (number > this.top) this.top = number;
@@ -30,7 +34,7 @@ class NaiveWindow {
 /** The window under test, at some place in a larger array. */
 class Window {
   readonly #bits: Uint32Array;
-  readonly #base = 7;
+  readonly #base: number;
   readonly #mask: number;
   readonly #size: number;
   #low: number;
@@ -39,6 +43,7 @@ class Window {
   constructor(size: number, top: bigint) {
     const blocks = windowBlocks(size);
     this.#bits = new Uint32Array(blocks + 20).fill(0x5a5a5a5a);
+    this.#base = 7;
     this.#mask = blocks - 1;
     this.#size = size;
     this.#low = Number(top & 0xffffffffn);
@@ -60,6 +65,19 @@ class Window {
       this.#low = low;
       this.#high = high;
     }
+  }
+
+  /** A window of another size that knows what this one knows. */
+  resized(size: number): Window {
+    const other = new Window(size, (BigInt(this.#high) << 32n) | BigInt(this.#low));
+    // `carryWindow` works inside one array.
+    const both = new Uint32Array(other.#bits.length + this.#bits.length);
+    both.set(other.#bits);
+    both.set(this.#bits, other.#bits.length);
+    const from = other.#bits.length + this.#base;
+    carryWindow(both, from, this.#mask, other.#base, other.#mask, this.#low);
+    other.#bits.set(both.subarray(0, other.#bits.length));
+    return other;
   }
 
   get neighbours(): readonly number[] {
@@ -127,5 +145,37 @@ describe('replay windows', () => {
     for (let number = 1n; number <= 64n; number++) window.add(number);
     window.add(ring + 64n);
     for (let number = ring + 1n; number < ring + 64n; number++) expect(window.accepts(number)).toBe(true);
+  });
+
+  it('of another size knows what the old one knew', () => {
+    const some = fc.constantFrom(32, 33, 64, 100, 128, 1000);
+    const steps = fc.array(fc.integer({ min: -70, max: 40 }), { minLength: 1, maxLength: 80 });
+    fc.assert(
+      fc.property(some, some, fc.constantFrom(...starts.slice(0, -1)), steps, (before, after, start, offsets) => {
+        const naive = new NaiveWindow(before, start);
+        const old = new Window(before, start);
+        for (const offset of offsets) {
+          const number = naive.top + BigInt(offset);
+          if (number < 0n || !naive.accepts(number)) continue;
+          naive.add(number);
+          old.add(number);
+        }
+        const window = old.resized(after);
+        expect(window.neighbours.every((word) => word === 0x5a5a5a5a)).toBe(true);
+        const both = BigInt(Math.min(before, after));
+        const wrong: bigint[] = [];
+        for (let number = naive.top + 3n; number > naive.top - 1100n && number >= 0n; number--) {
+          // What is behind either window may be refused, and must be if it was seen.
+          const isInBoth = number > naive.top - both;
+          if (
+            isInBoth ? window.accepts(number) !== naive.accepts(number) : naive.saw(number) && window.accepts(number)
+          ) {
+            wrong.push(number);
+          }
+        }
+        expect(wrong).toEqual([]);
+      }),
+      { numRuns: 200 },
+    );
   });
 });
