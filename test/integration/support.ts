@@ -8,7 +8,7 @@ import { createConnection, type Socket } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
-import type { FaultName } from '../../src/device/index.ts';
+import type { DeviceRings, FaultName } from '../../src/device/index.ts';
 import { type Nic, type NicOptions, openNic, type SaHandle, type SecurityAssociationInput } from '../../src/index.ts';
 import { CaptureReader } from '../../src/packet/capture-file.ts';
 
@@ -46,6 +46,8 @@ export interface DeviceSetup {
   readonly ipsec?: boolean;
   readonly faults?: readonly FaultName[];
   readonly queuePairs?: number;
+  /** Virtqueues that drivers may use; default both. */
+  readonly rings?: DeviceRings;
   readonly wire?: 'virtio-1.4' | 'rfc-2025-01';
   /** Two functions; with link `pair` unless said otherwise. */
   readonly functions?: 1 | 2;
@@ -74,6 +76,7 @@ export async function startDevice(setup: DeviceSetup = {}): Promise<RunningDevic
   if (setup.link !== undefined) args.push('--link', setup.link);
   if (setup.ipsec === false) args.push('--no-ipsec');
   if (setup.queuePairs !== undefined) args.push('--queue-pairs', String(setup.queuePairs));
+  if (setup.rings !== undefined) args.push('--rings', setup.rings);
   if (setup.wire !== undefined) args.push('--wire', setup.wire);
   for (const n of setup.ipsecOff ?? []) args.push('--ipsec-off', String(n));
   for (const fault of setup.faults ?? []) args.push('--fault', fault);

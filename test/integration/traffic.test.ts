@@ -1,6 +1,6 @@
 import { createDecipheriv } from 'node:crypto';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { PacketFlag, type SaHandle, type SecurityAssociationInput, WIRE_REVISIONS } from '../../src/index.ts';
+import { Feature, PacketFlag, type SaHandle, type SecurityAssociationInput, WIRE_REVISIONS } from '../../src/index.ts';
 import {
   capture,
   cleanUp,
@@ -67,40 +67,49 @@ function expectArrived(received: readonly Received[], sent: readonly Buffer[], s
 
 const names = ['ping', 'dns', 'http', 'fragments', 'bulk'].flatMap((what) => [`${what}-ipv4`, `${what}-ipv6`]);
 
-describe.each(WIRE_REVISIONS)('real traffic, inline on one side by %s and in software on the other', (revision) => {
-  let pair: Pair;
-  beforeAll(async () => {
-    pair = await openPair({ wire: revision }, { ipsec: false });
-  });
+const kinds = WIRE_REVISIONS.flatMap((revision) => [
+  { revision, ring: 'split' as const },
+  { revision, ring: 'packed' as const },
+]);
 
-  it.each(names)('%s goes out of the device encrypted and comes back whole, both ways', async (name) => {
-    const { a, b, wire } = pair;
-    wire.frames.length = 0;
-    const frames = capture(name).slice(0, 400);
-    const forth = saPair();
-    const back = saPair({}, true);
-    const [outA, inB] = [await a.ipsec.addSa(forth.outbound), await b.ipsec.addSa(forth.inbound)];
-    const [outB, inA] = [await b.ipsec.addSa(back.outbound), await a.ipsec.addSa(back.inbound)];
-    expect([outA, inB, outB, inA].map((sa) => sa.placement.where)).toEqual([
-      'inline',
-      'software',
-      'software',
-      'inline',
-    ]);
+describe.each(kinds)(
+  'real traffic over $ring rings, inline on one side by $revision and in software on the other',
+  ({ revision, ring }) => {
+    let pair: Pair;
+    beforeAll(async () => {
+      pair = await openPair({ wire: revision, nic: { ring } }, { ipsec: false, nic: { ring } });
+      for (const nic of [pair.a, pair.b]) expect(nic.features.has(Feature.RING_PACKED)).toBe(ring === 'packed');
+    });
 
-    const under = (sa: SaHandle) => (frame: Uint8Array) => (isProtected(Buffer.from(frame)) ? sa : null);
-    const [, atB] = await Promise.all([send(a, frames, under(outA)), receive(b, frames.length)]);
-    expectArrived(atB, frames, inB);
-    expectNothingInClear(wire, frames, forth.outbound);
+    it.each(names)('%s goes out of the device encrypted and comes back whole, both ways', async (name) => {
+      const { a, b, wire } = pair;
+      wire.frames.length = 0;
+      const frames = capture(name).slice(0, 400);
+      const forth = saPair();
+      const back = saPair({}, true);
+      const [outA, inB] = [await a.ipsec.addSa(forth.outbound), await b.ipsec.addSa(forth.inbound)];
+      const [outB, inA] = [await b.ipsec.addSa(back.outbound), await a.ipsec.addSa(back.inbound)];
+      expect([outA, inB, outB, inA].map((sa) => sa.placement.where)).toEqual([
+        'inline',
+        'software',
+        'software',
+        'inline',
+      ]);
 
-    wire.frames.length = 0;
-    const [, atA] = await Promise.all([send(b, frames, under(outB)), receive(a, frames.length)]);
-    expectArrived(atA, frames, inA);
-    expectNothingInClear(wire, frames, back.outbound);
+      const under = (sa: SaHandle) => (frame: Uint8Array) => (isProtected(Buffer.from(frame)) ? sa : null);
+      const [, atB] = await Promise.all([send(a, frames, under(outA)), receive(b, frames.length)]);
+      expectArrived(atB, frames, inB);
+      expectNothingInClear(wire, frames, forth.outbound);
 
-    const count = BigInt(frames.filter(isProtected).length);
-    for (const sa of [outA, inB, outB, inA]) expect(sa.traffic()).toMatchObject({ packets: count, dropped: {} });
-    for (const sa of [outA, inB, outB, inA]) await sa.remove();
-    expect(a.statistics().rx.securityError + b.statistics().rx.securityError).toBe(0);
-  });
-});
+      wire.frames.length = 0;
+      const [, atA] = await Promise.all([send(b, frames, under(outB)), receive(a, frames.length)]);
+      expectArrived(atA, frames, inA);
+      expectNothingInClear(wire, frames, back.outbound);
+
+      const count = BigInt(frames.filter(isProtected).length);
+      for (const sa of [outA, inB, outB, inA]) expect(sa.traffic()).toMatchObject({ packets: count, dropped: {} });
+      for (const sa of [outA, inB, outB, inA]) await sa.remove();
+      expect(a.statistics().rx.securityError + b.statistics().rx.securityError).toBe(0);
+    });
+  },
+);

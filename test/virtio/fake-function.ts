@@ -49,6 +49,10 @@ export class FakeFunction implements PciFunction {
   mapsVectors = true;
   enables = true;
   notifyOff = (queue: number) => queue;
+  /** What queues are called in notifications (NOTIF_CONFIG_DATA). */
+  notificationId = (queue: number) => 0x1230 + queue;
+  /** Reads of queue_reset that still show 1 after a reset of a queue was asked for. */
+  queueResetReads = 0;
   /** Called before each read of the device configuration: may change it and the generation. */
   onConfigRead: (offset: number) => void = () => {};
   readonly notifications: { offset: number; value: number }[] = [];
@@ -77,6 +81,7 @@ export class FakeFunction implements PciFunction {
     return region(7, 256, (offset, width) => read(view, offset, width), write);
   }
   #command = 0;
+  #resetting = 0;
 
   get command(): number {
     return this.#command;
@@ -123,6 +128,8 @@ export class FakeFunction implements PciFunction {
     if (offset === F.adminQueueNum) return this.adminNum;
     if (offset === F.queueSize) return this.#queue().get(offset) ?? this.queueSizes[this.#selected()] ?? 0;
     if (offset === F.queueNotifyOff) return this.notifyOff(this.#selected());
+    if (offset === F.queueNotifConfigData) return this.notificationId(this.#selected());
+    if (offset === F.queueReset) return this.#resetting > 0 && this.#resetting-- > 0 ? 1 : 0;
     if (offset === F.queueMsixVector) return this.mapsVectors ? (this.#queue().get(offset) ?? NO_VECTOR) : NO_VECTOR;
     if (offset === F.queueEnable) return this.enables ? (this.#queue().get(offset) ?? 0) : 0;
     return undefined;
@@ -132,7 +139,10 @@ export class FakeFunction implements PciFunction {
     const F = CommonCfgField;
     if (offset >= Place.notify && offset < Place.isr) this.notifications.push({ offset: offset - Place.notify, value });
     else if (offset === F.driverFeature) this.driverFeatures[this.bar4[F.driverFeatureSelect]] = value;
-    else if (offset > F.queueSelect && offset < F.queueNotifConfigData) this.#queue().set(offset, value);
+    else if (offset === F.queueReset) {
+      this.#resetting = this.queueResetReads;
+      this.queues.delete(this.#selected());
+    } else if (offset > F.queueSelect && offset < F.queueNotifConfigData) this.#queue().set(offset, value);
     else if (width === 1) view.setUint8(offset, value);
     else if (width === 2) view.setUint16(offset, value, true);
     else view.setUint32(offset, value, true);

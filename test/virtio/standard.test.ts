@@ -1,6 +1,7 @@
 import { describe, expect, it } from 'vitest';
 import { VfioError, VirtioError } from '../../src/errors.ts';
-import { FeatureSet } from '../../src/virtio/features.ts';
+import { Feature, FeatureSet } from '../../src/virtio/features.ts';
+import { resetQueue } from '../../src/virtio/initialize.ts';
 import { CommonCfgField, NO_VECTOR, VirtioCfgType } from '../../src/virtio/pci-layout.ts';
 import { openStandardTransport, virtioDeviceType } from '../../src/virtio/standard.ts';
 import { FakeFunction, Place } from './fake-function.ts';
@@ -137,6 +138,68 @@ describe('the standard transport', () => {
     notifier.notify();
     expect(fn.notifications).toEqual([{ offset: 4, value: 1 }]);
     expect(fn.log.at(-1)).toBe(`w16 ${Place.notify + 4}`);
+  });
+
+  it.each([
+    { features: [], write: 'w16', value: 1 },
+    { features: [Feature.NOTIF_CONFIG_DATA], write: 'w16', value: 0x1231 },
+    { features: [Feature.NOTIFICATION_DATA], write: 'w32', value: 0x8003_0001 },
+    { features: [Feature.NOTIFICATION_DATA, Feature.NOTIF_CONFIG_DATA], write: 'w32', value: 0x8003_1231 },
+  ])('notifies with $value in one $write when $features were negotiated', ({ features, write, value }) => {
+    const fn = new FakeFunction();
+    const transport = openStandardTransport(fn);
+    transport.writeDriverFeatures(FeatureSet.of(Feature.VERSION_1, ...features));
+    const position = { next: 0 };
+    const notifier = transport.enableQueue(1, { ...setup, position });
+    position.next = 0x8003;
+    notifier.notify();
+    expect(fn.notifications).toEqual([{ offset: 4, value }]);
+    expect(fn.log.at(-1)).toBe(`${write} ${Place.notify + 4}`);
+  });
+
+  it('needs room and alignment for four bytes of notification data, and to be told the position', () => {
+    const fn = new FakeFunction();
+    const transport = openStandardTransport(fn);
+    transport.writeDriverFeatures(FeatureSet.of(Feature.NOTIFICATION_DATA));
+    expect(() => transport.enableQueue(1, setup)).toThrow(RangeError);
+    for (const [multiplier, off, expected] of [
+      [2, 1, 'STRUCTURE_BOUNDS'],
+      [2, 2, 'no error'],
+      [2, 0x7e, 'no error'],
+      [2, 0x7f, 'STRUCTURE_BOUNDS'],
+    ] as const) {
+      const odd = new FakeFunction();
+      const at = odd.capabilities.findIndex(({ type }) => type === VirtioCfgType.NOTIFY);
+      odd.capabilities[at] = { ...odd.capabilities[at], multiplier };
+      odd.notifyOff = () => off;
+      const other = openStandardTransport(odd);
+      other.writeDriverFeatures(FeatureSet.of(Feature.NOTIFICATION_DATA));
+      expect(code(() => other.enableQueue(1, { ...setup, position: { next: 0 } }))).toBe(expected);
+    }
+  });
+
+  it('resets one queue, which is reset when both queue_reset and queue_enable are 0, and enables it again', async () => {
+    const fn = new FakeFunction();
+    fn.queueResetReads = 3;
+    const transport = openStandardTransport(fn);
+    transport.enableQueue(0, setup);
+    transport.enableQueue(1, setup);
+    await resetQueue(transport, 1, 500);
+    expect(fn.queues.get(1)?.has(CommonCfgField.queueEnable) ?? false).toBe(false);
+    expect(fn.queues.get(0)?.get(CommonCfgField.queueEnable)).toBe(1);
+    expect(fn.log.filter((entry) => entry === `w16 ${CommonCfgField.queueReset}`)).toHaveLength(1);
+    transport.enableQueue(1, setup);
+    expect(fn.queues.get(1)?.get(CommonCfgField.queueEnable)).toBe(1);
+  });
+
+  it('gives up on the reset of a queue that does not end', async () => {
+    const fn = new FakeFunction();
+    fn.queueResetReads = Number.POSITIVE_INFINITY;
+    const transport = openStandardTransport(fn);
+    transport.enableQueue(1, setup);
+    await expect(resetQueue(transport, 1, 30)).rejects.toThrow(
+      expect.objectContaining({ code: 'QUEUE_RESET_TIMEOUT' }),
+    );
   });
 
   it.each([
