@@ -5,7 +5,7 @@ import { InputError } from './errors.ts';
 import type { EngineName } from './fallback/engines/engine.ts';
 import { type NicOffloads, offloadFeatures } from './nic-offloads.ts';
 import type { DeviceFunction } from './vfio/function.ts';
-import { Feature, FeatureSet } from './virtio/features.ts';
+import { Feature, type FeatureBit, FeatureSet } from './virtio/features.ts';
 import { GENERIC_FEATURES } from './virtio/initialize.ts';
 import { WIRE_REVISIONS, type WireRevision } from './virtio/revision.ts';
 import type { RingFormat } from './virtqueue/create.ts';
@@ -43,6 +43,8 @@ export interface NicOptions {
   readonly mac?: Uint8Array;
   /** Segmentation, receive steering and filters. Default: what costs nothing and changes nothing. */
   readonly offloads?: NicOffloads;
+  /** Features that are not taken though the device offers them (`Feature.IN_ORDER`): to get around a device, or to compare. Default none. */
+  readonly decline?: readonly FeatureBit[];
   /** Most SAs of each direction. Default 65536. */
   readonly maxSas?: number;
   /** File that remembers used nonces beyond the life of the process (`ipsec/nonce-guard.ts`). */
@@ -76,6 +78,7 @@ export function resolveOptions(options: NicOptions): ResolvedOptions {
     tunnelTypeBase: 1,
     mtu: 1500,
     offloads: {},
+    decline: [],
     maxSas: 65536,
     resetTimeout: 5000,
     commandTimeout: 5000,
@@ -138,11 +141,14 @@ export function featuresFor(
   const inlineWanted = options.ipsec === 'auto' || options.ipsec === 'inline';
   // Only with IPsec, which makes the header longer anyway; the draft has no place for it.
   if (inlineWanted && options.wire !== 'rfc-2025-01') useful = useful.with(Feature.OUT_NET_HEADER);
-  return {
-    required: multiqueue
-      .or(platform)
-      .or(options.ipsec === 'inline' ? inline : FeatureSet.empty)
-      .or(options.ring === 'packed' ? FeatureSet.of(Feature.RING_PACKED) : FeatureSet.empty),
-    wanted: options.ipsec === 'auto' ? useful.or(inline) : useful,
-  };
+  const required = multiqueue
+    .or(platform)
+    .or(options.ipsec === 'inline' ? inline : FeatureSet.empty)
+    .or(options.ring === 'packed' ? FeatureSet.of(Feature.RING_PACKED) : FeatureSet.empty);
+  const contradiction = required.with(Feature.VERSION_1).and(FeatureSet.of(...options.decline));
+  if (!contradiction.isEmpty) {
+    throw new InputError('NIC_OPTION', `decline has ${contradiction.names().join(', ')}, without which it cannot be`);
+  }
+  const wanted = options.ipsec === 'auto' ? useful.or(inline) : useful;
+  return { required, wanted: wanted.without(...options.decline) };
 }

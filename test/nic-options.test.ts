@@ -39,6 +39,32 @@ describe('what a NIC asks of the device', () => {
     expect(wanted.has(Feature.IPSEC)).toBe(true);
   });
 
+  it('leaves out what is to be declined, unless nothing works without', () => {
+    const decline = [Feature.IN_ORDER, Feature.EVENT_IDX];
+    const { wanted } = featuresFor(resolveOptions({ decline }), socket);
+    expect(wanted.hasAny(...decline)).toBe(false);
+    expect(featuresFor(resolveOptions({}), socket).wanted.hasAll(...decline)).toBe(true);
+    for (const [options, fn] of [
+      [{ decline: [Feature.VERSION_1] }, socket],
+      [{ decline: [Feature.ACCESS_PLATFORM] }, kernel],
+      [{ decline: [Feature.RING_PACKED], ring: 'packed' }, socket],
+      [{ decline: [Feature.MQ], queuePairs: 2 }, socket],
+      [{ decline: [Feature.IPSEC], ipsec: 'inline' }, socket],
+    ] as const) {
+      expect(() => featuresFor(resolveOptions(options), fn)).toThrow(expect.objectContaining({ code: 'NIC_OPTION' }));
+    }
+  });
+
+  it('has a unicast address and a deadline that is one', () => {
+    for (const mac of [new Uint8Array(5), Uint8Array.of(1, 0, 0, 0, 0, 0)]) {
+      expect(() => resolveOptions({ mac })).toThrow(expect.objectContaining({ code: 'NIC_OPTION' }));
+    }
+    expect(resolveOptions({ mac: Uint8Array.of(2, 0, 0, 0, 0, 1) }).mac).toHaveLength(6);
+    for (const connectTimeout of [0, -1, Number.NaN, Number.POSITIVE_INFINITY]) {
+      expect(() => resolveOptions({ connectTimeout })).toThrow(expect.objectContaining({ code: 'NIC_OPTION' }));
+    }
+  });
+
   it('is refused when the wire revision is none', () => {
     expect(() => resolveOptions({ wire: 'virtio-1.3' as 'auto' })).toThrow(
       expect.objectContaining({ code: 'NIC_OPTION' }),

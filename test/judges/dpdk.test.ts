@@ -1,0 +1,204 @@
+/**
+ * Our driver at the vhost-user ports of DPDK's vhost library, which OVS-DPDK uses too: frames go there and come back with their
+ * addresses swapped, and testpmd counts as many as we do.
+ */
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { Feature, type FeatureBit, type Nic, type NicOptions, openNic, RxCounter } from '../../src/index.ts';
+import { Testpmd } from './dpdk.ts';
+
+let folder = '';
+const endings: (() => Promise<void>)[] = [];
+beforeEach(() => {
+  folder = mkdtempSync(join(tmpdir(), 'vipsec-dpdk-'));
+});
+afterEach(async () => {
+  for (const end of endings.splice(0).reverse()) await end();
+  rmSync(folder, { recursive: true, force: true });
+});
+
+async function testpmd(device: string, args: readonly string[] = []): Promise<Testpmd> {
+  const started = await Testpmd.start({
+    folder,
+    devices: [device],
+    args: ['--forward-mode=macswap', '--auto-start', ...args],
+  });
+  endings.push(() => started.quit());
+  return started;
+}
+
+async function open(address: string, options: NicOptions): Promise<Nic> {
+  const nic = await openNic(address, options);
+  endings.push(() => nic.close());
+  return nic;
+}
+
+const DESTINATION = [2, 0, 0, 0, 0, 1];
+const SOURCE = [2, 0, 0, 0, 0, 2];
+
+/** An Ethernet frame of an experimental type, whose content tells its number. */
+function frame(number: number, length: number, swapped = false): Uint8Array {
+  const addresses = swapped ? [...SOURCE, ...DESTINATION] : [...DESTINATION, ...SOURCE];
+  const head = [...addresses, 0x88, 0xb5, number & 0xff, number >>> 8];
+  return Uint8Array.from({ length }, (_, i) => head[i] ?? (number * 7 + i) & 0xff);
+}
+
+/** How long the frames of a run are: from the shortest to the longest, each length only a few times. */
+const lengthOf = (i: number, longest: number): number => 60 + ((i * 53) % (longest - 59));
+
+/** A packet, or a chain of packets, that holds `bytes`. */
+function chainOf(nic: Nic, bytes: Uint8Array): number {
+  const { packets: pool } = nic;
+  const room = pool.stride - pool.headroom;
+  const pieces = new Uint32Array(Math.ceil(bytes.length / room));
+  expect(pool.allocate(pieces, pieces.length)).toBe(pieces.length);
+  for (const [i, piece] of pieces.entries()) {
+    pool.write(piece, bytes.subarray(i * room, (i + 1) * room));
+    if (i > 0) pool.next[pieces[i - 1]] = piece;
+  }
+  return pieces[0];
+}
+
+/** Sends `count` frames, no more than `window` at a time, and checks each that comes back. */
+async function exchange(nic: Nic, count: number, longest = 1514, queue = 0, window = 32): Promise<void> {
+  const { rx, tx } = nic.queues[queue];
+  const pool = nic.packets;
+  const packets = new Uint32Array(64);
+  const deadline = performance.now() + 60_000;
+  let sent = 0;
+  let received = 0;
+  while (received < count) {
+    const n = Math.min(window - (sent - received), count - sent);
+    for (let i = 0; i < n; i++) packets[i] = chainOf(nic, frame(sent + i, lengthOf(sent + i, longest)));
+    const taken = tx.burst(packets, n);
+    pool.freeChains(packets.slice(taken, n), n - taken);
+    sent += taken;
+    const arrived = rx.burst(packets, 64);
+    for (let i = 0; i < arrived; i++) {
+      const expected = Buffer.from(frame(received, lengthOf(received, longest), true));
+      const got = Buffer.from(pool.readChain(packets[i]));
+      if (!got.equals(expected)) expect(`frame ${received}: ${got.toString('hex')}`).toBe(expected.toString('hex'));
+      received++;
+    }
+    pool.freeChains(packets, arrived);
+    if (nic.broken !== null) throw nic.broken;
+    if (performance.now() > deadline) throw new Error(`${received} of ${sent} frames came back`);
+    if (arrived === 0) await new Promise((resolve) => setImmediate(resolve));
+  }
+}
+
+interface Case {
+  readonly ring: 'split' | 'packed';
+  readonly inOrder: boolean;
+  readonly mergeBuffers: boolean;
+}
+
+const CASES: Case[] = (['split', 'packed'] as const).flatMap((ring) =>
+  [false, true].flatMap((inOrder) => [false, true].map((mergeBuffers) => ({ ring, inOrder, mergeBuffers }))),
+);
+
+describe("DPDK's vhost device", () => {
+  it.each(CASES)('sends every frame back: $ring rings, in order $inOrder, mergeable $mergeBuffers', async (one) => {
+    const path = join(folder, 'port.sock');
+    const judge = await testpmd(`net_vhost0,iface=${path}`);
+    const decline: FeatureBit[] = one.inOrder ? [] : [Feature.IN_ORDER];
+    const nic = await open(`vhost-user:${path}`, {
+      ring: one.ring,
+      decline,
+      offloads: { mergeBuffers: one.mergeBuffers },
+    });
+    expect(nic.features.has(Feature.RING_PACKED)).toBe(one.ring === 'packed');
+    expect(nic.features.has(Feature.IN_ORDER)).toBe(one.inOrder);
+    expect(nic.features.has(Feature.MRG_RXBUF)).toBe(one.mergeBuffers);
+    const count = 20_000;
+    await exchange(nic, count);
+    expect(await judge.statistics()).toEqual({ received: count, sent: count });
+    expect(nic.queues[0].rx.counters[RxCounter.packets]).toBe(count);
+  });
+
+  it.each(['split', 'packed'] as const)('spreads jumbo frames over buffers on both ways, %s', async (ring) => {
+    const path = join(folder, 'port.sock');
+    const judge = await testpmd(`net_vhost0,iface=${path}`, ['--max-pkt-len=9018', '--mbuf-size=10240']);
+    const options = { ring, mtu: 9000, packetStride: 2048, offloads: { mergeBuffers: true } };
+    const nic = await open(`vhost-user:${path}`, options);
+    await exchange(nic, 3000, 9000, 0, 8);
+    expect(await judge.statistics()).toEqual({ received: 3000, sent: 3000 });
+  });
+
+  it.each(['split', 'packed'] as const)('has several queue pairs, %s', async (ring) => {
+    const path = join(folder, 'port.sock');
+    const judge = await testpmd(`net_vhost0,iface=${path},queues=2`, ['--rxq=2', '--txq=2', '--nb-cores=1']);
+    const nic = await open(`vhost-user:${path}`, { ring, queuePairs: 2 });
+    for (const queue of [0, 1]) await exchange(nic, 2000, 1514, queue);
+    expect(nic.queues.map(({ rx }) => rx.counters[RxCounter.packets])).toEqual([2000, 2000]);
+    expect(await judge.statistics()).toEqual({ received: 4000, sent: 4000 });
+  });
+
+  it('may be the one that connects', async () => {
+    const path = join(folder, 'port.sock');
+    const opening = open(`vhost-user:${path},server=1`, {});
+    await testpmd(`net_vhost0,iface=${path},client=1`);
+    const nic = await opening;
+    await exchange(nic, 1000);
+  });
+
+  it('takes a NIC again after it was closed, and says goodbye when it goes itself', async () => {
+    const path = join(folder, 'port.sock');
+    const judge = await testpmd(`net_vhost0,iface=${path}`);
+    for (const ring of ['split', 'packed', 'split'] as const) {
+      const nic = await openNic(`vhost-user:${path}`, { ring });
+      try {
+        await exchange(nic, 500);
+      } finally {
+        await nic.close();
+      }
+    }
+    const nic = await open(`vhost-user:${path}`, {});
+    const broken = new Promise<Error>((resolve) => nic.onBroken(resolve));
+    await judge.kill();
+    expect(await broken).toMatchObject({ code: 'DEVICE_GONE' });
+    expect(nic.queues[0].tx.burst(new Uint32Array(1), 1)).toBe(0);
+  });
+
+  it('carries what software IPsec has protected, and brings it back to be opened', async () => {
+    const path = join(folder, 'port.sock');
+    await testpmd(`net_vhost0,iface=${path}`);
+    const nic = await open(`vhost-user:${path}`, {});
+    const sa = {
+      mode: 'tunnel',
+      spi: 0xdead,
+      aead: { name: 'aes-gcm', key: '000102030405060708090a0b0c0d0e0f', salt: 'cafebabe', icvLength: 16 },
+      tunnel: { source: '192.0.2.1', destination: '192.0.2.2' },
+    } as const;
+    const inbound = await nic.ipsec.addSa({ ...sa, protocol: 'esp', direction: 'inbound' });
+    const outbound = await nic.ipsec.addSa({ ...sa, protocol: 'esp', direction: 'outbound' });
+    expect(outbound.placement.where).toBe('software');
+    const inner = Buffer.from(`450000280001000040110000c0a80001c0a80002${'5a'.repeat(20)}`, 'hex');
+    const sent = Buffer.concat([Buffer.from([...DESTINATION, ...SOURCE, 8, 0]), inner]);
+    const { packets: pool, queues } = nic;
+    const packets = new Uint32Array(64);
+    const deadline = performance.now() + 20_000;
+    let received = 0;
+    for (let given = 0; received < 1000; ) {
+      const n = pool.allocate(packets, Math.min(32 - (given - received), 1000 - given));
+      for (let i = 0; i < n; i++) {
+        pool.write(packets[i], sent);
+        pool.sa[packets[i]] = outbound.handle;
+      }
+      const taken = queues[0].tx.burst(packets, n);
+      pool.free(packets.slice(taken, n), n - taken);
+      given += taken;
+      const arrived = queues[0].rx.burst(packets, 64);
+      for (let i = 0; i < arrived; i++) {
+        expect(pool.sa[packets[i]]).toBe(inbound.handle);
+        expect(Buffer.from(pool.read(packets[i])).subarray(14)).toEqual(inner);
+      }
+      received += arrived;
+      pool.free(packets, arrived);
+      if (performance.now() > deadline) throw new Error(`${received} of ${given} packets came back`);
+      if (arrived === 0) await new Promise((resolve) => setImmediate(resolve));
+    }
+  });
+});
