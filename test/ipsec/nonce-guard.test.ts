@@ -72,6 +72,34 @@ describe('the nonce guard', () => {
     expect(() => guard.claim(outbound(), 'software')).toThrow(reuse);
   });
 
+  it('lets an SA move that has sent nothing, and to nowhere with what it has sent', () => {
+    const claim = guard.claim(outbound(), 'software');
+    expect(() => claim.checkMove(outbound(), 'inline', 2n)).toThrow(reuse);
+    claim.checkMove(outbound(), 'inline', null);
+    claim.move(outbound(), 'inline');
+    expect(() => claim.checkMove(starting(1n << 31n), 'software', 1n << 64n)).toThrow(reuse);
+    claim.checkMove(outbound(), 'software', null);
+    claim.move(outbound(), 'software');
+    claim.release(7n);
+    expect(() => guard.claim(starting(6n), 'software')).toThrow(reuse);
+    guard.claim(starting(7n), 'software').cancel();
+  });
+
+  it('takes every nonce for used when an SA ends in the device that it moved to', () => {
+    const claim = guard.claim(outbound(), 'software');
+    claim.move(outbound(), 'inline');
+    claim.release(7n);
+    expect(() => guard.claim(starting(0xffffffffn), 'software')).toThrow(reuse);
+  });
+
+  it('remembers at a move what an SA before had used', () => {
+    guard.claim(outbound(), 'software').release(10n);
+    const claim = guard.claim(starting(10n), 'software');
+    expect(() => claim.checkMove(outbound(), 'inline', null)).toThrow(reuse);
+    expect(() => claim.checkMove(starting(9n), 'inline-sequence', null)).toThrow(reuse);
+    claim.checkMove(starting(10n), 'inline-sequence', null);
+  });
+
   it('sees one key behind GCM, GMAC and CTR', () => {
     const salt = key(4, 0x50);
     guard.claim(outbound(), 'inline');

@@ -80,7 +80,7 @@ export class FlowTable {
   /** Full offload, egress. Replaced as a whole: that is the point at which all flows change. */
   #policy = new OutboundPolicy([]);
   #offloads = 0;
-  /** Inline crypto, by SPI. */
+  /** Inline crypto, by SPI as a signed number, which is never an object. */
   readonly #egressCrypto = new Map<number, readonly Entry[]>();
   readonly #ingressCrypto = new Map<number, readonly Entry[]>();
   readonly #chain = new Uint32Array(Chain.length);
@@ -138,7 +138,8 @@ export class FlowTable {
     for (const entry of this.#entries) {
       if (entry.action.fullOffload || entry.match.spi === null) continue;
       const table = entry.direction === 'egress' ? this.#egressCrypto : this.#ingressCrypto;
-      table.set(entry.match.spi, [...(table.get(entry.match.spi) ?? NO_ENTRIES), entry]);
+      const spi = entry.match.spi | 0;
+      table.set(spi, [...(table.get(spi) ?? NO_ENTRIES), entry]);
     }
     this.#offloads = offloads.length;
     this.#policy = new OutboundPolicy(
@@ -224,7 +225,7 @@ export class FlowTable {
     const { u8 } = pool;
     const esp = espOf(pool, p, linkHeader, this.#chain);
     if (esp < 0) return null;
-    const spi = ((u8[esp] << 24) | (u8[esp + 1] << 16) | (u8[esp + 2] << 8) | u8[esp + 3]) >>> 0;
+    const spi = (u8[esp] << 24) | (u8[esp + 1] << 16) | (u8[esp + 2] << 8) | u8[esp + 3];
     const entries = table.get(spi);
     if (entries === undefined) return null;
     const ip = pool.offset[p] + linkHeader;

@@ -248,10 +248,10 @@ describe('flows of inline crypto', () => {
       esn,
     });
     const action = await createFlowActionEsp(nic, { keymat: keymat(1), ...state(0, false) });
-    for (const spi of [0x1000, 0x2000, 0x3000]) table.create({ direction: 'ingress', specs: esp(spi), action });
+    for (const spi of [0x1000, 0x2000, 0xfffffff0]) table.create({ direction: 'ingress', specs: esp(spi), action });
     const options = { esn: true, copyDscp: false, copyDf: false, decrementTtl: false, ecn: false };
     const numbered = (sequence: bigint) =>
-      [0x1000, 0x2000, 0x3000].map((spi) =>
+      [0x1000, 0x2000, 0xfffffff0].map((spi) =>
         protect(inner, outbound({ ...aead(1), spi, options, initial: { sequence } })),
       );
     const opens = (sequence: bigint) => new Set(ingress(numbered(sequence)).map(({ verdict }) => verdict));
