@@ -234,7 +234,7 @@ describe('65536 SAs', () => {
     }
     bench.ipsec.close();
     expect(bench.engine.contexts).toBe(0);
-  });
+  }, 60_000);
 });
 
 /** An IPv4 header to 192.0.2.`last`. */
