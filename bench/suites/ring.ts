@@ -8,7 +8,7 @@ import type { DmaMemory } from '../../src/sys/memory.ts';
 import { ResourceType } from '../../src/virtio/admin-wire.ts';
 import { Feature, FeatureSet } from '../../src/virtio/features.ts';
 import { netHeaderLayout } from '../../src/virtio-net/header.ts';
-import { RxQueue } from '../../src/virtio-net/rx.ts';
+import { createRxQueue } from '../../src/virtio-net/rx-merge.ts';
 import { createSaTable } from '../../src/virtio-net/sa-table.ts';
 import { TxQueue } from '../../src/virtio-net/tx.ts';
 import { createVirtqueue, type RingFormat, virtqueueBytes } from '../../src/virtqueue/create.ts';
@@ -61,7 +61,8 @@ function loop(format: RingFormat, secured: boolean, features: FeatureSet): Loop 
   const txRing = makeQueue(format, 1, layout.length);
   const rxRing = makeQueue(format, 0, layout.length);
   const tx = new TxQueue({ queue: txRing, notifier, pool, layout, sas });
-  const rx = new RxQueue({ queue: rxRing, notifier, pool, layout, sas });
+  const mergeable = features.has(Feature.MRG_RXBUF);
+  const rx = createRxQueue({ queue: rxRing, notifier, pool, layout, sas, mergeable });
   rx.refill();
   const header = {
     length: layout.length,
@@ -159,6 +160,11 @@ export const suite: BenchSuite = {
       yield ratio(
         `ring.${format}.tx_rx_security.ratio`,
         () => loopWorkload(format, true, IPSEC),
+        () => loopWorkload(format, false, IPSEC),
+      );
+      yield ratio(
+        `ring.${format}.tx_rx_mergeable.ratio`,
+        () => loopWorkload(format, false, IPSEC.with(Feature.MRG_RXBUF)),
         () => loopWorkload(format, false, IPSEC),
       );
       yield rate(`ring.${format}.tx_rx_plain_header.mpps`, 'Mpps', () => loopWorkload(format, false, PLAIN));

@@ -106,6 +106,7 @@ export class Receiver implements FrameSink {
     this.#layout = layout;
     this.#mergeable = features.has(Feature.MRG_RXBUF);
     this.#limitMtu = features.has(Feature.MTU) && !this.#options.faults.has('rx-mtu-ignored');
+    this.#reportsHash = features.has(Feature.HASH_REPORT);
   }
 
   /** Forgets frames that wait. */
@@ -167,8 +168,9 @@ export class Receiver implements FrameSink {
       const packet = packets[from + i];
       let target = this.#targets[i];
       if (target === Target.drop) continue;
-      if (target === Target.steer) target = this.#options.steering.pick(pool, packet);
-      else if (this.#reportsHash) this.#options.steering.calculate(pool, packet);
+      const { steering } = this.#options;
+      if (this.#reportsHash || steering.isByHash) steering.calculate(pool, packet);
+      if (target === Target.steer) target = steering.pick(pool, packet);
       this.#enqueue(target, packet);
     }
     pool.free(this.#dropped, this.#drops);
@@ -377,7 +379,7 @@ export class Receiver implements FrameSink {
     const pool = this.#pool;
     const header = this.#header;
     const flags = pool.flags[packet];
-    if (flags === 0 && ((at | layout.length) & 3) === 0 && this.#faults === null) {
+    if (flags === 0 && !this.#reportsHash && ((at | layout.length) & 3) === 0 && this.#faults === null) {
       // Nothing to say but the number of buffers, which is the upper half of the third word, and where the IP header is.
       const u32 = pool.u32;
       for (let w = at >>> 2; w < (at + layout.length) >>> 2; w++) u32[w] = 0;
@@ -400,6 +402,8 @@ export class Receiver implements FrameSink {
     header.flags = wire;
     header.gsoType = GsoType.NONE;
     header.numBuffers = buffers;
+    header.hashValue = pool.hash[packet];
+    header.hashReport = pool.hashReport[packet];
     header.outerNhOffset = layout.outerNhOffset >= 0 ? this.#networkHeader(packet) : 0;
     this.#faults?.received(header);
     encodeNetHeader(layout, header, pool.u8, at);

@@ -59,9 +59,13 @@ export class Steering {
     if (this.#inUse > 1) this.#pairs[flowHash(u8, at, length) & (ENTRIES - 1)] = pair;
   }
 
-  /** hot: the receive queue for a frame. Its hash, when it is to be reported, goes into the pool. */
+  /** Whether `pick` needs the hash of each frame. */
+  get isByHash(): boolean {
+    return this.#rss !== null;
+  }
+
+  /** hot: the receive queue for a frame; when steering is by hash, that of the frame for which `calculate` was called last. */
   pick(pool: PacketPool, packet: number): number {
-    if (this.#hashes) this.calculate(pool, packet);
     const rss = this.#rss;
     if (rss !== null) {
       const table = rss.indirectionTable;
@@ -74,10 +78,10 @@ export class Steering {
     return pair < this.#inUse ? pair : hash % this.#inUse;
   }
 
-  /** hot: the hash of a frame, into the pool. */
+  /** hot: the hash of a frame, into the pool; none before the driver has said what to hash. */
   calculate(pool: PacketPool, packet: number): void {
     if (this.#hashes) this.#hash.hash(pool.u8, pool.offset[packet], pool.length[packet]);
-    pool.hash[packet] = this.#hash.value;
+    pool.hash[packet] = this.#hashes ? this.#hash.value : 0;
     pool.hashReport[packet] = this.#hashes ? this.#hash.report : 0;
   }
 }
