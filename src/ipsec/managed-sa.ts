@@ -44,8 +44,8 @@ export class ManagedSa implements SaHandle {
   replayWindow: number;
   /** What its key carried where it was before. */
   usedBefore: Used = NOTHING_USED;
-  /** Settles when a move that is under way has ended. */
-  moving: Promise<void> | null = null;
+  /** Settles when the modify or move that is under way has ended. */
+  #busy: Promise<void> | null = null;
   /** What the rules of an inbound SA look at. */
   readonly #way: string;
   readonly #owner: SaOwner;
@@ -88,6 +88,10 @@ export class ManagedSa implements SaHandle {
     return this.#owner.move(this, where, sa, options);
   }
 
+  get busy(): boolean {
+    return this.#busy !== null;
+  }
+
   remove(): Promise<void> {
     return this.#owner.remove(this);
   }
@@ -124,6 +128,24 @@ export class ManagedSa implements SaHandle {
   /** The counters are about to go: keeps them as they are. */
   keepTraffic(): void {
     this.#finalTraffic = this.traffic();
+  }
+
+  /** Resolves when no modify or move is under way; at once when there is none. */
+  async idle(): Promise<void> {
+    while (this.#busy !== null) await this.#busy;
+  }
+
+  /** Runs a modify or move behind those that are under way. */
+  async exclusive(work: () => Promise<void>): Promise<void> {
+    // Whoever waits looks again himself: another may have been faster.
+    while (this.#busy !== null) await this.#busy;
+    const done = work();
+    this.#busy = done.catch(() => {});
+    try {
+      await done;
+    } finally {
+      this.#busy = null;
+    }
   }
 
   /** What its key has carried, given what it has where it is: not less, when the key was changed there. */

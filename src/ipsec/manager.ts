@@ -200,8 +200,11 @@ export class IpsecManager implements Ipsec {
     return managed.placement.where === 'inline' ? this.#device().query(managed.handle) : null;
   }
 
-  async modify(managed: ManagedSa, input: SecurityAssociationInput): Promise<void> {
-    if (managed.moving !== null) await managed.moving;
+  modify(managed: ManagedSa, input: SecurityAssociationInput): Promise<void> {
+    return managed.exclusive(() => this.#modify(managed, input));
+  }
+
+  async #modify(managed: ManagedSa, input: SecurityAssociationInput): Promise<void> {
     if (this.#closed !== null) throw this.#closed;
     const sa = validateSa(input);
     try {
@@ -260,18 +263,16 @@ export class IpsecManager implements Ipsec {
     this.state.replace(handle, sa, where, longestFrame(sa, this.#options.mtu), selectorOf(sa), rekeyed);
   }
 
-  async move(managed: ManagedSa, where: Where, input: SecurityAssociationInput, options: MoveOptions): Promise<void> {
-    while (managed.moving !== null) await managed.moving;
-    if (this.#closed !== null) throw this.#closed;
-    const sa = validateSa(input);
-    const moving = this.#move(managed, where, sa, options);
-    managed.moving = moving.catch(() => {});
-    try {
-      await moving;
-    } finally {
-      managed.moving = null;
-      wipeKeys(sa);
-    }
+  move(managed: ManagedSa, where: Where, input: SecurityAssociationInput, options: MoveOptions): Promise<void> {
+    return managed.exclusive(async () => {
+      if (this.#closed !== null) throw this.#closed;
+      const sa = validateSa(input);
+      try {
+        await this.#move(managed, where, sa, options);
+      } finally {
+        wipeKeys(sa);
+      }
+    });
   }
 
   async #move(managed: ManagedSa, where: Where, sa: SecurityAssociation, options: MoveOptions): Promise<void> {
@@ -315,7 +316,7 @@ export class IpsecManager implements Ipsec {
 
   async remove(managed: ManagedSa): Promise<void> {
     const { handle } = managed;
-    if (managed.moving !== null) await managed.moving;
+    while (managed.busy) await managed.idle();
     if (this.#sas.get(handle) !== managed) return;
     managed.keepTraffic();
     this.#sas.delete(handle);

@@ -240,6 +240,39 @@ describe('an outbound SA', () => {
     await setup.manager.addSa(outbound(), inSoftware);
   });
 
+  it('is modified and moved in the order in which it was asked, with the keys that go with it', async () => {
+    const setup = await openForMoves();
+    const sa = await setup.manager.addSa(outbound(), inDevice);
+    setup.send(sa.handle, 1);
+    const first = sa.modify(outbound(newKey));
+    const second = sa.move('software', outbound({ aead: gcm(0xa0) }));
+    const third = sa.modify(outbound({ aead: gcm(0xa0), lifetime: { ...outbound().lifetime, hardPackets: 100n } }));
+    await Promise.all([first, second, third]);
+    expect(sa.placement.where).toBe('software');
+    setup.send(sa.handle, 2);
+    expect(setup.sent.map(({ sequence }) => sequence)).toEqual([1n, 1n, 2n]);
+    for (const used of [{}, newKey, { aead: gcm(0xa0) }]) {
+      await expect(setup.manager.addSa(outbound({ spi: 9, ...used }))).rejects.toThrow(code('NONCE_REUSE'));
+    }
+    await sa.remove();
+    await setup.manager.addSa(outbound({ aead: gcm(0xa0), initial: { sequence: 3n } }), inSoftware);
+  });
+
+  it('has one modify or move at a time, however many wait', async () => {
+    const setup = await openForMoves();
+    const sa = await setup.manager.addSa(outbound(), inDevice);
+    let running = 0;
+    let most = 0;
+    const { modifyObject } = setup.admin;
+    setup.admin.modifyObject = async (...all) => {
+      most = Math.max(most, ++running);
+      await modifyObject.apply(setup.admin, all);
+      running--;
+    };
+    await Promise.all([0x60, 0x90, 0xa0, 0xb0].map((first) => sa.modify(outbound({ aead: gcm(first) }))));
+    expect(most).toBe(1);
+  });
+
   it('has no place after a move that the end of the NIC overtook', async () => {
     const setup = await openForMoves();
     const sa = await setup.manager.addSa(outbound(), inSoftware);
