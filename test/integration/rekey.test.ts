@@ -111,12 +111,11 @@ describe('rekeying while traffic runs', () => {
   it.each(places)('loses, repeats and exposes no packet: %s', async (_name, opened) => {
     const { a, b, wire } = await opened();
     const first = both();
-    const atA = await SaPair.open(a.ipsec, first.a, { graceMs: 100 });
-    const atB = await SaPair.open(b.ipsec, first.b, { graceMs: 100 });
+    const atA = await SaPair.open(a.ipsec, first.a, { graceMs: 60_000 });
+    const atB = await SaPair.open(b.ipsec, first.b, { graceMs: 60_000 });
     const forth = new Stream(a, atA, b, atB);
     const back = new Stream(b, atB, a, atA);
     const running = [forth.run(), back.run()];
-    const retired: Promise<void>[] = [];
     for (let round = 0; round < 4; round++) {
       const before = [forth.received.length, back.received.length];
       await until(
@@ -127,14 +126,20 @@ describe('rekeying while traffic runs', () => {
       // As IKE does it: A asks, B prepares and answers, A switches, B switches when it sees that.
       const preparedA = await atA.prepare(next.a);
       const preparedB = await atB.prepare(next.b);
-      retired.push(preparedA.switchOver().done);
+      const oldA = preparedA.switchOver();
       await until(
         () => forth.usedInbound.has(preparedB.inbound.handle),
         () => 'the new SA was never used',
       );
-      retired.push(preparedB.switchOver().done);
+      const oldB = preparedB.switchOver();
+      // The peers tell each other that nothing more comes with the old SAs, which a loaded machine may delay for long.
+      const under = [forth.sent, back.sent];
+      await until(
+        () => forth.received.length >= under[0] && back.received.length >= under[1],
+        () => 'packets under the old SAs did not arrive',
+      );
+      await Promise.all([oldA.now(), oldB.now()]);
     }
-    await Promise.all(retired);
     await forth.stop();
     await back.stop();
     await Promise.all(running);
