@@ -2,12 +2,27 @@
  * The transforms as functions over bytes, from @noble/ciphers and @noble/hashes: AES-CCM (RFC 3610) and AES-XCBC-MAC
  * (RFC 3566), which noble lacks, composed from its CBC and CTR; the others as noble has them.
  */
-import { cbc, cmac, ctr, gcm } from '@noble/ciphers/aes.js';
-import { chacha20, chacha20poly1305 } from '@noble/ciphers/chacha.js';
-import { hmac } from '@noble/hashes/hmac.js';
-import { sha1 } from '@noble/hashes/legacy.js';
-import { sha256, sha384, sha512 } from '@noble/hashes/sha2.js';
+import { createRequire } from 'node:module';
 import type { Transform } from './engine.ts';
+
+/**
+ * noble makes its tables while it is loaded, about half of the time that a process of ours needs to start, and most
+ * processes never use it. So it is loaded with its first job (`require` of ES modules: Node 20.19).
+ */
+const require = createRequire(import.meta.url);
+const aes = once((): typeof import('@noble/ciphers/aes.js') => require('@noble/ciphers/aes.js'));
+const chacha = once((): typeof import('@noble/ciphers/chacha.js') => require('@noble/ciphers/chacha.js'));
+const hmac = once((): typeof import('@noble/hashes/hmac.js') => require('@noble/hashes/hmac.js'));
+const legacy = once((): typeof import('@noble/hashes/legacy.js') => require('@noble/hashes/legacy.js'));
+const sha2 = once((): typeof import('@noble/hashes/sha2.js') => require('@noble/hashes/sha2.js'));
+
+function once<T>(load: () => T): () => T {
+  let loaded: T | undefined;
+  return () => {
+    loaded ??= load();
+    return loaded;
+  };
+}
 
 export type Bytes = Uint8Array;
 
@@ -40,7 +55,7 @@ function padded(bytes: Bytes): Bytes {
 
 /** CBC-MAC with a zero IV: the last block of the ciphertext. */
 function cbcMac(key: Bytes, message: Bytes): Bytes {
-  return cbc(key, new Uint8Array(BLOCK), NO_PADDING).encrypt(message).slice(-BLOCK);
+  return aes().cbc(key, new Uint8Array(BLOCK), NO_PADDING).encrypt(message).slice(-BLOCK);
 }
 
 /** A counter block of CCM (RFC 3610, 2.3) or, with other flags, B_0 (2.2): flags, nonce, `value` in the bytes that are left. */
@@ -58,21 +73,27 @@ const ccmSeal: Seal = (key, nonce, aad, plaintext, icvLength) => {
   const aadBlocks = aad.length > 0 ? padded(joined(Uint8Array.of(aad.length >> 8, aad.length & 0xff), aad)) : aad;
   const mac = cbcMac(key, joined(ccmBlock(flags, nonce, plaintext.length), aadBlocks, padded(plaintext)));
   // The key stream of block 0 covers the tag, that of block 1 and on the text.
-  const all = ctr(key, ccmBlock(widthMinus1, nonce, 0)).encrypt(joined(mac, plaintext));
+  const all = aes()
+    .ctr(key, ccmBlock(widthMinus1, nonce, 0))
+    .encrypt(joined(mac, plaintext));
   return joined(all.subarray(BLOCK), all.subarray(0, icvLength));
 };
 
 const ccmUnseal: Unseal = (key, nonce, ciphertext) =>
-  ctr(key, ccmBlock(BLOCK - 2 - nonce.length, nonce, 1)).encrypt(ciphertext);
+  aes()
+    .ctr(key, ccmBlock(BLOCK - 2 - nonce.length, nonce, 1))
+    .encrypt(ciphertext);
 
-const gcmSeal: Seal = (key, nonce, aad, plaintext) => gcm(key, nonce, aad).encrypt(plaintext);
+const gcmSeal: Seal = (key, nonce, aad, plaintext) => aes().gcm(key, nonce, aad).encrypt(plaintext);
 /** The text starts at counter 2 (SP 800-38D, 7.1). */
 const gcmUnseal: Unseal = (key, nonce, ciphertext) =>
-  ctr(key, joined(nonce, Uint8Array.of(0, 0, 0, 2))).encrypt(ciphertext);
+  aes()
+    .ctr(key, joined(nonce, Uint8Array.of(0, 0, 0, 2)))
+    .encrypt(ciphertext);
 
-const chachaSeal: Seal = (key, nonce, aad, plaintext) => chacha20poly1305(key, nonce, aad).encrypt(plaintext);
+const chachaSeal: Seal = (key, nonce, aad, plaintext) => chacha().chacha20poly1305(key, nonce, aad).encrypt(plaintext);
 /** The text starts at block 1 (RFC 8439, 2.8). */
-const chachaUnseal: Unseal = (key, nonce, ciphertext) => chacha20(key, nonce, ciphertext, undefined, 1);
+const chachaUnseal: Unseal = (key, nonce, ciphertext) => chacha().chacha20(key, nonce, ciphertext, undefined, 1);
 
 /** RFC 3566, section 4. An empty message counts as one short block. */
 const xcbc: Mac = (key, message) => {
@@ -92,26 +113,26 @@ export const SEAL: Partial<Record<NonNullable<Transform['cipher']>, { seal: Seal
 
 export const CIPHER: Partial<Record<NonNullable<Transform['cipher']>, { encrypt: Encrypt; decrypt: Encrypt }>> = {
   'aes-cbc': {
-    encrypt: (key, iv, text) => cbc(key, iv, NO_PADDING).encrypt(text),
-    decrypt: (key, iv, text) => cbc(key, iv, NO_PADDING).decrypt(text),
+    encrypt: (key, iv, text) => aes().cbc(key, iv, NO_PADDING).encrypt(text),
+    decrypt: (key, iv, text) => aes().cbc(key, iv, NO_PADDING).decrypt(text),
   },
   'aes-ctr': {
-    encrypt: (key, block, text) => ctr(key, block).encrypt(text),
-    decrypt: (key, block, text) => ctr(key, block).decrypt(text),
+    encrypt: (key, block, text) => aes().ctr(key, block).encrypt(text),
+    decrypt: (key, block, text) => aes().ctr(key, block).decrypt(text),
   },
   null: { encrypt: (_key, _iv, text) => text, decrypt: (_key, _iv, text) => text },
 };
 
 export const MAC: Partial<Record<NonNullable<Transform['auth']>, Mac>> = {
-  'hmac-sha1': (key, message) => hmac(sha1, key, message),
-  'hmac-sha256': (key, message) => hmac(sha256, key, message),
-  'hmac-sha384': (key, message) => hmac(sha384, key, message),
-  'hmac-sha512': (key, message) => hmac(sha512, key, message),
+  'hmac-sha1': (key, message) => hmac().hmac(legacy().sha1, key, message),
+  'hmac-sha256': (key, message) => hmac().hmac(sha2().sha256, key, message),
+  'hmac-sha384': (key, message) => hmac().hmac(sha2().sha384, key, message),
+  'hmac-sha512': (key, message) => hmac().hmac(sha2().sha512, key, message),
   'aes-xcbc': xcbc,
-  'aes-cmac': (key, message) => cmac(message, key),
+  'aes-cmac': (key, message) => aes().cmac(message, key),
 };
 
 /** GMAC is GCM of no text with the message as AAD (RFC 4543, 3.2). */
 export function gmac(key: Bytes, nonce: Bytes, message: Bytes): Bytes {
-  return gcm(key, nonce, message).encrypt(new Uint8Array(0));
+  return aes().gcm(key, nonce, message).encrypt(new Uint8Array(0));
 }
