@@ -84,7 +84,7 @@ export class VhostUserDevice implements DeviceFunction, VirtioTransport {
   readonly address: string;
   readonly deviceType: number = DeviceType.NET;
   readonly behindIommu = false;
-  /** One for each queue, and one for the configuration. */
+  /** One for each queue that there can be, and one for the configuration. */
   readonly interruptVectors: number;
   /** What the back-end said about itself. */
   readonly backEnd: BackEnd;
@@ -99,7 +99,8 @@ export class VhostUserDevice implements DeviceFunction, VirtioTransport {
   constructor(address: string, backEnd: BackEnd, hugePages: boolean) {
     this.address = address;
     this.backEnd = backEnd;
-    this.interruptVectors = this.queueCount() + 1;
+    // Data queues, control queue, configuration.
+    this.interruptVectors = 2 * backEnd.queuePairs + 2;
     this.#memory = new VhostUserMemory(backEnd.session, backEnd.memorySlots, hugePages);
     this.#config = new VhostUserConfig(backEnd);
     this.#rings = new VhostUserRings(backEnd.session, backEnd.features.has(VhostFeature.PROTOCOL_FEATURES));
@@ -185,9 +186,9 @@ export class VhostUserDevice implements DeviceFunction, VirtioTransport {
     session.settle();
   }
 
+  /** By what was negotiated (5.1.2): one pair without MQ, and a control queue behind the pairs with CTRL_VQ. */
   queueCount(): number {
-    const { queuePairs } = this.backEnd;
-    return queuePairs > 1 ? 2 * queuePairs + 1 : 2;
+    return this.#dataQueues + (this.#features.has(Feature.CTRL_VQ) ? 1 : 0);
   }
 
   adminQueues(): never {
@@ -195,8 +196,8 @@ export class VhostUserDevice implements DeviceFunction, VirtioTransport {
   }
 
   maxQueueSize(index: number): number {
-    if (index === this.#controlIndex) return CONTROL_QUEUE_SIZE;
-    return index < 2 * this.backEnd.queuePairs ? MAX_QUEUE_SIZE : 0;
+    if (index < this.#dataQueues) return MAX_QUEUE_SIZE;
+    return index < this.queueCount() ? CONTROL_QUEUE_SIZE : 0;
   }
 
   enableQueue(index: number, setup: QueueSetup): QueueNotifier {
@@ -209,7 +210,7 @@ export class VhostUserDevice implements DeviceFunction, VirtioTransport {
       );
     }
     this.#checkVector(setup.vector, `queue ${index}`);
-    if (index === this.#controlIndex) return this.#openControl(setup);
+    if (index >= this.#dataQueues) return this.#openControl(setup);
     const notifier = this.#rings.add(index, setup);
     if (this.#running) this.#rings.start();
     return notifier;
@@ -240,8 +241,8 @@ export class VhostUserDevice implements DeviceFunction, VirtioTransport {
     return readStable(this.#config, read, this.address);
   }
 
-  get #controlIndex(): number {
-    return this.backEnd.queuePairs > 1 ? 2 * this.backEnd.queuePairs : -1;
+  get #dataQueues(): number {
+    return this.#features.has(Feature.MQ) ? 2 * this.backEnd.queuePairs : 2;
   }
 
   get #running(): boolean {

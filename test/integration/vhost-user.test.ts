@@ -7,7 +7,7 @@ import {
   RxCounter,
   type SecurityAssociationInput,
 } from '../../src/index.ts';
-import { ProtocolFeature } from '../../src/virtio/vhost-user-protocol.ts';
+import { ProtocolFeature, Request } from '../../src/virtio/vhost-user-protocol.ts';
 import {
   cleanUp,
   descriptors,
@@ -135,6 +135,18 @@ describe('a NIC at a vhost-user port', () => {
     expect(nic.queues.map(({ rx }) => rx.counters[RxCounter.packets])).toEqual([3, 3, 3]);
     await nic.close();
     await backEnd.settled();
+    expect(backEnd.violations).toEqual([]);
+  });
+
+  it('has a control queue without several queue pairs too, which the back-end never hears of', async () => {
+    const features = [...BASE, Feature.MQ, Feature.CTRL_VQ];
+    const { nic, backEnd } = await port({ features, protocol: ALL_PROTOCOL, queuePairs: 4 });
+    expect(nic.features.has(Feature.MQ)).toBe(false);
+    expect(nic.features.has(Feature.CTRL_VQ)).toBe(true);
+    expect(await exchange(nic, [60])).toEqual([frame(0, 60)]);
+    await backEnd.settled();
+    const rings = backEnd.messages.filter(({ request }) => request === Request.SET_VRING_NUM);
+    expect(rings.map(({ payload }) => payload[0])).toEqual([0, 1]);
     expect(backEnd.violations).toEqual([]);
   });
 

@@ -38,11 +38,16 @@ async function open(address: string, options: NicOptions): Promise<Nic> {
 const DESTINATION = [2, 0, 0, 0, 0, 1];
 const SOURCE = [2, 0, 0, 0, 0, 2];
 
+const CONTENT = Buffer.from(Array.from({ length: 16_384 }, (_, i) => (i * 7) & 0xff));
+
 /** An Ethernet frame of an experimental type, whose content tells its number. */
 function frame(number: number, length: number, swapped = false): Uint8Array {
-  const addresses = swapped ? [...SOURCE, ...DESTINATION] : [...DESTINATION, ...SOURCE];
-  const head = [...addresses, 0x88, 0xb5, number & 0xff, number >>> 8];
-  return Uint8Array.from({ length }, (_, i) => head[i] ?? (number * 7 + i) & 0xff);
+  const bytes = Buffer.from(CONTENT.subarray(number % 251, (number % 251) + length));
+  bytes.set(swapped ? SOURCE : DESTINATION, 0);
+  bytes.set(swapped ? DESTINATION : SOURCE, 6);
+  bytes.writeUInt16BE(0x88b5, 12);
+  bytes.writeUInt16BE(number, 14);
+  return bytes;
 }
 
 /** How long the frames of a run are: from the shortest to the longest, each length only a few times. */
@@ -112,7 +117,7 @@ describe("DPDK's vhost device", () => {
     expect(nic.features.has(Feature.RING_PACKED)).toBe(one.ring === 'packed');
     expect(nic.features.has(Feature.IN_ORDER)).toBe(one.inOrder);
     expect(nic.features.has(Feature.MRG_RXBUF)).toBe(one.mergeBuffers);
-    const count = 20_000;
+    const count = 10_000;
     await exchange(nic, count);
     expect(await judge.statistics()).toEqual({ received: count, sent: count });
     expect(nic.queues[0].rx.counters[RxCounter.packets]).toBe(count);
@@ -139,7 +144,8 @@ describe("DPDK's vhost device", () => {
   it('may be the one that connects', async () => {
     const path = join(folder, 'port.sock');
     const opening = open(`vhost-user:${path},server=1`, {});
-    await testpmd(`net_vhost0,iface=${path},client=1`);
+    // Frames that are there before it begins are not to be thrown away.
+    await testpmd(`net_vhost0,iface=${path},client=1`, ['--no-flush-rx']);
     const nic = await opening;
     await exchange(nic, 1000);
   });

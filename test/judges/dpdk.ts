@@ -4,6 +4,7 @@
  */
 import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
 import { existsSync } from 'node:fs';
+import { availableParallelism } from 'node:os';
 import { fileURLToPath } from 'node:url';
 
 const fetchDpdk = fileURLToPath(new URL('../../scripts/fetch-dpdk', import.meta.url));
@@ -23,7 +24,7 @@ export interface TestpmdOptions {
   readonly folder: string;
   /** `--vdev` arguments: `net_vhost0,iface=/path`. */
   readonly devices: readonly string[];
-  /** Cores: the first is for commands, the others forward. Default `0,1`. */
+  /** `--lcores`: the first is for commands, the others forward. Default: two threads on whichever cores are free. */
   readonly cores?: string;
   /** Arguments of testpmd itself, beside `-i`. */
   readonly args?: readonly string[];
@@ -68,7 +69,7 @@ export class Testpmd {
     ];
     const drivers = [...abi, soname(own, 'librte_mempool_ring.so')].flatMap((name) => ['-d', name]);
     const devices = options.devices.flatMap((device) => ['--vdev', device]);
-    const eal = [...memory, '-l', options.cores ?? '0,1', ...drivers, ...devices];
+    const eal = [...memory, '--lcores', options.cores ?? anyCores(2), ...drivers, ...devices];
     // Where DPDK is installed too, its libraries come first: loading both would not do.
     const environment = { ...process.env, LD_LIBRARY_PATH: `${system}:${own}`, RUNTIME_DIRECTORY: options.folder };
     const args = [...eal, '--', '-i', '--total-num-mbufs=16384', ...(options.args ?? [])];
@@ -128,6 +129,12 @@ export class Testpmd {
       await new Promise((resolve) => setTimeout(resolve, 5));
     }
   }
+}
+
+/** So many threads, none of them bound to a core of its own. */
+function anyCores(threads: number): string {
+  const all = `(0-${availableParallelism() - 1})`;
+  return Array.from({ length: threads }, (_, i) => `${i}@${all}`).join(',');
 }
 
 /** The name under which the loader finds a driver: with the version of the interface. */
