@@ -2,9 +2,11 @@
  * One end of the applications' traffic, a process in a network namespace: an echo server for UDP and TCP, and a client that
  * checks what comes back. Its parent tells it what to do over the IPC channel.
  */
+import { execFile } from 'node:child_process';
 import { createHash, randomBytes } from 'node:crypto';
 import { createSocket } from 'node:dgram';
 import { connect, createServer } from 'node:net';
+import { promisify } from 'node:util';
 
 export const ECHO_PORT = 7;
 const WAIT_MS = 10_000;
@@ -12,7 +14,15 @@ const WAIT_MS = 10_000;
 /** A request to the process, and its answer. */
 export type TrafficRequest =
   | { readonly kind: 'udp'; readonly to: string; readonly sizes: readonly number[] }
-  | { readonly kind: 'tcp'; readonly to: string; readonly bytes: number };
+  | { readonly kind: 'tcp'; readonly to: string; readonly bytes: number }
+  /** Echo requests, datagrams and a TCP transfer at the same time. */
+  | {
+      readonly kind: 'all';
+      readonly to: string;
+      readonly pings: number;
+      readonly sizes: readonly number[];
+      readonly bytes: number;
+    };
 export type TrafficAnswer = { readonly ok: boolean; readonly detail: string };
 
 function serve(): void {
@@ -85,6 +95,24 @@ function tcp(to: string, bytes: number): Promise<string> {
   });
 }
 
+/** Sends echo requests and needs all the answers. */
+async function ping(to: string, count: number): Promise<string> {
+  const command = ['-c', String(count), '-i', '0.01', '-W', '5', to];
+  const { stdout } = await promisify(execFile)('ping', command, { timeout: WAIT_MS });
+  const summary = /(\d+) packets transmitted, (\d+) packets received/.exec(stdout);
+  if (summary === null || Number(summary[1]) !== count || Number(summary[2]) !== count) {
+    throw new Error(`ping ${to}: ${stdout}`);
+  }
+  return `${count} pings`;
+}
+
+async function serveRequest(request: TrafficRequest): Promise<string> {
+  const { kind, to } = request;
+  if (kind === 'udp') return udp(to, request.sizes);
+  if (kind === 'tcp') return tcp(to, request.bytes);
+  return (await Promise.all([ping(to, request.pings), udp(to, request.sizes), tcp(to, request.bytes)])).join(', ');
+}
+
 function isRequest(message: unknown): message is TrafficRequest {
   return typeof message === 'object' && message !== null && 'kind' in message && 'to' in message;
 }
@@ -93,8 +121,7 @@ process.on('message', async (message) => {
   if (!isRequest(message)) return;
   let answer: TrafficAnswer;
   try {
-    const detail = message.kind === 'udp' ? await udp(message.to, message.sizes) : await tcp(message.to, message.bytes);
-    answer = { ok: true, detail };
+    answer = { ok: true, detail: await serveRequest(message) };
   } catch (error) {
     answer = { ok: false, detail: error instanceof Error ? error.message : String(error) };
   }

@@ -1,3 +1,3 @@
 import { interopScenario } from '../bodies/interop.ts';
 
-export const scenario = interopScenario({ part: 'integrity', where: 'inline' });
+export const scenario = interopScenario({ parts: ['integrity', 'options'], where: 'inline' });
