@@ -131,6 +131,7 @@ export {
   type Problem,
   probeFunction,
 } from './probe.ts';
+export { type PortReport, probePort } from './probe-port.ts';
 export { type MappedMemory, mapAnonymous, unmapMemory } from './sys/memory.ts';
 export { type BindOptions, type BindResult, bindFunction, unbindFunction } from './vfio/bind.ts';
 export type { DeviceFunction, PciFunction } from './vfio/function.ts';

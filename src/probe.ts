@@ -12,6 +12,7 @@ import { recogniseRevision } from './ipsec/wire/recognise.ts';
 import { ipsecWire } from './ipsec/wire/revisions.ts';
 import { platformFeatures } from './nic-options.ts';
 import { formatMac } from './packet/addresses.ts';
+import type { PortReport } from './probe-port.ts';
 import {
   ExtendedCapabilityId,
   type MsixCapability,
@@ -110,6 +111,8 @@ export interface ProbeReport {
     actions?: readonly string[];
   };
   ipsec?: { revision: WireRevision; limits?: SaLimits; modes?: readonly ModeReport[] };
+  /** A vhost-user port, which has no PCI function, administration queue or IPsec. */
+  port?: PortReport;
 }
 
 /** Keeps the order of what is read and the names of what fails. */

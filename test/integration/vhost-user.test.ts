@@ -17,6 +17,7 @@ import {
   startBackEnd,
 } from '../virtio/vhost-user/fake.ts';
 import { until } from './support.ts';
+import { vipsec } from './vipsec.ts';
 
 const nics: Nic[] = [];
 
@@ -252,5 +253,63 @@ describe('a back-end that dies', () => {
     await first.nic.close();
     const second = await port({ features: BASE });
     expect(await exchange(second.nic, [77])).toEqual([frame(0, 77)]);
+  });
+});
+
+describe('vipsec probe of a vhost-user port', () => {
+  const features = [Feature.VERSION_1, Feature.MRG_RXBUF, Feature.MQ, Feature.GUEST_ANNOUNCE, 62];
+  const protocol = [ProtocolFeature.MQ, ProtocolFeature.REPLY_ACK, ProtocolFeature.LOG_SHMFD, ProtocolFeature.CONFIG];
+
+  it('tells what the back-end offers, what reaches the driver, and what is ours', async () => {
+    const config = [2, 0, 0, 0, 0, 9, 0, 0, ...Array(20).fill(0)];
+    const device = { features: [...features, Feature.MAC], protocol, queuePairs: 4, config };
+    const backEnd = await startBackEnd({ process: true, device });
+    const { code, stdout, stderr } = await vipsec(['probe', `vhost-user:${backEnd.path}`, '--json']);
+    expect({ code, stderr }).toEqual({ code: 0, stderr: '' });
+    const report = JSON.parse(stdout);
+    const offered = (list: { name: string; offered: boolean }[]): string[] =>
+      list.filter((one) => one.offered).map(({ name }) => name);
+    expect(offered(report.features)).toEqual([
+      'VIRTIO_NET_F_MAC',
+      'VIRTIO_NET_F_MRG_RXBUF',
+      'VIRTIO_NET_F_GUEST_ANNOUNCE',
+      'VIRTIO_NET_F_MQ',
+      'VHOST_USER_F_PROTOCOL_FEATURES',
+      'VIRTIO_F_VERSION_1',
+      'VIRTIO_NET_F_STANDBY',
+    ]);
+    expect(offered(report.port.protocolFeatures)).toEqual(['MQ', 'LOG_SHMFD', 'REPLY_ACK', 'CONFIG']);
+    expect(report.port).toMatchObject({
+      queuePairs: 4,
+      memoryRegions: 8,
+      memorySlots: false,
+      withheld: ['VIRTIO_NET_F_GUEST_ANNOUNCE', 'VHOST_USER_F_PROTOCOL_FEATURES', 'VIRTIO_NET_F_STANDBY'],
+      added: ['VIRTIO_NET_F_CTRL_VQ'],
+    });
+    expect(report.config).toMatchObject({ mac: '02:00:00:00:00:09', maxQueuePairs: 4 });
+    expect(report.problems).toEqual([]);
+    await backEnd.settled();
+    expect(backEnd.violations).toEqual([]);
+  });
+
+  it('prints it for people, and says what is missing', async () => {
+    const backEnd = await startBackEnd({ process: true, device: { features: [], protocol } });
+    const { code, stdout } = await vipsec(['probe', `vhost-user:${backEnd.path}`]);
+    expect(code).toBe(1);
+    for (const text of [
+      /REPLY_ACK +yes +yes/,
+      /LOG_SHMFD +yes +-/,
+      /in software/,
+      /8 regions in one table/,
+      /FEATURES_MISSING/,
+    ]) {
+      expect(stdout).toMatch(text);
+    }
+  });
+
+  it('fails in one line when there is no back-end', async () => {
+    const { code, stderr } = await vipsec(['probe', 'vhost-user:/nonexistent/port.sock']);
+    expect(code).toBe(1);
+    expect(stderr).toMatch(/^vipsec: error: cannot connect to .* \[CONNECT_FAILED\]\nhint: .*\n$/);
   });
 });

@@ -3,11 +3,15 @@
  */
 import { Command, Option } from 'commander';
 import {
+  isPortAddress,
   type ModeReport,
   openFunction,
+  openPort,
   type PciReport,
+  type PortReport,
   type ProbeReport,
   probeFunction,
+  probePort,
   WIRE_REVISIONS,
   type WireRevision,
 } from '../../src/index.ts';
@@ -21,7 +25,7 @@ interface Options {
 export function command(): Command {
   return new Command('probe')
     .description('bring-up report of a device: PCI, virtio structures, features, administration commands, IPsec')
-    .argument('<device>', '0000:01:00.0 or vfio-user:/path')
+    .argument('<device>', '0000:01:00.0, vfio-user:/path or vhost-user:/path[,server=1]')
     .addOption(
       new Option('--wire <revision>', 'how to read the IPsec capabilities')
         .choices(['auto', ...WIRE_REVISIONS])
@@ -30,22 +34,34 @@ export function command(): Command {
     .option('--json', 'print the report as one JSON document')
     .addHelpText(
       'after',
-      '\nThe function is reset before and after; nothing else is changed. Exit code 1: a step failed.',
+      '\nA function is reset before and after; nothing else is changed. Exit code 1: a step failed.',
     )
     .action(run);
 }
 
 async function run(device: string, options: Options): Promise<void> {
-  const fn = openFunction(device);
-  let report: ProbeReport;
-  try {
-    report = await probeFunction(fn, options.wire);
-  } finally {
-    fn.close();
-  }
+  const report = isPortAddress(device) ? await readPort(device) : await readFunction(device, options.wire);
   if (options.json === true) printJson(report);
   else printReport(report);
   if (report.problems.length > 0) process.exitCode = ExitCode.failed;
+}
+
+async function readFunction(device: string, wire: WireRevision | 'auto'): Promise<ProbeReport> {
+  const fn = openFunction(device);
+  try {
+    return await probeFunction(fn, wire);
+  } finally {
+    fn.close();
+  }
+}
+
+async function readPort(device: string): Promise<ProbeReport> {
+  const port = await openPort(device);
+  try {
+    return await probePort(port);
+  } finally {
+    port.close();
+  }
 }
 
 function hex(value: number, digits = 1): string {
@@ -59,10 +75,13 @@ function section(title: string, body: string): void {
 function printReport(report: ProbeReport): void {
   print(`Device ${report.device}`);
   if (report.pci !== undefined) printPci(report.pci);
+  if (report.port !== undefined) printPort(report.port);
   printVirtio(report);
-  printAdmin(report);
-  printFlowFilter(report);
-  printIpsec(report);
+  if (report.port === undefined) {
+    printAdmin(report);
+    printFlowFilter(report);
+    printIpsec(report);
+  } else section('IPsec', 'in software: vhost-user carries 64 feature bits, and VIRTIO_NET_F_IPSEC is bit 70');
   const rows = report.problems.map(({ step, code, message }) => [step, code, message]);
   if (rows.length > 0) section('Problems', table(['step', 'code', 'what'], rows));
 }
@@ -111,10 +130,34 @@ function printPci(pci: PciReport): void {
   );
 }
 
+function printPort(port: PortReport): void {
+  const memory = `${port.memoryRegions} ${port.memorySlots ? 'slots' : 'regions in one table'}`;
+  const list = (names: readonly string[]): string => (names.length === 0 ? '-' : names.join(', '));
+  const rows: [string, string][] = [
+    ['queue pairs', String(port.queuePairs)],
+    ['memory', memory],
+    ['offered, but not to the driver', list(port.withheld)],
+    ['offered by the front-end itself', list(port.added)],
+  ];
+  section('vhost-user back-end', table(['', ''], rows));
+  section(
+    'Protocol features',
+    table(
+      ['bit', 'name', 'offered', 'used'],
+      port.protocolFeatures.map(({ bit, name, offered, used }) => [
+        bit,
+        name,
+        offered ? 'yes' : '-',
+        used ? 'yes' : '-',
+      ]),
+    ),
+  );
+}
+
 function printVirtio(report: ProbeReport): void {
   if (report.features !== undefined) {
     section(
-      'Features (bits 0 to 127; those not listed are not defined and not offered)',
+      `Features (bits 0 to ${report.port === undefined ? 127 : 63}; those not listed are not defined and not offered)`,
       table(
         ['bit', 'name', 'offered'],
         report.features.map(({ bit, name, offered }) => [bit, name, offered ? 'yes' : '-']),
