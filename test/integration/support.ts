@@ -16,7 +16,7 @@ const vipsec = new URL('../../dist/tools/vipsec.js', import.meta.url).pathname;
 const captures = new URL('../data/', import.meta.url).pathname;
 
 /** How long anything here may take. */
-const PATIENCE_MS = 10_000;
+const PATIENCE_MS = 20_000;
 
 const endings: (() => void | Promise<void>)[] = [];
 
