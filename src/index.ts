@@ -93,6 +93,7 @@ export {
 } from './ipsec/verbs/numbers.ts';
 export { type Nic, type NicLink, openNic } from './nic.ts';
 export { isPortAddress, openFunction, openPort } from './nic-device.ts';
+export type { WaitPolicy } from './nic-interrupts.ts';
 export type { NicOffloads } from './nic-offloads.ts';
 export type { IpsecMode, NicOptions } from './nic-options.ts';
 export type { NicRxQueue, NicTxQueue } from './nic-queues.ts';

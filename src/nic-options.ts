@@ -45,6 +45,8 @@ export interface NicOptions {
   readonly offloads?: NicOffloads;
   /** Features that are not taken though the device offers them (`Feature.IN_ORDER`): to get around a device, or to compare. Default none. */
   readonly decline?: readonly FeatureBit[];
+  /** Whether the device may interrupt: when somebody waits for packets, and when its configuration changes. Default true. */
+  readonly interrupts?: boolean;
   /** Most SAs of each direction. Default 65536. */
   readonly maxSas?: number;
   /** File that remembers used nonces beyond the life of the process (`ipsec/nonce-guard.ts`). */
@@ -79,6 +81,7 @@ export function resolveOptions(options: NicOptions): ResolvedOptions {
     mtu: 1500,
     offloads: {},
     decline: [],
+    interrupts: true,
     maxSas: 65536,
     resetTimeout: 5000,
     commandTimeout: 5000,

@@ -7,13 +7,14 @@
  * AH is offered to the software side. When there is no SA for it, a burst goes straight to the ring.
  */
 
-import type { VirtioError } from './errors.ts';
+import { VirtioError } from './errors.ts';
 import { selectorMatches } from './fallback/selector.ts';
 import { VERDICTS, Verdict } from './fallback/verdict.ts';
 import type { IpsecManager } from './ipsec/manager.ts';
 import { SaPlace } from './ipsec/sa-state.ts';
-import { addBytes, finish } from './packet/checksum.ts';
+import { burstsOf, type NicInterrupts, type WaitPolicy, waitForPackets } from './nic-interrupts.ts';
 import { Ethernet } from './packet/fields.ts';
+import { fillChecksum } from './packet/fill-checksum.ts';
 import { PacketFlag, type PacketPool } from './packet/pool.ts';
 import type { RxQueue } from './virtio-net/rx.ts';
 import type { TxQueue } from './virtio-net/tx.ts';
@@ -228,12 +229,23 @@ export class NicRxQueue {
   readonly #pool: PacketPool;
   readonly #ipsec: IpsecManager;
   readonly #onBroken: () => void;
+  readonly #interrupts: NicInterrupts | null;
+  /** How `wait` waits. */
+  policy: WaitPolicy = 'adaptive';
   readonly #candidates = new Uint32Array(CHUNK);
   readonly #drop = new Uint32Array(CHUNK);
   readonly #verdicts = new Uint8Array(CHUNK);
 
-  /** `onBroken` is called whenever a burst finds the ring broken. */
-  constructor(index: number, ring: RxRing, pool: PacketPool, ipsec: IpsecManager, onBroken: () => void = () => {}) {
+  /** `onBroken` is called whenever a burst finds the ring broken. Without `interrupts` the queue can only be polled. */
+  constructor(
+    index: number,
+    ring: RxRing,
+    pool: PacketPool,
+    ipsec: IpsecManager,
+    onBroken: () => void = () => {},
+    interrupts: NicInterrupts | null = null,
+  ) {
+    this.#interrupts = interrupts;
     this.index = index;
     this.#ring = ring;
     this.#pool = pool;
@@ -352,6 +364,29 @@ export class NicRxQueue {
     return this.#ring.networkHeader(p);
   }
 
+  /**
+   * Resolves to true when packets may have arrived, to false when none has within `timeout` milliseconds. `policy` says how. Not while
+   * `enableInterrupts` is in use. Rejects with the reason when the NIC is broken or closed.
+   */
+  async wait(timeout: number = Number.POSITIVE_INFINITY): Promise<boolean> {
+    if (this.#interrupts === null) throw new VirtioError('NO_INTERRUPTS', 'this queue can only be polled');
+    try {
+      return await waitForPackets(this.#ring, this.index, this.#interrupts, this.policy, timeout);
+    } catch (error) {
+      if (this.#ring.broken !== null) this.#onBroken();
+      throw error;
+    }
+  }
+
+  /** Bursts of at most `max` packets, as they come: see `burstsOf`. */
+  bursts(max?: number): AsyncGenerator<Uint32Array, void, void> {
+    return burstsOf(this, max);
+  }
+
+  [Symbol.asyncIterator](): AsyncGenerator<Uint32Array, void, void> {
+    return this.bursts();
+  }
+
   /** Asks for an interrupt at the next packet; true when one is there already. */
   enableInterrupts(): boolean {
     return this.#ring.enableInterrupts();
@@ -360,19 +395,4 @@ export class NicRxQueue {
   disableInterrupts(): void {
     this.#ring.disableInterrupts();
   }
-}
-
-/** Fills the checksum that the device would have filled, because the packet is about to be encrypted. */
-function fillChecksum(pool: PacketPool, p: number): void {
-  pool.flags[p] &= ~PacketFlag.needsChecksum;
-  const start = pool.checksumStart[p];
-  const field = start + pool.checksumOffset[p];
-  const size = pool.length[p];
-  if (field + 2 > size) return;
-  const at = pool.offset[p];
-  // The field holds the sum of the pseudo header (Virtio 1.4, 5.1.9.2), which thereby is counted in.
-  // 0xffff stands for 0, which in UDP would mean that there is no checksum.
-  const sum = finish(addBytes(pool.u8, at + start, size - start, 0)) || 0xffff;
-  pool.u8[at + field] = sum >>> 8;
-  pool.u8[at + field + 1] = sum & 0xff;
 }

@@ -11,22 +11,35 @@ import type { Virtqueue } from './virtqueue/virtqueue.ts';
 export class NicRing implements QueueNotifier {
   readonly queue: Virtqueue;
   readonly #transport: VirtioTransport;
+  /** Its interrupt, or `NO_VECTOR`, also when the device could not map the one that was wanted. */
+  vector: number;
   readonly #onLost: (error: unknown) => void;
   #device: QueueNotifier;
   #reset: Promise<void> | null = null;
 
-  /** Enables `queue` on the device, in step 7 of the initialisation. `onLost` is told when a notification finds the device lost. */
-  constructor(transport: VirtioTransport, queue: Virtqueue, onLost: (error: unknown) => void) {
+  /** Enables `queue` on the device, with an interrupt `vector` or `NO_VECTOR`, in step 7 of the initialisation. `onLost` is told when a notification finds the device lost. */
+  constructor(transport: VirtioTransport, queue: Virtqueue, vector: number, onLost: (error: unknown) => void) {
     this.queue = queue;
+    this.vector = vector;
     this.#transport = transport;
     this.#onLost = onLost;
     this.#device = this.#enable();
   }
 
   #enable(): QueueNotifier {
+    try {
+      return this.#enableWith(this.vector);
+    } catch (error) {
+      if (this.vector === NO_VECTOR || !(error instanceof VirtioError && error.code === 'MSIX_VECTOR')) throw error;
+      this.vector = NO_VECTOR;
+      return this.#enableWith(NO_VECTOR);
+    }
+  }
+
+  #enableWith(vector: number): QueueNotifier {
     const { index, size, descriptorArea, driverArea, deviceArea } = this.queue;
     const areas = { descriptorArea, driverArea, deviceArea };
-    return this.#transport.enableQueue(index, { size, ...areas, vector: NO_VECTOR, position: this.queue });
+    return this.#transport.enableQueue(index, { size, ...areas, vector, position: this.queue });
   }
 
   notify(): void {

@@ -3,6 +3,7 @@
  * says how many pairs are in use (Virtio 1.4, 5.1.2, 5.1.5, 5.1.9.5.6). All rings have one format, split or packed.
  */
 import { type VipsecError, VirtioError } from './errors.ts';
+import { NicInterrupts } from './nic-interrupts.ts';
 import { NicRing } from './nic-ring.ts';
 import type { OpenOptions } from './nic-wire.ts';
 import { Ethernet } from './packet/fields.ts';
@@ -10,6 +11,7 @@ import { PacketPool } from './packet/pool.ts';
 import type { DmaMemory } from './sys/memory.ts';
 import { type DeviceFunction, releaseDma } from './vfio/function.ts';
 import { Feature, type FeatureSet } from './virtio/features.ts';
+import { NO_VECTOR } from './virtio/pci-layout.ts';
 import { ringFormat, ringOptions } from './virtio/ring-format.ts';
 import type { VirtioTransport } from './virtio/transport.ts';
 import type { NetConfig } from './virtio-net/config.ts';
@@ -52,6 +54,7 @@ export class NicRings {
   /** Null without CTRL_VQ. */
   readonly control: NetControl | null;
   readonly #control: ControlQueue | null;
+  readonly interrupts: NicInterrupts;
   readonly #memories: DmaMemory[] = [];
   #closed = false;
 
@@ -75,7 +78,10 @@ export class NicRings {
     const mergeable = features.has(Feature.MRG_RXBUF);
     const stride = options.packetStride ?? (mergeable ? MIN_STRIDE : strideFor(this.mtu));
     const packets = options.packets ?? 4 * queuePairs * 2 * queueSize;
+    this.interrupts = new NicInterrupts(fn, queuePairs, options.interrupts);
     try {
+      const { configVector } = this.interrupts;
+      if (configVector !== NO_VECTOR) mapConfigVector(transport, configVector);
       this.pool = new PacketPool(this.#allocate(packets * stride), { stride, headroom: HEADROOM });
       this.pairs = Array.from({ length: queuePairs }, (_, i) => this.#pair(i, transport, features, sas, options));
       this.#control = features.has(Feature.CTRL_VQ)
@@ -84,6 +90,7 @@ export class NicRings {
       this.control = this.#control === null ? null : new NetControl(this.#control, features, config, queuePairs);
       for (const { rx } of this.pairs) rx.refill(false);
     } catch (error) {
+      this.interrupts.close();
       for (const memory of this.#memories) releaseDma(fn, memory);
       throw error;
     }
@@ -134,7 +141,10 @@ export class NicRings {
     if (max === 0) throw new VirtioError('QUEUE_SIZE', `the device has no queue ${index}`);
     const format = ringFormat(features);
     const queue = createVirtqueue(format, this.#allocate(virtqueueBytes(format, options)), options);
-    return new NicRing(transport, queue, (error) => this.onLost(asVipsecError(error)));
+    const vector = index % 2 === 0 ? this.interrupts.receiveVector(index / 2) : NO_VECTOR;
+    const ring = new NicRing(transport, queue, vector, (error) => this.onLost(asVipsecError(error)));
+    if (ring.vector !== vector) this.interrupts.withdraw(index / 2);
+    return ring;
   }
 
   /**
@@ -192,9 +202,19 @@ export class NicRings {
     this.#closed = true;
     this.fail(new VirtioError('NIC_CLOSED', `${this.#fn.address} was closed`));
     this.#control?.release();
+    this.interrupts.close();
     // Packets may hold what should have been protected.
     this.pool.u8.fill(0);
     for (const memory of this.#memories) releaseDma(this.#fn, memory);
+  }
+}
+
+/** A device that cannot map it (4.1.5.1.2.1) tells of no changes. */
+function mapConfigVector(transport: VirtioTransport, vector: number): void {
+  try {
+    transport.setConfigVector(vector);
+  } catch (error) {
+    if (!(error instanceof VirtioError && error.code === 'MSIX_VECTOR')) throw error;
   }
 }
 

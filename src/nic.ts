@@ -12,7 +12,7 @@
  * bursts give 0, whatever is pending rejects, and `broken` says why. Left out: GSO, the control queue but for the
  * number of queue pairs.
  */
-import { type VipsecError, VirtioError } from './errors.ts';
+import { VfioError, VipsecError, VirtioError } from './errors.ts';
 import { SoftwareIpsec } from './fallback/software.ts';
 import type { MutableSaTable } from './ipsec/inline.ts';
 import type { Ipsec } from './ipsec/ipsec.ts';
@@ -30,6 +30,7 @@ import type { DeviceFunction } from './vfio/function.ts';
 import { AdminQueue } from './virtio/admin.ts';
 import { Feature, type FeatureSet } from './virtio/features.ts';
 import { initializeDevice, resetDevice } from './virtio/initialize.ts';
+import { DeviceStatus } from './virtio/pci-layout.ts';
 import type { VirtioTransport } from './virtio/transport.ts';
 import { type NetConfig, readNetConfig } from './virtio-net/config.ts';
 import type { FlowFilter } from './virtio-net/flow-filter.ts';
@@ -155,6 +156,8 @@ export class Nic implements AsyncDisposable {
   #broken: VipsecError | null = null;
   #closing: Promise<void> | null = null;
   readonly #listeners = new Set<(error: VipsecError) => void>();
+  readonly #linkListeners = new Set<(link: NicLink) => void>();
+  #lastLink: NicLink | null = null;
 
   /** Not to be called: use `openNic`. */
   constructor(parts: NicParts, config: NetConfig) {
@@ -186,13 +189,14 @@ export class Nic implements AsyncDisposable {
     const manager = this.#ipsec;
     const onBroken = () => void this.broken;
     this.#queues = rings.pairs.map(({ rx, tx }, i) => ({
-      rx: new NicRxQueue(i, rx, this.packets, manager, onBroken),
+      rx: new NicRxQueue(i, rx, this.packets, manager, onBroken, rings.interrupts),
       tx: new NicTxQueue(tx, this.packets, manager, onBroken),
       reset: async (which) => {
         if (which !== 'tx') await rings.resetQueue(i, 'rx');
         if (which !== 'rx') await rings.resetQueue(i, 'tx');
       },
     }));
+    rings.interrupts.onConfigChange(() => this.#configChanged());
     await rings.setQueuePairs(options.queuePairs);
     rings.start();
     if (this.#broken !== null) throw this.#broken;
@@ -241,6 +245,37 @@ export class Nic implements AsyncDisposable {
   get link(): NicLink {
     const { linkUp, speed = null, duplex = null } = readNetConfig(this.#parts.transport, this.features);
     return { up: linkUp, speed, duplex };
+  }
+
+  /**
+   * Calls `listener` when the link has changed, from the event loop; returns how to stop. Needs STATUS, and interrupts, without which
+   * nothing is told. Does not hold the event loop open.
+   */
+  onLink(listener: (link: NicLink) => void): () => void {
+    if (this.#linkListeners.size === 0 && this.#broken === null) this.#lastLink = this.link;
+    this.#linkListeners.add(listener);
+    return () => this.#linkListeners.delete(listener);
+  }
+
+  /** A configuration change interrupt: the link, or a device that has failed and asks for a reset (2.1.2). */
+  #configChanged(): void {
+    if (this.#broken !== null) return;
+    try {
+      const { transport } = this.#parts;
+      if ((transport.readStatus() & DeviceStatus.DEVICE_NEEDS_RESET) !== 0) {
+        this.#lost(new VirtioError('DEVICE_NEEDS_RESET', `${this.address}: the device asks for a reset`));
+        return;
+      }
+      const link = this.link;
+      const { up, speed, duplex } = this.#lastLink ?? link;
+      this.#lastLink = link;
+      if (link.up === up && link.speed === speed && link.duplex === duplex) return;
+      for (const listener of [...this.#linkListeners]) listener(link);
+    } catch (error) {
+      // A configuration that does not come to rest is looked at with the next change.
+      if (error instanceof VfioError) this.#lost(error);
+      else if (!(error instanceof VipsecError)) throw error;
+    }
   }
 
   /** Sums over all queues since the NIC was opened. */

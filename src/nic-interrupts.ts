@@ -1,0 +1,144 @@
+/**
+ * The interrupts of a NIC (Virtio 1.4, 4.1.5.1.2): one vector for configuration changes, one for each receive queue, as far as the device has
+ * as many; with fewer, receive queues share. Transmit queues have none: what was sent is reclaimed when there is something to send.
+ *
+ * And waiting for packets: rings are polled first or not, by policy, and only while somebody waits is the device asked for an interrupt. No
+ * sleep is longer than `RECHECK_MS`: an interrupt that is lost, or a ring that was reset meanwhile, delays but never hangs.
+ */
+import { setTimeout as sleep, setImmediate as turn } from 'node:timers/promises';
+import { VfioError, VirtioError } from './errors.ts';
+import type { DeviceFunction } from './vfio/function.ts';
+import { Interrupts } from './vfio/interrupts.ts';
+import { NO_VECTOR } from './virtio/pci-layout.ts';
+import type { RxQueue } from './virtio-net/rx.ts';
+
+/**
+ * How a receive queue waits. `poll` looks again and again and takes a whole core; `interrupt` sleeps at once; `adaptive` looks for
+ * a moment, because where packets come one after the other the next is here sooner than an interrupt, and then sleeps.
+ */
+export type WaitPolicy = 'poll' | 'interrupt' | 'adaptive';
+
+/** Milliseconds that `adaptive` looks before it sleeps: a few times what waking up takes. */
+const LOOK_MS = 0.2;
+/** Milliseconds after which who sleeps looks again anyway. */
+const RECHECK_MS = 100;
+/** The same where the device has no interrupts. */
+const NAP_MS = 1;
+
+const CONFIG_VECTOR = 0;
+const FIRST_RECEIVE_VECTOR = 1;
+
+export class NicInterrupts {
+  readonly #interrupts: Interrupts | null;
+  /** Pairs whose receive queue the device could not give its vector. */
+  readonly #without = new Set<number>();
+
+  /** For `pairs` queue pairs of `fn`; with `wanted` false, or on a function without vectors, there are none. Throws VfioError. */
+  constructor(fn: DeviceFunction, pairs: number, wanted: boolean) {
+    const vectors = wanted ? Math.min(fn.interruptVectors, FIRST_RECEIVE_VECTOR + pairs) : 0;
+    this.#interrupts = vectors === 0 ? null : new Interrupts(fn, vectors);
+  }
+
+  /** Vector of configuration changes, or `NO_VECTOR`. */
+  get configVector(): number {
+    return this.#interrupts === null ? NO_VECTOR : CONFIG_VECTOR;
+  }
+
+  /** Vector of the receive queue of `pair`, or `NO_VECTOR`. */
+  receiveVector(pair: number): number {
+    const receive = (this.#interrupts?.count ?? 0) - FIRST_RECEIVE_VECTOR;
+    return receive < 1 || this.#without.has(pair) ? NO_VECTOR : FIRST_RECEIVE_VECTOR + (pair % receive);
+  }
+
+  /** The device could not map the vector of the receive queue of `pair` (4.1.5.1.2.1): its waiters look by themselves. */
+  withdraw(pair: number): void {
+    this.#without.add(pair);
+  }
+
+  /** Calls `listener` when the configuration has changed; returns how to stop. False without interrupts. */
+  onConfigChange(listener: () => void): (() => void) | false {
+    return this.#interrupts === null ? false : this.#interrupts.listen(CONFIG_VECTOR, listener);
+  }
+
+  /** Resolves when the receive queue of `pair` may have packets, or after `ms`. */
+  async sleep(pair: number, ms: number): Promise<void> {
+    const vector = this.receiveVector(pair);
+    if (this.#interrupts === null || vector === NO_VECTOR) await sleep(Math.min(ms, NAP_MS));
+    else await this.#interrupts.wait(vector, Math.min(ms, RECHECK_MS));
+  }
+
+  close(): void {
+    this.#interrupts?.close();
+  }
+}
+
+/** What is used of a receive ring. */
+export type WaitableRing = Pick<RxQueue, 'broken' | 'enableInterrupts' | 'disableInterrupts'>;
+
+/**
+ * Resolves to true when `ring` has packets, to false when it has none within `timeout` milliseconds. Rejects with the reason when the
+ * ring is broken or closed.
+ */
+export async function waitForPackets(
+  ring: WaitableRing,
+  pair: number,
+  interrupts: NicInterrupts,
+  policy: WaitPolicy,
+  timeout: number,
+): Promise<boolean> {
+  const start = performance.now();
+  const looking = policy === 'poll' ? timeout : policy === 'adaptive' ? LOOK_MS : 0;
+  try {
+    for (;;) {
+      if (ring.broken !== null) throw ring.broken;
+      const waited = performance.now() - start;
+      // Asks for the interrupt and looks, in this order, so that none is missed.
+      if (ring.enableInterrupts()) return true;
+      if (waited >= timeout) return false;
+      if (waited < looking) await turn();
+      else await interrupts.sleep(pair, timeout - waited);
+    }
+  } catch (error) {
+    // Who is woken because the NIC ends is told why it did.
+    if (error instanceof VfioError && ring.broken !== null) throw ring.broken;
+    throw error;
+  } finally {
+    ring.disableInterrupts();
+  }
+}
+
+/** What is used of a receive queue. */
+export interface BurstSource {
+  burst(out: Uint32Array, max: number): number;
+  wait(): Promise<boolean>;
+}
+
+/** Packets of a burst when nobody says how many. */
+const DEFAULT_BURST = 64;
+
+/**
+ * Bursts of at most `max` packets, as they come. The memory of the array is the same each time; the packets are the caller's. Ends when the
+ * NIC is closed; throws when it breaks.
+ *
+ * ```ts
+ * for await (const packets of queue.rx) {
+ *   …
+ *   nic.packets.free(packets, packets.length);
+ * }
+ * ```
+ */
+export async function* burstsOf(
+  queue: BurstSource,
+  max: number = DEFAULT_BURST,
+): AsyncGenerator<Uint32Array, void, void> {
+  const packets = new Uint32Array(max);
+  try {
+    for (;;) {
+      const n = queue.burst(packets, max);
+      if (n > 0) yield packets.subarray(0, n);
+      else await queue.wait();
+    }
+  } catch (error) {
+    if (!(error instanceof VirtioError && error.code === 'NIC_CLOSED')) throw error;
+  }
+}
