@@ -20,8 +20,8 @@ export interface QemuNic {
    * `{ hub: N }` (to the other QEMU functions on the same hub).
    */
   readonly link: 'host' | { readonly device: string } | { readonly hub: number };
-  /** More properties of QEMU's device, such as `packed: 'on'`. */
-  readonly properties?: Readonly<Record<string, string | number>>;
+  /** More properties of QEMU's device, such as `packed: true`. */
+  readonly properties?: Readonly<Record<string, string | number | boolean>>;
   /**
    * Behind a root port of its own (the default); on the root bus, where a function cannot be reset or unplugged; or
    * `{ besides: ID }`: another function of that device, and so in its IOMMU group.

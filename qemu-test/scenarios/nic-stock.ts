@@ -6,7 +6,7 @@ import { receiveFrames, sendFrames } from '../bodies/frames.ts';
 import { expectFrames, offerFrames } from '../bodies/wire.ts';
 import { type Guest, same } from '../guest/guest.ts';
 import type { Host } from '../host/host.ts';
-import type { Scenario } from '../scenario.ts';
+import type { QemuNic, Scenario } from '../scenario.ts';
 
 const MAC = '52:54:00:00:05:01';
 const MTU = 1400;
@@ -25,70 +25,82 @@ const Check = {
 } as const;
 const TRANSMITTED_AGAIN = 'after the reset, too, frames leave byte for byte';
 
-export const scenario: Scenario = {
-  title: "our driver on QEMU's virtio-net through kernel VFIO",
-  machine: { qemu: 'stock' },
-  devices: [{ kind: 'virtio-net', id: 'nic', mac: MAC, mtu: MTU, iommu: true, link: 'host' }],
-  modules: ['virtio_pci', 'virtio_net', 'vfio_pci', 'vfio_iommu_type1'],
-  timeout: 120,
-  checks: [...Object.values(Check), TRANSMITTED_AGAIN],
+export const scenario = nicScenario('', {}, []);
 
-  async guest(guest) {
-    const address = guest.address('nic');
-    bindFunction(address);
-    const nic = await openNic(address);
-    await guest.check(Check.open, () => {
-      same('MAC', Buffer.from(nic.mac).toString('hex'), MAC.replaceAll(':', ''));
-      same('MTU', nic.mtu, MTU);
-      same('link', nic.link.up, true);
-      const needed = [Feature.VERSION_1, Feature.ACCESS_PLATFORM, Feature.MAC, Feature.MTU, Feature.STATUS];
-      if (!nic.features.hasAll(...needed)) throw new Error(`negotiated ${nic.features}`);
-    });
-    await exchange(guest, nic, Check.receive);
-    await guest.check(Check.statistics, () => {
-      const { rx, tx } = nic.statistics();
-      if (rx.packets < FRAMES || tx.packets !== FRAMES) throw new Error(JSON.stringify({ rx, tx }));
-      same('invalid', [rx.invalid, tx.invalid, rx.dropped, tx.dropped], [0, 0, {}, {}]);
-    });
-    await guest.check(Check.linkDown, async () => {
-      for (const up of [false, true]) {
-        guest.tell('link', up);
-        await guest.hear('link is set');
-        same('link', nic.link.up, up);
+/** The scenario on a device with more properties, of which `features` are to be negotiated too. */
+export function nicScenario(how: string, properties: NonNullable<QemuNic['properties']>, features: number[]): Scenario {
+  return {
+    title: `our driver on QEMU's virtio-net through kernel VFIO${how}`,
+    machine: { qemu: 'stock' },
+    devices: [{ kind: 'virtio-net', id: 'nic', mac: MAC, mtu: MTU, iommu: true, link: 'host', properties }],
+    modules: ['virtio_pci', 'virtio_net', 'vfio_pci', 'vfio_iommu_type1'],
+    timeout: 120,
+    checks: [...Object.values(Check), TRANSMITTED_AGAIN],
+
+    async guest(guest) {
+      const address = guest.address('nic');
+      bindFunction(address);
+      const nic = await openNic(address);
+      await guest.check(Check.open, () => {
+        same('MAC', Buffer.from(nic.mac).toString('hex'), MAC.replaceAll(':', ''));
+        same('MTU', nic.mtu, MTU);
+        same('link', nic.link.up, true);
+        const needed = [
+          ...features,
+          Feature.VERSION_1,
+          Feature.ACCESS_PLATFORM,
+          Feature.MAC,
+          Feature.MTU,
+          Feature.STATUS,
+        ];
+        if (!nic.features.hasAll(...needed)) throw new Error(`negotiated ${nic.features}`);
+      });
+      await exchange(guest, nic, Check.receive);
+      await guest.check(Check.statistics, () => {
+        const { rx, tx } = nic.statistics();
+        if (rx.packets < FRAMES || tx.packets !== FRAMES) throw new Error(JSON.stringify({ rx, tx }));
+        same('invalid', [rx.invalid, tx.invalid, rx.dropped, tx.dropped], [0, 0, {}, {}]);
+      });
+      await guest.check(Check.linkDown, async () => {
+        for (const up of [false, true]) {
+          guest.tell('link', up);
+          await guest.hear('link is set');
+          same('link', nic.link.up, up);
+        }
+      });
+      await guest.check(Check.placement, async () => {
+        const aead = { name: 'aes-gcm', key: '000102030405060708090a0b0c0d0e0f', salt: '00000001' } as const;
+        const tunnel = { source: '192.0.2.1', destination: '192.0.2.2' };
+        const sa = await nic.ipsec.addSa({ direction: 'outbound', mode: 'tunnel', spi: 256, aead, tunnel });
+        same('where', sa.placement.where, 'software');
+        return sa.placement.because;
+      });
+      await nic.close();
+      await guest.check(Check.flr, async () => {
+        const fn = openFunction(address);
+        fn.reset();
+        fn.close();
+        const again = await openNic(address);
+        await exchange(guest, again, null);
+        await again.close();
+      });
+      await guest.check(Check.reopen, async () => {
+        const before = readdirSync('/proc/self/fd').length;
+        for (let i = 0; i < REOPEN; i++) await (await openNic(address)).close();
+        same('descriptors', readdirSync('/proc/self/fd').length, before);
+      });
+    },
+
+    async host(host) {
+      await serve(host, Check.transmit);
+      for (let i = 0; i < 2; i++) {
+        await host.qemu('set_link', { name: 'nic', up: await host.hear('link') });
+        host.tell('link is set');
       }
-    });
-    await guest.check(Check.placement, async () => {
-      const aead = { name: 'aes-gcm', key: '000102030405060708090a0b0c0d0e0f', salt: '00000001' } as const;
-      const tunnel = { source: '192.0.2.1', destination: '192.0.2.2' };
-      const sa = await nic.ipsec.addSa({ direction: 'outbound', mode: 'tunnel', spi: 256, aead, tunnel });
-      same('where', sa.placement.where, 'software');
-      return sa.placement.because;
-    });
-    await nic.close();
-    await guest.check(Check.flr, async () => {
-      const fn = openFunction(address);
-      fn.reset();
-      fn.close();
-      const again = await openNic(address);
-      await exchange(guest, again, null);
-      await again.close();
-    });
-    await guest.check(Check.reopen, async () => {
-      const before = readdirSync('/proc/self/fd').length;
-      for (let i = 0; i < REOPEN; i++) await (await openNic(address)).close();
-      same('descriptors', readdirSync('/proc/self/fd').length, before);
-    });
-  },
-
-  async host(host) {
-    await serve(host, Check.transmit);
-    for (let i = 0; i < 2; i++) {
-      await host.qemu('set_link', { name: 'nic', up: await host.hear('link') });
-      host.tell('link is set');
-    }
-    await serve(host, TRANSMITTED_AGAIN);
-  },
-};
+      await serve(host, TRANSMITTED_AGAIN);
+    },
+  };
+}
 
 /** The guest's half of an exchange; `check` is the name of the check of what arrives. */
 async function exchange(guest: Guest, nic: Nic, check: string | null): Promise<void> {
