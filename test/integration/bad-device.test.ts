@@ -145,7 +145,8 @@ describe('a device that breaks the rules of a ring', () => {
     'leaves a NIC that says so and bursts that give 0, with %s rings and the fault %s',
     async (ring, fault, expected) => {
       const device = await startDevice({ faults: [fault] });
-      const nic = await open(device.addresses[0], { ...quick, ipsec: 'off', ring });
+      // Without interrupts, by which a device that has confused itself might ask for a reset first.
+      const nic = await open(device.addresses[0], { ...quick, ipsec: 'off', ring, interrupts: false });
       const told: string[] = [];
       nic.onBroken((error) => told.push(error.code));
       const packets = new Uint32Array(32);

@@ -175,3 +175,18 @@ describe('the link', () => {
     stop();
   });
 });
+
+describe('a device that asks for a reset', () => {
+  it('is noticed without anybody asking', async () => {
+    // It returns each buffer twice, finds its packed ring in disorder, and fails.
+    const device = await startDevice({ faults: ['used-id-twice'] });
+    const nic = await open(device.addresses[0], { ipsec: 'off', ring: 'packed' });
+    const broken = new Promise((resolve) => nic.onBroken(resolve));
+    const packets = new Uint32Array(64);
+    const n = nic.packets.allocate(packets, 64);
+    for (let i = 0; i < n; i++) nic.packets.write(packets[i], frames[i % frames.length]);
+    // Nobody looks at the rings any more, so nobody but the device can say.
+    nic.queues[0].tx.burst(packets, n);
+    expect(await broken).toEqual(expect.objectContaining({ code: 'DEVICE_NEEDS_RESET' }));
+  });
+});
