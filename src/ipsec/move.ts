@@ -205,11 +205,11 @@ class NonceMove {
   }
 
   done(): void {
+    const next = this.#next();
     if (this.#claim === null) {
-      this.#managed.claim.move(this.#sa, this.#target);
+      this.#managed.claim.move(this.#sa, this.#target, next);
       return;
     }
-    const next = this.#next();
     if (this.#managed.placement.where === 'software' && next !== null) this.#managed.claim.release(next);
     else if (next === null) this.#managed.claim.cancel();
     else this.#managed.claim.release();

@@ -55,15 +55,15 @@ export interface NonceClaim {
    * The SA is over. `nextSequence` is the number that its next packet would have had; without it every nonce counts as used.
    */
   release(nextSequence?: bigint): void;
-  /** The SA never came to be, and surely no packet was sent with it: things are as before. */
+  /** Surely no packet was sent with the SA where it is: nothing has been used since it came there. */
   cancel(): void;
   /**
    * Asks whether the SA may go on as `sa`, with the same key and salt, in another place. `nextSequence` is the number that its next packet
    * would have had where it is, null when surely no packet was sent with it. Throws IpsecError `NONCE_REUSE`; changes nothing.
    */
   checkMove(sa: SecurityAssociation, where: MoveTarget, nextSequence: bigint | null): void;
-  /** The SA goes on as `checkMove` has allowed. */
-  move(sa: SecurityAssociation, where: MoveTarget): void;
+  /** The SA goes on as `checkMove` has allowed, with the same `nextSequence`. */
+  move(sa: SecurityAssociation, where: MoveTarget, nextSequence: bigint | null): void;
 }
 
 /** Where an SA goes on: `inline-sequence` is a device that is known to use the sequence number as explicit IV. */
@@ -180,6 +180,8 @@ class Claim implements NonceClaim {
   readonly #before: Used | undefined;
   readonly #fileBefore: bigint;
   #offset: bigint | null;
+  /** Explicit IVs below this were used in the places where the SA was before. */
+  #carried = 0n;
   #open = true;
 
   constructor(state: ClaimState, offset: bigint | null) {
@@ -208,25 +210,35 @@ class Claim implements NonceClaim {
   }
 
   checkMove(sa: SecurityAssociation, where: MoveTarget, nextSequence: bigint | null): void {
-    const earlier = this.#before?.next ?? this.#fileBefore;
+    const earlier = later(this.#before?.next ?? this.#fileBefore, this.#carried);
     refuseOverlap(sa, where, nextSequence === null ? earlier : this.#usedUntil(nextSequence), false);
   }
 
-  move(sa: SecurityAssociation, where: MoveTarget): void {
+  move(sa: SecurityAssociation, where: MoveTarget, nextSequence: bigint | null): void {
+    if (nextSequence !== null) this.#carried = this.#usedUntil(nextSequence);
     this.#offset = offsetOf(sa, where);
   }
 
   #usedUntil(nextSequence: bigint | undefined): bigint {
     const end = this.#offset !== null && nextSequence !== undefined ? nextSequence + this.#offset : IV_END;
-    return end > IV_END ? IV_END : end;
+    return later(end > IV_END ? IV_END : end, this.#carried);
   }
 
   cancel(): void {
     if (!this.#open) return;
     this.#open = false;
+    if (this.#carried !== 0n) {
+      this.#memory.set(this.#id, { next: this.#carried, live: false });
+      this.#file?.free(this.#fileId, this.#carried);
+      return;
+    }
     this.#memory.set(this.#id, this.#before);
     this.#file?.free(this.#fileId, this.#fileBefore);
   }
+}
+
+function later(a: bigint, b: bigint): bigint {
+  return a > b ? a : b;
 }
 
 function refuseOverlap(sa: SecurityAssociation, where: MoveTarget, next: bigint, live: boolean): void {

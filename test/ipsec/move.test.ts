@@ -384,6 +384,16 @@ describe('nonces', () => {
     fc.record({ do: fc.constant('again' as const), key: keyNumber, where: place, from: fc.bigInt(1n, 12n) }),
   );
 
+  /** Found by the property: a key that has sent in software, moved to the device, sent nothing there and was left, came back at 1. */
+  const leftUnused: Step[] = [
+    { do: 'again', key: 4, where: 'software', from: 1n },
+    { do: 'send', n: 1 },
+    { do: 'move', to: 'inline', key: null, known: true },
+    { do: 'move', to: 'software', key: 0, known: false },
+    { do: 'move', to: 'inline', key: 4, known: false },
+    { do: 'send', n: 1 },
+  ];
+
   it.each(['virtio-1.4', 'rfc-2025-01'] as const)(
     'never repeat on %s, whatever is moved, modified, removed and made again with whichever keys',
     async (revision) => {
@@ -426,7 +436,7 @@ describe('nonces', () => {
           }
           closeMoves();
         }),
-        { numRuns: 1000 },
+        { numRuns: 1000, examples: revision === 'virtio-1.4' ? [] : [[leftUnused]] },
       );
       expect(moves).toBeGreaterThan(20);
     },

@@ -76,10 +76,10 @@ describe('the nonce guard', () => {
     const claim = guard.claim(outbound(), 'software');
     expect(() => claim.checkMove(outbound(), 'inline', 2n)).toThrow(reuse);
     claim.checkMove(outbound(), 'inline', null);
-    claim.move(outbound(), 'inline');
+    claim.move(outbound(), 'inline', null);
     expect(() => claim.checkMove(starting(1n << 31n), 'software', 1n << 64n)).toThrow(reuse);
     claim.checkMove(outbound(), 'software', null);
-    claim.move(outbound(), 'software');
+    claim.move(outbound(), 'software', null);
     claim.release(7n);
     expect(() => guard.claim(starting(6n), 'software')).toThrow(reuse);
     guard.claim(starting(7n), 'software').cancel();
@@ -87,9 +87,19 @@ describe('the nonce guard', () => {
 
   it('takes every nonce for used when an SA ends in the device that it moved to', () => {
     const claim = guard.claim(outbound(), 'software');
-    claim.move(outbound(), 'inline');
+    claim.move(outbound(), 'inline', null);
     claim.release(7n);
     expect(() => guard.claim(starting(0xffffffffn), 'software')).toThrow(reuse);
+  });
+
+  it('remembers what was sent in software when the SA leaves the device without a packet', () => {
+    const claim = guard.claim(outbound(), 'software');
+    claim.checkMove(starting(100n), 'inline-sequence', 7n);
+    claim.move(starting(100n), 'inline-sequence', 7n);
+    claim.cancel();
+    expect(() => guard.claim(outbound(), 'inline')).toThrow(reuse);
+    expect(() => guard.claim(starting(6n), 'software')).toThrow(reuse);
+    guard.claim(starting(7n), 'software').cancel();
   });
 
   it('remembers at a move what an SA before had used', () => {
