@@ -147,7 +147,7 @@ export class Bench {
   /** Brings the device up with receive buffers, and its link's other side. Throws `Untestable` when there is none. */
   async network(options: UpOptions = {}): Promise<{ driver: Driver; network: Network }> {
     const rx = options.rx ?? {};
-    if (this.peer === null && !this.profile.loopback) {
+    if (this.peer === null && !(await this.profile.loopsBack())) {
       throw new Untestable('needs a peer function (--peer) or a link that leads back');
     }
     const driver = await this.up({ ...options, rx });

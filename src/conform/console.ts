@@ -63,7 +63,8 @@ export function outcome({ status, qualifier }: Pick<Reply, 'status' | 'qualifier
 
 export class AdminConsole {
   readonly ring: CheckRing;
-  readonly revision: WireRevision;
+  /** How objects are laid out. */
+  revision: WireRevision;
   /** QUERY and MODIFY: the standard contradicts itself (spec-notes, 13). */
   queryOpcode: number = AdminOpcode.RESOURCE_OBJ_QUERY;
   modifyOpcode: number = AdminOpcode.RESOURCE_OBJ_MODIFY;

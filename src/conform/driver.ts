@@ -86,7 +86,10 @@ export class Driver {
   }
 
   /** Describes a queue to the device and enables it. */
-  addQueue(index: number, options: { size?: number; vector?: number; eventIdx?: boolean } = {}): CheckRing {
+  addQueue(
+    index: number,
+    options: { size?: number; vector?: number; eventIdx?: boolean; before?: (ring: CheckRing) => void } = {},
+  ): CheckRing {
     const { common } = this.target.structures;
     const F = CommonCfgField;
     common.write16(F.queueSelect, index);
@@ -95,6 +98,7 @@ export class Driver {
     const size = Math.min(options.size ?? 64, max);
     const at = this.target.allocate(ringBytes(size));
     const ring = new CheckRing(this.target.memory, at, index, size, options.eventIdx === true);
+    options.before?.(ring);
     this.configure(ring, options.vector ?? NO_VECTOR);
     this.rings.set(index, ring);
     this.#notifyOffsets.set(index, common.read16(F.queueNotifyOff) * this.#multiplier);

@@ -10,18 +10,24 @@ import type { WireRevision } from '../virtio/revision.ts';
 import { encodeGroup } from '../virtio-net/flow-filter-wire.ts';
 import { Bench } from './bench.ts';
 import { Failed, NotApplicable, Untestable } from './check.ts';
+import type { AdminConsole } from './console.ts';
 import { isEqual, udpFrame } from './frames.ts';
-import { useCommands } from './offer.ts';
+import { offeredCapabilities, useCapabilities, useCommands } from './offer.ts';
 import type { Target } from './target.ts';
 import type { Patience } from './time.ts';
 
-export interface Profile {
+export interface Readings {
   readonly revision: WireRevision;
   /** Which opcodes QUERY and MODIFY have (spec-notes, 13). */
   readonly queryOpcode: number;
   readonly modifyOpcode: number;
-  /** Whether what the device sends comes back to it. */
-  readonly loopback: boolean;
+}
+
+export interface Profile extends Readings {
+  /** Whether what the device sends comes back to it: found out when it is asked for the first time. */
+  loopsBack(): Promise<boolean>;
+  /** What `loopsBack` has found; null before. */
+  readonly loopback: boolean | null;
 }
 
 const TEXT = { queryOpcode: AdminOpcode.RESOURCE_OBJ_QUERY, modifyOpcode: AdminOpcode.RESOURCE_OBJ_MODIFY } as const;
@@ -29,27 +35,26 @@ const TABLE = {
   queryOpcode: AdminOpcodeTable.RESOURCE_OBJ_QUERY,
   modifyOpcode: AdminOpcodeTable.RESOURCE_OBJ_MODIFY,
 } as const;
-/** Bytes of an entry of VIRTIO_NET_IPSEC_SA_CAP, by revision, and of what stands before the first. */
+/** Bytes of an entry of VIRTIO_NET_IPSEC_SA_CAP in the draft, and of what stands before the first. */
 const ModeEntry = { head: 8, draft: 40 } as const;
 const PRIORITY = 0x0102;
 
-export async function findProfile(
-  target: Target,
-  peer: Target | null,
-  patience: Patience,
-  wire: WireRevision | 'auto',
-): Promise<Profile> {
-  const initial: Profile = { revision: wire === 'auto' ? 'virtio-1.4' : wire, ...TEXT, loopback: true };
-  const bench = new Bench(target, null, patience, initial);
-  const revision =
-    wire === 'auto' ? ((await attempt(target, patience, () => findRevision(bench))) ?? initial.revision) : wire;
-  const known = { ...initial, revision };
-  const opcodes =
-    (await attempt(target, patience, () => findOpcodes(new Bench(target, null, patience, known)))) ?? TEXT;
-  const loops =
-    peer === null &&
-    ((await attempt(target, patience, () => findLoopback(new Bench(target, null, patience, known)))) ?? false);
-  return { revision, ...opcodes, loopback: loops };
+/** Asks the device how it reads the standard. */
+export async function findProfile(target: Target, patience: Patience, wire: WireRevision | 'auto'): Promise<Profile> {
+  const usual: Readings = { revision: wire === 'auto' ? 'virtio-1.4' : wire, ...TEXT };
+  // While it is being asked, what it would say is taken for granted.
+  const assumed = { loopback: true, loopsBack: async () => true };
+  const found = await attempt(target, patience, () =>
+    findReadings(new Bench(target, null, patience, { ...usual, ...assumed }), wire),
+  );
+  const profile = { ...usual, ...found, loopback: null as boolean | null };
+  const seek = () => findLoopback(new Bench(target, null, patience, { ...profile, ...assumed }));
+  return Object.assign(profile, {
+    loopsBack: async () => {
+      profile.loopback ??= (await attempt(target, patience, seek)) ?? false;
+      return profile.loopback;
+    },
+  });
 }
 
 /** What `find` finds; undefined when the device does not let it. */
@@ -67,19 +72,23 @@ async function attempt<T>(target: Target, patience: Patience, find: () => Promis
   }
 }
 
-/** The revisions differ in the length of a mode's entry, and the device says how many there are. */
-async function findRevision(bench: Bench): Promise<WireRevision> {
+async function findReadings(bench: Bench, wire: WireRevision | 'auto'): Promise<Readings> {
   const admin = bench.console(await bench.bringUp(bench.target, { features: [Feature.ADMIN_VQ, Feature.IPSEC] }));
   await useCommands(admin);
+  if (wire === 'auto') admin.revision = await findRevision(admin);
+  await useCapabilities(admin, await offeredCapabilities(admin));
+  return { revision: admin.revision, ...(await findOpcodes(admin)) };
+}
+
+/** The revisions differ in the length of a mode's entry, and the device says how many there are. */
+async function findRevision(admin: AdminConsole): Promise<WireRevision> {
   const { result } = await admin.capabilityGet(CapabilityId.NET_IPSEC_SA);
   const isDraft = result.length > 0 && result[0] > 0 && result.length === ModeEntry.head + result[0] * ModeEntry.draft;
   return isDraft ? 'rfc-2025-01' : 'virtio-1.4';
 }
 
 /** A command 0xc on a group is a QUERY when it returns the group. */
-async function findOpcodes(bench: Bench): Promise<Pick<Profile, 'queryOpcode' | 'modifyOpcode'>> {
-  const driver = await bench.up({ ipsec: true });
-  const admin = bench.console(driver);
+async function findOpcodes(admin: AdminConsole): Promise<Pick<Profile, 'queryOpcode' | 'modifyOpcode'>> {
   const group = encodeGroup({ priority: PRIORITY });
   await admin.create(ResourceType.NET_FF_GROUP, 0, group);
   const opcode = AdminOpcode.RESOURCE_OBJ_QUERY;

@@ -66,8 +66,8 @@ export async function outboundSa(
   const { admin, judge } = secured;
   const sa = makeSa({ ...wish, direction: 'outbound' }, algorithms);
   // The other end must not change the packet in its turn.
-  const options = { esn: wish.options?.esn === true };
-  judge.add(makeSa({ ...wish, options, lifetime: {}, direction: 'inbound' }, algorithms));
+  const { esn = false } = wish.options ?? {};
+  judge.add(makeSa({ ...wish, options: { esn }, lifetime: {}, direction: 'inbound' }, algorithms));
   succeeded(await admin.create(R.NET_IPSEC_OUTB_SA, id, saBytes(admin.revision, sa, id)));
   return sa;
 }

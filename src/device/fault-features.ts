@@ -19,6 +19,7 @@ const CHANGES: Partial<Record<FaultName, (offered: FeatureSet) => FeatureSet>> =
   'queue-size-odd': (offered) => offered.without(Feature.RING_PACKED),
   'no-out-net-header': (offered) => offered.without(Feature.OUT_NET_HEADER),
   'guest-tso-silent': (offered) => offered.with(Feature.GUEST_TSO4),
+  'no-notification-data': (offered) => offered.without(Feature.NOTIFICATION_DATA),
   'notification-data': (offered) => offered.with(Feature.NOTIFICATION_DATA),
 };
 

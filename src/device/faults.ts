@@ -26,6 +26,7 @@ export const FAULTS = {
   'notify-misaligned': 'the notification structure is not aligned',
   'notify-multiplier': 'notify_off_multiplier is 3',
   'notify-short': 'the notification structure has 1 byte',
+  'no-notification-data': 'NOTIFICATION_DATA is not offered',
   'notification-data': 'NOTIFICATION_DATA is offered with a notification structure that does not suit it',
   'shared-memory': 'there are two shared memory regions with one id that leave their BAR',
   'vendor-data': 'there is vendor data of odd length whose vendor is virtio',

@@ -4,7 +4,16 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { CHECKS, type CheckResult, type ConformanceReport, runConformance } from '../../src/conform/index.ts';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import {
+  type Area,
+  areaOf,
+  CHECKS,
+  type CheckResult,
+  type ConformanceReport,
+  runConformance,
+  type Trial,
+} from '../../src/conform/index.ts';
 import type { DeviceOptions } from '../../src/device/index.ts';
 import { openFunction } from '../../src/index.ts';
 
@@ -67,4 +76,39 @@ export class DeviceHost {
 /** Results for a message: `ADM-004 fail: …`. */
 export function lines(results: readonly CheckResult[]): string[] {
   return results.map(({ id, verdict, detail }) => `${id} ${verdict}: ${detail}`);
+}
+
+/** Checks that need more than one function with one queue pair on a loopback. */
+const SETUPS: Readonly<Record<string, Setup>> = {
+  // Two receive queues, one of which is reset.
+  'FLT-016': { queuePairs: 2 },
+  // A sender that may send longer packets.
+  'HDR-038': { link: 'pair' },
+};
+
+/** Every check of `areas` with every fault that it must find, as rows of a table test. */
+export function faultTable(areas: readonly Area[]): { id: string; title: string; fault: string; setup: Setup }[] {
+  const trials = CHECKS.filter((check): check is Trial => 'run' in check && areas.includes(areaOf(check.id)));
+  return trials.flatMap(({ id, title, faults }) =>
+    faults.map((fault) => ({ id, title, fault, setup: { ...SETUPS[id], faults: fault.split('+') } })),
+  );
+}
+
+/** The table test: each check fails on a device that has its fault. */
+export function testFaults(areas: readonly Area[]): void {
+  let host: DeviceHost;
+  beforeAll(() => {
+    host = new DeviceHost();
+  });
+  afterAll(() => host.close());
+
+  describe(`each conformance check of ${areas.join(', ')}`, () => {
+    it.each(faultTable(areas))('$id fails on a device with the fault $fault: $title', async ({ id, setup }) => {
+      const { checks } = await host.conform(setup, [id]);
+      expect(
+        checks.map(({ verdict }) => verdict),
+        lines(checks).join('\n'),
+      ).toEqual(['fail']);
+    });
+  });
 }

@@ -70,11 +70,13 @@ export const initChecks: readonly Check[] = [
     'The device consumes no buffers and does not notify before DRIVER_OK',
     ['early-start'],
     async (bench) => {
-      const driver = await bench.up({ stopped: true });
+      const features = least(bench);
+      expectTaken(await Driver.negotiate(bench.target, bench.patience, features), features);
+      const driver = new Driver(bench.target, bench.patience, features, bench.profile.revision);
       const mac = bench.mac(bench.target);
-      const ring = driver.ring(1);
       const { at, length } = driver.place(udpFrame({ destination: mac, source: mac }));
-      ring.offer({ at, length });
+      driver.addQueue(0);
+      const ring = driver.addQueue(1, { before: (empty) => empty.offer({ at, length }) });
       await bench.never(() => ring.usedIndex !== 0, 'the device used a buffer before DRIVER_OK');
       bench.log('made a buffer available before DRIVER_OK; the device left it alone');
       driver.start();

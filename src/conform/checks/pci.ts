@@ -236,7 +236,7 @@ export const pciChecks: readonly Check[] = [
     'PCI-013',
     NOTIFY,
     'Without NOTIFICATION_DATA, the offset of the notification structure is 2-byte aligned',
-    ['notify-misaligned'],
+    ['no-notification-data+notify-misaligned'],
     (bench) => {
       needPlain(bench);
       expectAligned(bench, VirtioCfgType.NOTIFY, 'notification', 2);
@@ -246,7 +246,7 @@ export const pciChecks: readonly Check[] = [
     'PCI-014',
     NOTIFY,
     'Without NOTIFICATION_DATA, notify_off_multiplier is 0 or an even power of 2',
-    ['notify-multiplier'],
+    ['no-notification-data+notify-multiplier'],
     (bench) => {
       needPlain(bench);
       const multiplier = bench.target.structures.notifyMultiplier;
@@ -261,7 +261,7 @@ export const pciChecks: readonly Check[] = [
     'PCI-015',
     NOTIFY,
     'Without NOTIFICATION_DATA, the notification structure has at least 2 bytes',
-    ['notify-short'],
+    ['no-notification-data+notify-short'],
     (bench) => {
       needPlain(bench);
       for (const { length } of capabilities(bench, VirtioCfgType.NOTIFY))
@@ -272,7 +272,7 @@ export const pciChecks: readonly Check[] = [
     'PCI-016',
     NOTIFY,
     'Without NOTIFICATION_DATA, cap.length holds queue_notify_off * notify_off_multiplier + 2 of every queue',
-    ['notify-outside-bar'],
+    ['no-notification-data+notify-outside-bar'],
     (bench) => {
       needPlain(bench);
       expectNotifyRoom(bench, 2);

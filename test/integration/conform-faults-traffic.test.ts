@@ -1,0 +1,3 @@
+import { testFaults } from './conform-support.ts';
+
+testFaults(['QUE', 'FLT', 'IPS', 'HDR']);
