@@ -1,8 +1,8 @@
 /**
  * What a check of the conformance suite is, and what it can come to.
  *
- * A check stands for one normative statement of Virtio 1.4 about the device. It either runs, or it says why a driver cannot
- * tell. A statement about something that the device does not have is not applicable.
+ * A check stands for one normative statement of Virtio 1.4 about the device. It either runs, or it says why a driver
+ * cannot tell. A statement about something that the device does not have is not applicable.
  */
 import type { Bench } from './bench.ts';
 

@@ -75,7 +75,9 @@ export class Driver {
     this.#multiplier = structures.notifyMultiplier;
   }
 
-  /** Steps 1 to 6: reset, ACKNOWLEDGE, DRIVER, features, FEATURES_OK. False when the device did not take the features. */
+  /**
+   * Steps 1 to 6: reset, ACKNOWLEDGE, DRIVER, features, FEATURES_OK. False when the device did not take the features.
+   */
   static async negotiate(target: Target, patience: Patience, features: FeatureSet): Promise<boolean> {
     await target.reset(patience);
     target.status = DeviceStatus.ACKNOWLEDGE;

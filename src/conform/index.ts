@@ -1,6 +1,6 @@
 /**
- * A conformance suite for virtio network devices with IPsec (Virtio 1.4): a check for each normative statement about the device that
- * a driver can try, and the reason for each that it cannot.
+ * A conformance suite for virtio network devices with IPsec (Virtio 1.4): a check for each normative statement about
+ * the device that a driver can try, and the reason for each that it cannot.
  *
  * `runConformance` drives one function; `vipsec conform` is its command line.
  */
@@ -8,7 +8,9 @@ import type { Check } from './check.ts';
 import { adminChecks } from './checks/admin.ts';
 import { capabilityChecks } from './checks/capabilities.ts';
 import { flowFilterChecks } from './checks/flow-filter.ts';
-import { headerChecks } from './checks/header.ts';
+import { flowMatchingChecks } from './checks/flow-matching.ts';
+import { receivedChecks } from './checks/header.ts';
+import { sentChecks } from './checks/header-sent.ts';
 import { initChecks } from './checks/init.ts';
 import { interruptChecks } from './checks/interrupts.ts';
 import { ipsecChecks } from './checks/ipsec.ts';
@@ -42,7 +44,9 @@ export const CHECKS: readonly Check[] = [
   ...capabilityChecks,
   ...objectChecks,
   ...flowFilterChecks,
+  ...flowMatchingChecks,
   ...ipsecChecks,
   ...ipsecTrafficChecks,
-  ...headerChecks,
+  ...sentChecks,
+  ...receivedChecks,
 ];

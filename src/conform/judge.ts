@@ -1,6 +1,6 @@
 /**
- * The other end of an SA: software ESP and AH, which protects what the device must open and opens what the device has protected
- * (RFC 4302, RFC 4303).
+ * The other end of an SA: software ESP and AH, which protects what the device must open and opens what the device has
+ * protected (RFC 4302, RFC 4303).
  */
 import { SoftwareIpsec } from '../fallback/software.ts';
 import { Verdict, verdictNames } from '../fallback/verdict.ts';

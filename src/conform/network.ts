@@ -1,8 +1,8 @@
 /**
  * The other side of the device under test: what it sends is seen there, and what arrives at it comes from there.
  *
- * Either a second function that is wired to it (`peer`), or the device itself, whose link leads back to it (`loopback`). Frames that
- * checks did not send (a real network has neighbours) are passed over.
+ * Either a second function that is wired to it (`peer`), or the device itself, whose link leads back to it
+ * (`loopback`). Frames that checks did not send (a real network has neighbours) are passed over.
  */
 import { Ethernet } from '../packet/fields.ts';
 import type { NetHeader } from '../virtio-net/header.ts';

@@ -1,5 +1,6 @@
 /**
- * What the suite must know of a device before it starts: how it reads what the standard leaves open, and whether its link leads back.
+ * What the suite must know of a device before it starts: how it reads what the standard leaves open, and whether its
+ * link leads back.
  *
  * Finding out is no check: a device on which this fails fails the checks for the same reason.
  */

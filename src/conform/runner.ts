@@ -1,8 +1,8 @@
 /**
  * Runs checks one after the other on one device.
  *
- * Each check finds the function reset and leaves it so. A check that loses the device has failed; the device is then opened again for
- * the next one. When that fails too, the remaining checks cannot be tried.
+ * Each check finds the function reset and leaves it so. A check that loses the device has failed; the device is then
+ * opened again for the next one. When that fails too, the remaining checks cannot be tried.
  */
 import { VipsecError } from '../errors.ts';
 import type { PciFunction } from '../vfio/function.ts';

@@ -1,7 +1,8 @@
 /**
  * The virtio structures of a PCI function, as registers (Virtio 1.4, 4.1.4).
  *
- * Checks read and write single registers, so nothing here hides one; but no access ever leaves a BAR, whatever the capabilities say.
+ * Checks read and write single registers, so nothing here hides one; but no access ever leaves a BAR, whatever the
+ * capabilities say.
  */
 import {
   type Capability,

@@ -19,7 +19,10 @@ export class Patience {
     this.quiet = Math.min(100, Math.max(10, timeout / 20));
   }
 
-  /** Waits until `condition` holds; false when it does not within `limit`. Throws `Failed` when the check's time is over. */
+  /**
+   * Waits until `condition` holds; false when it does not within `limit`. Throws `Failed` when the check's time is
+   * over.
+   */
   async until(condition: () => boolean, limit = this.timeout): Promise<boolean> {
     const start = performance.now();
     for (;;) {

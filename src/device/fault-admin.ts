@@ -1,7 +1,9 @@
 /**
- * How the faults of `faults.ts` that concern administration commands are made: each is a rule around the execution of a command.
+ * How the faults of `faults.ts` that concern administration commands are made: each is a rule around the execution of
+ * a command.
  *
- * A rule gets the command and `next`, which executes it, or another, as the device would. It may ask `next` several times.
+ * A rule gets the command and `next`, which executes it, or another, as the device would. It may ask `next` several
+ * times.
  */
 import type { WireLayout } from '../ipsec/wire/codec.ts';
 import { rfc202501Layout } from '../ipsec/wire/rfc-2025-01.ts';

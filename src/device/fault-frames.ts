@@ -1,6 +1,6 @@
 /**
- * How the faults of `faults.ts` that concern packets are made: rules that look at what a driver sends before the device does, and
- * change what a driver receives.
+ * How the faults of `faults.ts` that concern packets are made: rules that look at what a driver sends before the
+ * device does, and change what a driver receives.
  */
 import { addBytes, finish, ipv4PseudoSum } from '../packet/checksum.ts';
 import { Ethernet, IpProtocol, Ipv4, Udp } from '../packet/fields.ts';

@@ -1,4 +1,6 @@
-/** How the faults of `faults.ts` that concern the common configuration structure are made: rules around its registers. */
+/**
+ * How the faults of `faults.ts` that concern the common configuration structure are made: rules around its registers.
+ */
 import { DeviceStatus, CommonCfgField as F, NO_VECTOR } from '../virtio/pci-layout.ts';
 import { NetConfigField } from '../virtio-net/config.ts';
 import type { FaultName, FaultSet } from './faults.ts';

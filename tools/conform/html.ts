@@ -1,6 +1,6 @@
 /**
- * The conformance report as one HTML page: nothing is loaded from elsewhere, and it works without scripts. Filters are check boxes that
- * the style sheet looks at; details fold by themselves.
+ * The conformance report as one HTML page: nothing is loaded from elsewhere, and it works without scripts. Filters
+ * are check boxes that the style sheet looks at; details fold by themselves.
  */
 import { AREAS, type CheckResult, type ConformanceReport, type Verdict } from '../../src/conform/index.ts';
 import { escapeMarkup } from './markup.ts';

@@ -1,8 +1,9 @@
 /**
- * The conformance report as JUnit XML, as continuous integration systems read it: a suite for each area, a test case for each check.
+ * The conformance report as JUnit XML, as continuous integration systems read it: a suite for each area, a test case
+ * for each check.
  *
- * A SHOULD that failed is a failure of type SHOULD: what to make of it is for the reader to set. What is not applicable or not testable
- * is skipped, with the reason.
+ * A SHOULD that failed is a failure of type SHOULD: what to make of it is for the reader to set. What is not
+ * applicable or not testable is skipped, with the reason.
  */
 import type { CheckResult, ConformanceReport } from '../../src/conform/index.ts';
 import { escapeMarkup } from './markup.ts';

@@ -424,4 +424,11 @@ export const adminChecks: readonly Check[] = [
     'A command that fails with EAGAIN or ENOMEM has no side effects',
     'a driver cannot make a device run out of memory, or ask to be asked again',
   ),
+  untried(
+    'ADM-029',
+    COMMANDS,
+    'MUST',
+    'A list that was used before a reset is not refused after it because of the list',
+    'why a device refuses something does not show',
+  ),
 ];

@@ -401,6 +401,13 @@ export const initChecks: readonly Check[] = [
       expect(bench.offered().has(Feature.OUT_NET_HEADER), 'VIRTIO_NET_F_OUT_NET_HEADER is not offered');
     },
   ),
+  untried(
+    'INI-034',
+    RESERVED,
+    'SHOULD',
+    'An add-in card offers ACCESS_PLATFORM and ORDER_PLATFORM',
+    'whether a function is on an add-in card does not show',
+  ),
 ];
 
 function expectCtrl(bench: Bench, bit: number): void {

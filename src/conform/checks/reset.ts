@@ -1,4 +1,7 @@
-/** Reset of the device and of single virtqueues, and what it does to everything else (Virtio 1.4, 2.4.1, 2.6.1, 4.1.4.3.1 …). */
+/**
+ * Reset of the device and of single virtqueues, and what it does to everything else (Virtio 1.4, 2.4.1, 2.6.1,
+ * 4.1.4.3.1 …).
+ */
 import { AdminStatus, CapabilityId, ResourceType as R } from '../../virtio/admin-wire.ts';
 import { Feature, FeatureSet } from '../../virtio/features.ts';
 import { CommonCfgField as F, NO_VECTOR } from '../../virtio/pci-layout.ts';
