@@ -6,8 +6,8 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { Testpmd } from '../../bench/testpmd.ts';
 import { Feature, type FeatureBit, type Nic, type NicOptions, openNic, RxCounter } from '../../src/index.ts';
-import { Testpmd } from './dpdk.ts';
 
 let folder = '';
 const endings: (() => Promise<void>)[] = [];

@@ -1,22 +1,33 @@
 /**
- * DPDK's testpmd as a judge: its vhost devices are the other end of our vhost-user ports, its virtio_user driver is what we are
- * compared with. It needs no hugepages and no root, only what `scripts/fetch-dpdk` puts into a folder of its own.
+ * DPDK's testpmd: its vhost devices are the other end of our vhost-user ports, for `test/judges` and `peers.ts`, and its virtio_user
+ * driver is what we are compared with. It needs no hugepages and no root, only what `scripts/fetch-dpdk` puts into a folder of its own.
  */
 import { type ChildProcess, spawn, spawnSync } from 'node:child_process';
 import { existsSync } from 'node:fs';
 import { availableParallelism } from 'node:os';
+import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
-const fetchDpdk = fileURLToPath(new URL('../../scripts/fetch-dpdk', import.meta.url));
 const PATIENCE_MS = 30_000;
+/** Instances so far: each needs a name of its own. */
+let started = 0;
 const LIBRARIES = 'usr/lib/x86_64-linux-gnu';
 
 /** The folder with testpmd. Throws, saying what to run, when it is not there: without the judge there is no verdict. */
 export function dpdkFolder(): string {
-  const { status, stdout, stderr, error } = spawnSync(fetchDpdk, ['--check'], { encoding: 'utf8', timeout: 10_000 });
+  const { status, stdout, stderr, error } = spawnSync(scriptPath(), ['--check'], { encoding: 'utf8', timeout: 10_000 });
   if (error !== undefined) throw error;
   if (status !== 0) throw new Error(stderr.trim());
   return stdout.trim();
+}
+
+/** `scripts/fetch-dpdk`, from `bench/` and from `dist/bench/`. */
+function scriptPath(): string {
+  for (let folder = dirname(fileURLToPath(import.meta.url)); ; folder = dirname(folder)) {
+    const path = join(folder, 'scripts/fetch-dpdk');
+    if (existsSync(path)) return path;
+    if (folder === dirname(folder)) throw new Error('scripts/fetch-dpdk is not there: DPDK is for the repository only');
+  }
 }
 
 export interface TestpmdOptions {
@@ -61,7 +72,7 @@ export class Testpmd {
       '--no-huge',
       '--no-shconf',
       '--file-prefix',
-      `vipsec-${process.pid}`,
+      `vipsec-${process.pid}-${started++}`,
       '-m',
       '512',
       '--no-pci',
@@ -84,6 +95,10 @@ export class Testpmd {
       await testpmd.kill();
       throw error;
     }
+  }
+
+  get pid(): number {
+    return this.#child.pid ?? -1;
   }
 
   /** All that it has printed. */
