@@ -36,7 +36,6 @@ describe('the command line', () => {
     [['esp', '--sa', 'a', '--in', 'b', '--out', 'c', '--engine', 'abacus']],
     [['probe']],
     [['probe', 'a', 'b']],
-    [['probe', 'vhost-user:/x']],
     [['device']],
   ])('answers %j with one line, a code, a hint and exit code 2', async (args) => {
     const { code, stdout, stderr } = await vipsec(args);
