@@ -1,3 +1,4 @@
+import { setTimeout as sleep } from 'node:timers/promises';
 import { afterEach, describe, expect, it } from 'vitest';
 import {
   Feature,
@@ -155,6 +156,26 @@ describe('a NIC at a vhost-user port', () => {
     const features = [...BASE, Feature.MQ];
     const opening = port({ features, protocol: ALL_PROTOCOL, queuePairs: 2 }, { queuePairs: 3 });
     await expect(opening).rejects.toMatchObject({ code: 'QUEUE_PAIRS' });
+  });
+
+  it.each(['split', 'packed'] as const)('wakes who waits for frames, %s', async (ring) => {
+    const features = [...BASE, Feature.EVENT_IDX, Feature.RING_PACKED];
+    const { nic, backEnd } = await port({ features }, { ring, queueSize: 64 });
+    const [{ rx, tx }] = nic.queues;
+    rx.policy = 'interrupt';
+    const packets = new Uint32Array(4);
+    for (let i = 0; i < 20; i++) {
+      const woken = rx.wait(5000);
+      await sleep(2);
+      nic.packets.allocate(packets, 1);
+      nic.packets.write(packets[0], frame(i, 60));
+      expect(tx.burst(packets, 1)).toBe(1);
+      expect(await woken).toBe(true);
+      expect(rx.burst(packets, 4)).toBe(1);
+      expect(nic.packets.read(packets[0])).toEqual(frame(i, 60));
+      nic.packets.free(packets, 1);
+    }
+    expect(backEnd.violations).toEqual([]);
   });
 
   it('waits for the back-end when it is the one that listens', async () => {

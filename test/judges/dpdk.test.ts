@@ -141,6 +141,31 @@ describe("DPDK's vhost device", () => {
     expect(await judge.statistics()).toEqual({ received: 4000, sent: 4000 });
   });
 
+  it.each(['split', 'packed'] as const)('wakes who waits for frames, at once and each time, %s', async (ring) => {
+    const path = join(folder, 'port.sock');
+    await testpmd(`net_vhost0,iface=${path}`);
+    const nic = await open(`vhost-user:${path}`, { ring });
+    const [{ rx, tx }] = nic.queues;
+    rx.policy = 'interrupt';
+    const packets = new Uint32Array(4);
+    const times: number[] = [];
+    for (let i = 0; i < 50; i++) {
+      // Asleep before the frame is on its way.
+      const woken = rx.wait(5000);
+      await new Promise((resolve) => setTimeout(resolve, 2));
+      nic.packets.allocate(packets, 1);
+      nic.packets.write(packets[0], frame(i, 60));
+      const began = performance.now();
+      expect(tx.burst(packets, 1)).toBe(1);
+      expect(await woken).toBe(true);
+      times.push(performance.now() - began);
+      expect(rx.burst(packets, 4)).toBe(1);
+      nic.packets.free(packets, 1);
+    }
+    // One who missed the interrupt would look again after 100 ms only.
+    expect(times.sort((a, b) => a - b)[25]).toBeLessThan(30);
+  });
+
   it('may be the one that connects', async () => {
     const path = join(folder, 'port.sock');
     const opening = open(`vhost-user:${path},server=1`, {});
