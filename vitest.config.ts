@@ -18,8 +18,6 @@ export default defineConfig({
       {
         test: {
           name: 'integration',
-          // Devices are processes of their own: on a starved machine one may miss a deadline. What is wrong fails three times.
-          retry: 2,
           include: ['test/integration/**/*.test.ts'],
           pool: 'forks',
           testTimeout: 30_000,
