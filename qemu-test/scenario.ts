@@ -33,8 +33,10 @@ export interface QemuNic {
 export interface SoftwareNic {
   readonly kind: 'vfio-user';
   readonly id: string;
-  /** `wire`: a Unix socket for the NIC that names this device in its link. `loopback`: what is sent comes back. */
-  readonly link: 'wire' | 'loopback';
+  /**
+   * `wire`: a Unix socket for the NIC that names this device in its link. `host`: to `Host.link(id)`. `loopback`: what is sent comes back.
+   */
+  readonly link: 'wire' | 'host' | 'loopback';
   /** More arguments of `vipsec device`. */
   readonly args?: readonly string[];
 }

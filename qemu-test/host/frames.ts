@@ -1,8 +1,9 @@
 /**
- * The host's end of a guest NIC: QEMU's stream netdev connects here and sends each Ethernet frame behind its length
- * (u32, big-endian); the same format the other way.
+ * The host's end of a NIC's link: each Ethernet frame behind its length (u32, big-endian), both ways. QEMU's stream netdev connects here;
+ * to the link of a device process we connect.
  */
-import { createServer, type Server, type Socket } from 'node:net';
+import { once } from 'node:events';
+import { connect, createServer, type Server, type Socket } from 'node:net';
 
 const LENGTH_BYTES = 4;
 const MAX_FRAME = 65_550;
@@ -14,7 +15,9 @@ interface Waiter {
 }
 
 export class FramePort {
-  readonly #server: Server;
+  readonly #server: Server | undefined;
+  /** Where to connect to, when it is us who connects. */
+  readonly #path: string | undefined;
   #peer: Socket | undefined;
   #rest: Buffer = Buffer.alloc(0);
   #received: Buffer[] = [];
@@ -25,8 +28,9 @@ export class FramePort {
   /** Frames that arrived. */
   count = 0;
 
-  private constructor(server: Server) {
+  private constructor(server: Server | undefined, path?: string) {
     this.#server = server;
+    this.#path = path;
   }
 
   static async listen(path: string): Promise<FramePort> {
@@ -38,6 +42,27 @@ export class FramePort {
       server.listen(path, resolve);
     });
     return port;
+  }
+
+  /** To the link of a device process, `unix:PATH`. */
+  static async connect(path: string): Promise<FramePort> {
+    const port = new FramePort(undefined, path);
+    await port.plug();
+    return port;
+  }
+
+  /** Connects again after `unplug`. Only where it is us who connects. */
+  async plug(): Promise<void> {
+    if (this.#path === undefined) throw new Error('the other side connects');
+    const socket = connect(this.#path);
+    await once(socket, 'connect');
+    this.#connected(socket);
+  }
+
+  /** Ends the connection: the device sees its link go down. */
+  unplug(): void {
+    this.#peer?.destroy();
+    this.#peer = undefined;
   }
 
   send(frame: Uint8Array): void {
@@ -85,7 +110,7 @@ export class FramePort {
 
   close(): void {
     this.#peer?.destroy();
-    this.#server.close();
+    this.#server?.close();
   }
 
   #connected(socket: Socket): void {

@@ -8,6 +8,8 @@ const NOTE_TIMEOUT_MS = 60_000;
 export interface HostParts {
   readonly links: ReadonlyMap<string, FramePort>;
   readonly qmp: Qmp;
+  /** Takes the link of a NIC down, or up again. */
+  readonly setLink: (id: string, up: boolean) => Promise<void>;
   readonly send: (topic: string, body: unknown) => void;
   /** Aborted when the guest has ended: nothing more will come from it. */
   readonly ended: AbortSignal;
@@ -28,6 +30,10 @@ export class Host {
     const port = this.#parts.links.get(id);
     if (port === undefined) throw new Error(`device ${id} has no link to the host`);
     return port;
+  }
+
+  setLink(id: string, up: boolean): Promise<void> {
+    return this.#parts.setLink(id, up);
   }
 
   check(name: string, body: () => unknown): Promise<boolean> {

@@ -10,7 +10,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import type { Components } from '../fetch/components.ts';
 import { describe } from '../guest/guest.ts';
 import { type GuestMessage, parseGuestMessage } from '../messages.ts';
-import type { Scenario } from '../scenario.ts';
+import type { Scenario, SoftwareNic } from '../scenario.ts';
 import { consoleFaults } from './faults.ts';
 import { FramePort } from './frames.ts';
 import { Host } from './host.ts';
@@ -112,8 +112,10 @@ class ScenarioRun {
     this.#cleanUps.push(() => rm(sockets, { recursive: true, force: true }));
     const links = new Map<string, FramePort>();
     for (const device of devices) {
-      if (device.kind === 'vfio-user') await this.#startDevice(device.id, device.link, device.args ?? [], sockets);
-      else if (device.link === 'host') links.set(device.id, await FramePort.listen(linkSocket(sockets, device.id)));
+      const path = linkSocket(sockets, device.id);
+      if (device.kind === 'vfio-user') await this.#startDevice(device, sockets);
+      if (device.link !== 'host') continue;
+      links.set(device.id, device.kind === 'vfio-user' ? await FramePort.connect(path) : await FramePort.listen(path));
     }
     const qmp = await Qmp.listen(qmpSocket(sockets));
     this.#cleanUps.push(() => qmp.close(), ...[...links.values()].map((port) => () => port.close()));
@@ -122,6 +124,12 @@ class ScenarioRun {
       links,
       qmp,
       send,
+      setLink: async (id, up) => {
+        const device = devices.find((other) => other.id === id);
+        if (device?.kind === 'virtio-net') await qmp.execute('set_link', { name: id, up });
+        else if (up) await links.get(id)?.plug();
+        else links.get(id)?.unplug();
+      },
       ended: this.#ended.signal,
       check: (name, body) => this.#hostCheck(name, body),
     });
@@ -152,9 +160,9 @@ class ScenarioRun {
   }
 
   /** Starts `vipsec device` and waits until its socket is there. */
-  async #startDevice(id: string, link: 'wire' | 'loopback', more: readonly string[], sockets: string): Promise<void> {
+  async #startDevice({ id, link, args: more = [] }: SoftwareNic, sockets: string): Promise<void> {
     const socket = deviceSocket(sockets, id);
-    const target = link === 'wire' ? `unix:${linkSocket(sockets, id)}` : 'loopback';
+    const target = link === 'loopback' ? 'loopback' : `unix:${linkSocket(sockets, id)}`;
     const program = join(this.#options.dist, 'tools/vipsec.js');
     const child = spawn(process.execPath, [program, 'device', '--socket', socket, '--link', target, ...more], {
       stdio: ['ignore', 'ignore', 'pipe'],

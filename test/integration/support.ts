@@ -51,6 +51,8 @@ export interface DeviceSetup {
   readonly wire?: 'virtio-1.4' | 'rfc-2025-01';
   /** Two functions; with link `pair` unless said otherwise. */
   readonly functions?: 1 | 2;
+  /** Address of the first function. */
+  readonly mac?: string;
   /** Numbers of the functions that have no IPsec. */
   readonly ipsecOff?: readonly number[];
 }
@@ -78,6 +80,7 @@ export async function startDevice(setup: DeviceSetup = {}): Promise<RunningDevic
   if (setup.queuePairs !== undefined) args.push('--queue-pairs', String(setup.queuePairs));
   if (setup.rings !== undefined) args.push('--rings', setup.rings);
   if (setup.wire !== undefined) args.push('--wire', setup.wire);
+  if (setup.mac !== undefined) args.push('--mac', setup.mac);
   for (const n of setup.ipsecOff ?? []) args.push('--ipsec-off', String(n));
   for (const fault of setup.faults ?? []) args.push('--fault', fault);
   const child = spawn(process.execPath, args, { stdio: ['ignore', 'pipe', 'pipe'] });
