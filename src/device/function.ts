@@ -19,7 +19,8 @@ import { NET_CONFIG_SIZE } from './net-config.ts';
 import { PackedDeviceQueue } from './packed-queue.ts';
 import { Command, ConfigSpace, MsixControl, type PciLayout } from './pci.ts';
 import { MsixBar, VirtioBar } from './personalities/standard.ts';
-import { type DeviceQueue, SplitDeviceQueue } from './queues.ts';
+import type { DeviceQueue } from './queues.ts';
+import { SplitDeviceQueue } from './split-queue.ts';
 
 /** What a function does, between DRIVER_OK and reset. */
 export interface DeviceModel {

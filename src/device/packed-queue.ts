@@ -1,5 +1,5 @@
 /**
- * The device side of a packed virtqueue (Virtio 1.4, 2.8), beside the split one of `queues.ts` and as wary: each descriptor is
+ * The device side of a packed virtqueue (Virtio 1.4, 2.8), beside the split one of `split-queue.ts` and as wary: each descriptor is
  * read once and checked, lists are bounded by the ring, tables of indirect descriptors are copied first, and a buffer id that
  * is in use cannot come again.
  */
@@ -13,32 +13,24 @@ import {
   RingFlag,
   ringPosition,
 } from '../virtqueue/packed-layout.ts';
-import type { GuestMemory, Pin } from './guest-memory.ts';
-import { Descriptor, DescriptorFlag, QueueBuffer } from './queue-buffer.ts';
-import { type DeviceQueue, NO_BUFFER, type QueueAddresses, type QueueOptions } from './queues.ts';
+import type { GuestMemory } from './guest-memory.ts';
+import { PinnedQueue } from './pinned-queue.ts';
+import { Descriptor, DescriptorFlag } from './queue-buffer.ts';
+import { type DeviceQueue, NO_BUFFER, type QueueOptions } from './queues.ts';
 
 /** `available` does not count further. */
 const COUNT_MAX = 128;
 /** Buffer ids have 16 bits, and need not be smaller than the queue. */
 const IDS = 0x10000;
 
+/** `struct pvirtq_event_suppress` (2.8.14). */
+const EVENT_BYTES = 4;
+
 const NEXT = DescriptorFlag.NEXT << FLAGS_SHIFT;
 const WRITE = DescriptorFlag.WRITE << FLAGS_SHIFT;
 const INDIRECT = DescriptorFlag.INDIRECT << FLAGS_SHIFT;
 
-export class PackedDeviceQueue extends QueueBuffer implements DeviceQueue {
-  readonly #addresses: QueueAddresses;
-  readonly #eventIdx: boolean;
-  readonly #indirect: boolean;
-  readonly #inOrder: boolean;
-  readonly #scratch: number;
-  readonly #u16: Uint16Array;
-  readonly #u32: Uint32Array;
-  #pins: readonly Pin[] = [];
-  /** Indices of 32-bit words: the ring, and the driver's and the device's event suppression structures. */
-  #ring = 0;
-  #driverEvent = 0;
-  #deviceEvent = 0;
+export class PackedDeviceQueue extends PinnedQueue implements DeviceQueue {
   /** The next descriptor to take, and the ring flags that it has when it is available, which say the wrap counter. */
   #availAt = 0;
   #availFlags: number = RingFlag.AVAIL;
@@ -66,54 +58,15 @@ export class PackedDeviceQueue extends QueueBuffer implements DeviceQueue {
   #passed = 0;
 
   constructor(memory: GuestMemory, options: QueueOptions) {
-    super(memory, options.index, options.size);
-    this.#addresses = options.addresses;
-    this.#eventIdx = options.eventIdx;
-    this.#indirect = options.indirect;
-    this.#inOrder = options.inOrder ?? false;
-    this.#scratch = options.scratch;
-    this.#u16 = memory.arena.u16;
-    this.#u32 = memory.arena.u32;
+    const descriptor = { bytes: options.size * Descriptor.size, write: true };
+    super(memory, options, { descriptor, driverBytes: EVENT_BYTES, deviceBytes: EVENT_BYTES });
     this.#taken = new Uint16Array(options.size);
-  }
-
-  /** hot: finds the ring again if the driver has unmapped a part of it; false when it is not all there. */
-  #located(): boolean {
-    const pins = this.#pins;
-    if (pins.length === 3 && pins[0].valid && pins[1].valid && pins[2].valid) return true;
-    return this.#locate();
-  }
-
-  #locate(): boolean {
-    if (this.broken !== null) return false;
-    this.close();
-    const { descriptorLow, descriptorHigh, driverLow, driverHigh, deviceLow, deviceHigh } = this.#addresses;
-    const areas = [
-      [descriptorLow, descriptorHigh, this.size * Descriptor.size, true],
-      [driverLow, driverHigh, EVENT_BYTES, false],
-      [deviceLow, deviceHigh, EVENT_BYTES, true],
-    ] as const;
-    const pins: Pin[] = [];
-    for (const [low, high, size, write] of areas) {
-      const pin = this.memory.pin(low, high, size, write);
-      if (pin === null) break;
-      pins.push(pin);
-    }
-    this.#pins = pins;
-    if (pins.length < areas.length) {
-      this.close();
-      return this.fail('a part of the ring is not mapped');
-    }
-    this.#ring = pins[0].offset >>> 2;
-    this.#driverEvent = pins[1].offset >>> 2;
-    this.#deviceEvent = pins[2].offset >>> 2;
-    return true;
   }
 
   available(): number {
     // hot:
-    if (this.broken !== null || !this.#located()) return 0;
-    const u32 = this.#u32;
+    if (this.broken !== null || !this.located()) return 0;
+    const u32 = this.u32;
     const { size } = this;
     let at = this.#seenAt;
     let flags = this.#seenFlags;
@@ -122,7 +75,7 @@ export class PackedDeviceQueue extends QueueBuffer implements DeviceQueue {
     // What was taken and not completed can look available in the next round: it is not.
     const most = size - this.#out;
     while (seen < most && buffers < COUNT_MAX) {
-      const word = u32[this.#ring + at * Descriptor.words + Descriptor.last];
+      const word = u32[(this.descriptorAt >>> 2) + at * Descriptor.words + Descriptor.last];
       if (((word >>> FLAGS_SHIFT) & RING_FLAGS) !== flags) break;
       if ((word & NEXT) === 0) buffers++;
       seen++;
@@ -142,8 +95,8 @@ export class PackedDeviceQueue extends QueueBuffer implements DeviceQueue {
   take(): number {
     // hot:
     if (this.#buffers === 0 && this.available() === 0) return NO_BUFFER;
-    if (this.broken !== null || !this.#located()) return NO_BUFFER;
-    const u32 = this.#u32;
+    if (this.broken !== null || !this.located()) return NO_BUFFER;
+    const u32 = this.u32;
     this.begin();
     let at = this.#availAt;
     let flags = this.#availFlags;
@@ -151,7 +104,7 @@ export class PackedDeviceQueue extends QueueBuffer implements DeviceQueue {
     let word = NEXT;
     while ((word & NEXT) !== 0) {
       if (count === this.#seen) return this.#refuse('a list of descriptors that has become longer');
-      const d = this.#ring + at * Descriptor.words;
+      const d = (this.descriptorAt >>> 2) + at * Descriptor.words;
       word = u32[d + Descriptor.last];
       const other = ((word >>> FLAGS_SHIFT) & RING_FLAGS) ^ flags;
       if (other !== 0) return this.#refuse('a descriptor that is not available any more');
@@ -192,12 +145,12 @@ export class PackedDeviceQueue extends QueueBuffer implements DeviceQueue {
 
   /** hot: adds the pieces of a table of indirect descriptors, which are all of it, and of whose flags only WRITE counts (2.8.7). */
   #addTable(tableLow: number, tableHigh: number, bytes: number): boolean {
-    if (!this.#indirect) return this.fail('INDIRECT without having negotiated it');
-    const count = this.copyTable(tableLow, tableHigh, bytes, this.#scratch);
+    if (!this.indirect) return this.fail('INDIRECT without having negotiated it');
+    const count = this.copyTable(tableLow, tableHigh, bytes, this.scratch);
     if (count === 0) return false;
-    const u32 = this.#u32;
+    const u32 = this.u32;
     for (let i = 0; i < count; i++) {
-      const d = (this.#scratch >>> 2) + i * Descriptor.words;
+      const d = (this.scratch >>> 2) + i * Descriptor.words;
       const write = (u32[d + Descriptor.last] & WRITE) !== 0;
       const length = u32[d + Descriptor.length];
       if (!this.add(u32[d + Descriptor.address], u32[d + Descriptor.addressHigh], length, write)) return false;
@@ -241,65 +194,57 @@ export class PackedDeviceQueue extends QueueBuffer implements DeviceQueue {
       this.#usedFlags ^= RING_FLAGS;
     }
     // 2.8.8: a buffer that was only read can be skipped, because the next one of the batch says that it was used.
-    if (this.#inOrder && this.writableBytes === 0) this.#batch = shown;
+    if (this.inOrder && this.writableBytes === 0) this.#batch = shown;
     else this.#writeUsed(shown, written);
   }
 
   /** hot: writes the descriptor of the buffers that were completed since the last one. */
   #writeUsed(id: number, written: number): void {
     this.#batch = NO_BUFFER;
-    const d = this.#ring + this.#batchAt * Descriptor.words;
+    const d = (this.descriptorAt >>> 2) + this.#batchAt * Descriptor.words;
     const flags = written === 0 ? this.#batchFlags : this.#batchFlags | DescriptorFlag.WRITE;
-    this.#u32[d + Descriptor.length] = written;
+    this.u32[d + Descriptor.length] = written;
     if (this.#fresh++ === 0) {
       // Its flags stay those of an available descriptor until `publish`.
       this.#headAt = this.#batchAt;
       this.#headFlags = flags;
-      this.#u16[(d + Descriptor.last) << 1] = id;
+      this.u16[(d + Descriptor.last) << 1] = id;
     } else {
-      this.#u32[d + Descriptor.last] = id | (flags << FLAGS_SHIFT);
+      this.u32[d + Descriptor.last] = id | (flags << FLAGS_SHIFT);
     }
   }
 
   publish(): boolean {
     // hot:
-    if (this.broken !== null || !this.#located()) return false;
+    if (this.broken !== null || !this.located()) return false;
     if (this.#batch !== NO_BUFFER) this.#writeUsed(this.#batch, 0);
     if (this.#fresh === 0) return false;
-    const head = this.#ring + this.#headAt * Descriptor.words;
+    const head = (this.descriptorAt >>> 2) + this.#headAt * Descriptor.words;
     // Also keeps the order: descriptors, these flags, then the read below.
-    Atomics.store(this.#u16, (head << 1) + FLAGS_HALF, this.#headFlags);
+    Atomics.store(this.u16, (head << 1) + FLAGS_HALF, this.#headFlags);
     const passed = this.#passed;
     this.#fresh = 0;
     this.#passed = 0;
-    const event = this.#u32[this.#driverEvent];
+    const event = this.u32[this.driverAt >>> 2];
     const flags = (event >>> FLAGS_SHIFT) & EVENT_FLAG_MASK;
-    if (flags !== EventFlag.DESC || !this.#eventIdx) return flags !== EventFlag.DISABLE;
+    if (flags !== EventFlag.DESC || !this.eventIdx) return flags !== EventFlag.DISABLE;
     return isAmongNext(event & 0xffff, ringPosition(this.#headAt, this.#headFlags), passed, this.size);
   }
 
   suppress(): void {
     // hot:
-    if (this.broken !== null || !this.#located()) return;
-    this.#u32[this.#deviceEvent] = EventFlag.DISABLE << FLAGS_SHIFT;
+    if (this.broken !== null || !this.located()) return;
+    this.u32[this.deviceAt >>> 2] = EventFlag.DISABLE << FLAGS_SHIFT;
   }
 
   arm(seen: number): boolean {
     this.available();
-    if (this.broken !== null || this.#pins.length === 0) return false;
+    if (this.broken !== null || !this.found) return false;
     // The first descriptor that we have not seen, which is not the first that we have not taken.
-    const event = this.#eventIdx
+    const event = this.eventIdx
       ? (EventFlag.DESC << FLAGS_SHIFT) | ringPosition(this.#seenAt, this.#seenFlags)
       : EventFlag.ENABLE << FLAGS_SHIFT;
-    Atomics.store(this.#u32, this.#deviceEvent, event);
+    Atomics.store(this.u32, this.deviceAt >>> 2, event);
     return this.available() > seen;
   }
-
-  close(): void {
-    for (const pin of this.#pins) this.memory.unpin(pin);
-    this.#pins = [];
-  }
 }
-
-/** `struct pvirtq_event_suppress` (2.8.14). */
-const EVENT_BYTES = 4;

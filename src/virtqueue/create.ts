@@ -3,7 +3,6 @@
  */
 import type { DmaMemory } from '../sys/memory.ts';
 import type { PciFunction } from '../vfio/function.ts';
-import { checkQueueSize } from './descriptor.ts';
 import { PackedVirtqueue } from './packed.ts';
 import { packedLayout } from './packed-layout.ts';
 import { SplitVirtqueue } from './split.ts';
@@ -15,7 +14,6 @@ export type RingFormat = 'split' | 'packed';
 
 /** Bytes of memory that a queue needs. Throws `VirtioError` QUEUE_SIZE. */
 export function virtqueueBytes(format: RingFormat, options: VirtqueueOptions): number {
-  checkQueueSize(options.index, options.size, format === 'split');
   return format === 'packed' ? packedLayout(options).bytes : splitLayout(options).bytes;
 }
 

@@ -6,7 +6,8 @@
  *     written by both             by the driver                by the device                by the driver
  * ```
  */
-import { alignPart, DESCRIPTOR_BYTES } from './descriptor.ts';
+import { alignPart, checkQueueSize, DESCRIPTOR_BYTES } from './descriptor.ts';
+import type { QueueLayout } from './driver-queue.ts';
 import type { VirtqueueOptions } from './virtqueue.ts';
 
 /**
@@ -28,16 +29,10 @@ export const EVENT_FLAG_MASK = 3;
 export const WRAP_SHIFT = 15;
 const OFFSET_MASK = (1 << WRAP_SHIFT) - 1;
 
-/** Byte offsets of the parts; the descriptor ring is at 0. */
-export interface PackedLayout {
-  readonly driver: number;
-  readonly device: number;
-  readonly indirect: number;
-  readonly bytes: number;
-}
-
-export function packedLayout(options: Pick<VirtqueueOptions, 'size' | 'indirectEntries'>): PackedLayout {
-  const { size, indirectEntries = 0 } = options;
+/** Throws `VirtioError` QUEUE_SIZE. */
+export function packedLayout(options: Pick<VirtqueueOptions, 'index' | 'size' | 'indirectEntries'>): QueueLayout {
+  const { index, size, indirectEntries = 0 } = options;
+  checkQueueSize(index, size, false);
   const driver = alignPart(DESCRIPTOR_BYTES * size);
   const device = alignPart(driver + 4);
   const indirect = alignPart(device + 4);

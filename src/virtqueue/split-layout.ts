@@ -6,7 +6,8 @@
  *     written by the driver        written by the driver         written by the device    by the driver
  * ```
  */
-import { alignPart, DESCRIPTOR_BYTES } from './descriptor.ts';
+import { alignPart, checkQueueSize, DESCRIPTOR_BYTES } from './descriptor.ts';
+import type { QueueLayout } from './driver-queue.ts';
 import type { VirtqueueOptions } from './virtqueue.ts';
 
 /** `struct virtq_desc` (2.7.5): `next` is the upper half of the last word, the flags are the lower one. */
@@ -16,16 +17,10 @@ export const NEXT_SHIFT = 16;
 export const RingField = { flags: 0, idx: 1, ring: 2 } as const;
 export const NO_NOTIFICATIONS = 1;
 
-/** Byte offsets of the parts; the descriptor table is at 0. */
-export interface SplitLayout {
-  readonly driver: number;
-  readonly device: number;
-  readonly indirect: number;
-  readonly bytes: number;
-}
-
-export function splitLayout(options: Pick<VirtqueueOptions, 'size' | 'indirectEntries'>): SplitLayout {
-  const { size, indirectEntries = 0 } = options;
+/** Throws `VirtioError` QUEUE_SIZE. */
+export function splitLayout(options: Pick<VirtqueueOptions, 'index' | 'size' | 'indirectEntries'>): QueueLayout {
+  const { index, size, indirectEntries = 0 } = options;
+  checkQueueSize(index, size, true);
   const driver = alignPart(DESCRIPTOR_BYTES * size);
   const device = alignPart(driver + 6 + 2 * size);
   const indirect = alignPart(device + 6 + 8 * size);
