@@ -11,29 +11,24 @@ import {
   readIdentity,
   readVirtioCapabilities,
   updateCommand,
-  type VirtioCapability,
   walkCapabilities,
 } from '../vfio/config-space.ts';
-import type { PciFunction, Region } from '../vfio/function.ts';
+import type { PciFunction } from '../vfio/function.ts';
 import { FEATURE_WORDS, Feature, FeatureSet } from './features.ts';
 import { CommonCfgField, CommonCfgLength, NO_VECTOR, VirtioCfgType, VirtioPciId } from './pci-layout.ts';
+import {
+  findStructure,
+  LAST_BAR,
+  makeNotifier,
+  notifyMultiplier,
+  readAdminQueues,
+  readUnchanged,
+  type Structure,
+} from './structures.ts';
 import type { ConfigReader, QueueNotifier, QueueSetup, VirtioTransport } from './transport.ts';
 
-/** BARs are 0 to 5; a capability that names another is to be ignored (4.1.4). */
-const LAST_BAR = 5;
-/** Attempts to read a configuration that does not change meanwhile. */
-const CONFIG_ATTEMPTS = 64;
-/** Bytes of a notification (4.1.4.4), and with NOTIFICATION_DATA. */
+/** Bytes of the smallest notification structure (4.1.4.4). */
 const NOTIFICATION_BYTES = 2;
-const NOTIFICATION_DATA_BYTES = 4;
-
-/** A structure inside a BAR. */
-interface Structure {
-  readonly bar: Region;
-  readonly offset: number;
-  readonly length: number;
-  readonly extra: Uint8Array;
-}
 
 /** Virtio device type that the PCI ids tell (4.1.2), or null when they are not virtio's. */
 export function virtioDeviceType(identity: ReturnType<typeof readIdentity>): number | null {
@@ -53,68 +48,6 @@ export function openStandardTransport(fn: PciFunction): VirtioTransport {
   if (deviceType === null) throw new VirtioError('NOT_VIRTIO', `${fn.address} is not a virtio function`);
   updateCommand(fn.config, PciCommand.memorySpace | PciCommand.busMaster);
   return new StandardTransport(fn, deviceType);
-}
-
-/** The first structure of a type, checked against its BAR. */
-function findStructure(
-  fn: PciFunction,
-  capabilities: readonly VirtioCapability[],
-  name: string,
-  type: number,
-  minLength: number,
-  alignment: number,
-): Structure {
-  const found = capabilities.find((cap) => cap.type === type && cap.bar <= LAST_BAR && fn.bar(cap.bar).size > 0);
-  if (found === undefined) {
-    throw new VirtioError('STRUCTURE_MISSING', `${fn.address} has no ${name} structure`, {
-      hint: 'A function without the structures of virtio 1.0 and later is a legacy device, which this driver does not drive.',
-    });
-  }
-  const bar = fn.bar(found.bar);
-  const where = `${name} structure at ${found.offset} of BAR ${found.bar}`;
-  if (found.length < minLength || found.offset + found.length > bar.size || found.offset % alignment !== 0) {
-    const text = `${fn.address}: ${where} with ${found.length} bytes: needs ${minLength}, aligned to ${alignment}`;
-    throw new VirtioError('STRUCTURE_BOUNDS', `${text}, inside the BAR's ${bar.size}`);
-  }
-  return { bar, offset: found.offset, length: found.length, extra: found.extra };
-}
-
-class StandardNotifier implements QueueNotifier {
-  readonly #bar: Region;
-  readonly #offset: number;
-  readonly #id: number;
-
-  /** `id` is the queue's index, or what the device wants instead (NOTIF_CONFIG_DATA). */
-  constructor(bar: Region, offset: number, id: number) {
-    this.#bar = bar;
-    this.#offset = offset;
-    this.#id = id;
-  }
-
-  notify(): void {
-    // hot:
-    this.#bar.write16(this.#offset, this.#id);
-  }
-}
-
-/** NOTIFICATION_DATA (4.1.5.2): 32 bits, which also say where the queue stands. */
-class DataNotifier implements QueueNotifier {
-  readonly #bar: Region;
-  readonly #offset: number;
-  readonly #id: number;
-  readonly #position: { readonly next: number };
-
-  constructor(bar: Region, offset: number, id: number, position: { readonly next: number }) {
-    this.#bar = bar;
-    this.#offset = offset;
-    this.#id = id;
-    this.#position = position;
-  }
-
-  notify(): void {
-    // hot:
-    this.#bar.write32(this.#offset, (this.#id | (this.#position.next << 16)) >>> 0);
-  }
 }
 
 class StructureReader implements ConfigReader {
@@ -174,11 +107,7 @@ class StandardTransport implements VirtioTransport {
     this.#config = hasConfig
       ? new StructureReader(findStructure(fn, capabilities, 'device configuration', DEVICE, 1, 4))
       : null;
-    const { extra } = this.#notify;
-    if (extra.length < 4) {
-      throw new VirtioError('STRUCTURE_BOUNDS', `${fn.address}: the notification capability has no multiplier`);
-    }
-    this.#notifyMultiplier = (extra[0] | (extra[1] << 8) | (extra[2] << 16) | (extra[3] << 24)) >>> 0;
+    this.#notifyMultiplier = notifyMultiplier(fn.address, this.#notify);
   }
 
   get address(): string {
@@ -241,20 +170,7 @@ class StandardTransport implements VirtioTransport {
   }
 
   adminQueues(): { readonly first: number; readonly count: number } {
-    if (this.#common.length < CommonCfgLength.full) {
-      throw new VirtioError(
-        'ADMIN_QUEUE',
-        `${this.address}: the common configuration has no administration queue fields`,
-      );
-    }
-    const first = this.#read16(CommonCfgField.adminQueueIndex);
-    const count = this.#read16(CommonCfgField.adminQueueNum);
-    if (count === 0) throw new VirtioError('ADMIN_QUEUE', `${this.address}: the device has no administration queue`);
-    // 4.1.4.3.1: beyond the other queues, and within 16 bits.
-    if (first < this.queueCount() || first + count > 0x10000) {
-      throw new VirtioError('ADMIN_QUEUE', `${this.address}: ${count} administration queues from index ${first} on`);
-    }
-    return { first, count };
+    return readAdminQueues(this.address, this.#common, this.queueCount());
   }
 
   maxQueueSize(index: number): number {
@@ -286,22 +202,11 @@ class StandardTransport implements VirtioTransport {
 
   /** 4.1.4.4, 4.1.5.2; the queue is selected. */
   #notifier(index: number, setup: QueueSetup): QueueNotifier {
-    const { bar, offset: start, length } = this.#notify;
-    const withData = this.#features.has(Feature.NOTIFICATION_DATA);
-    const bytes = withData ? NOTIFICATION_DATA_BYTES : NOTIFICATION_BYTES;
     const offset = this.#read16(CommonCfgField.queueNotifyOff) * this.#notifyMultiplier;
-    if (offset + bytes > length || (start + offset) % bytes !== 0) {
-      throw new VirtioError(
-        'STRUCTURE_BOUNDS',
-        `${this.address}: queue ${index} is notified at ${offset} of a structure of ${length} bytes at ${start}`,
-      );
-    }
     const id = this.#features.has(Feature.NOTIF_CONFIG_DATA)
       ? this.#optional16(CommonCfgField.queueNotifConfigData, 'queue_notif_config_data')
       : index;
-    if (!withData) return new StandardNotifier(bar, start + offset, id);
-    if (setup.position === undefined) throw new RangeError(`queue ${index}: NOTIFICATION_DATA needs its position`);
-    return new DataNotifier(bar, start + offset, id, setup.position);
+    return makeNotifier(this.address, this.#notify, { index, offset, id }, this.#features, setup);
   }
 
   /** A field that not every device has. */
@@ -346,12 +251,11 @@ class StandardTransport implements VirtioTransport {
   readConfig<T>(read: (config: ConfigReader) => T): T {
     const config = this.#config;
     if (config === null) throw new VirtioError('STRUCTURE_MISSING', `${this.address} has no device configuration`);
-    for (let attempt = 0; attempt < CONFIG_ATTEMPTS; attempt++) {
-      const before = this.#generation();
-      const value = read(config);
-      if (this.#generation() === before) return value;
-    }
-    throw new VirtioError('CONFIG_UNSTABLE', `${this.address}: the device configuration never stops changing`);
+    return readUnchanged(
+      this.address,
+      () => this.#generation(),
+      () => read(config),
+    );
   }
 
   #generation(): number {
