@@ -4,18 +4,20 @@
  * A buffer is copied once, header and frame together, into a packet of the pool; everything after that looks at the
  * copy, which the driver cannot change. A frame that asked for SECURITY goes out protected or not at all.
  *
- * A packet that the driver wants segmented is gathered into a place of its own and cut from there (`segment.ts`).
+ * A packet that the driver wants segmented is gathered into a place of its own and cut from there (`packet/segment.ts`).
  */
 import { Verdict } from '../fallback/verdict.ts';
 import { addBytes, finish } from '../packet/checksum.ts';
 import { Ethernet } from '../packet/fields.ts';
 import type { PacketPool } from '../packet/pool.ts';
+import { MAX_LARGE_FRAME, MAX_SEGMENTS, Segmenter } from '../packet/segment.ts';
 import { ResourceType } from '../virtio/admin-wire.ts';
 import { Feature, type FeatureSet } from '../virtio/features.ts';
 import {
   decodeNetHeader,
   GsoType,
   isAcceptable,
+  isAmong,
   NetHeader,
   NetHeaderField,
   NetHeaderFlag,
@@ -31,7 +33,6 @@ import type { DeviceIpsec } from './ipsec.ts';
 import type { Link } from './links/link.ts';
 import { type QueueStatistics, Stat } from './queue-statistics.ts';
 import { type DeviceQueue, NO_BUFFER } from './queues.ts';
-import { MAX_LARGE_FRAME, MAX_SEGMENTS, Segmenter } from './segment.ts';
 import type { Steering } from './steering.ts';
 
 /** Most frames that one poll takes from a queue. */
@@ -87,7 +88,7 @@ export class Transmitter {
     this.#counters = options.counters;
     this.#faults = frameFaults(options.faults);
     this.#large = options.arena.allocate(Large.size);
-    this.#segmenter = new Segmenter(options.pool.u8);
+    this.#segmenter = new Segmenter(options.pool);
   }
 
   close(): void {
@@ -193,8 +194,10 @@ export class Transmitter {
   #plan(at: number, frame: number): number {
     const header = this.#header;
     const segmenter = this.#segmenter;
-    const count = segmenter.plan(header, this.#gsoTypes, at, frame);
-    if (count === 0 || !isAcceptable(header.flags, header.gsoType, true)) return this.#refuse(NetCounter.txHeader);
+    const isAsked = (header.flags & NetHeaderFlag.NEEDS_CSUM) !== 0 && isAmong(header.gsoType, this.#gsoTypes);
+    const isGood = isAsked && isAcceptable(header.flags, header.gsoType, true);
+    const count = isGood ? segmenter.plan(header, at, frame) : 0;
+    if (count === 0) return this.#refuse(NetCounter.txHeader);
     if (segmenter.headers + Math.min(segmenter.size, frame) > this.#options.maxFrame) {
       return this.#refuse(NetCounter.txLength);
     }

@@ -19,6 +19,24 @@ export function addBytes(u8: Uint8Array, offset: number, length: number, sum: nu
   return total;
 }
 
+/**
+ * As `addBytes`, for an even `offset`: reads two bytes at once. `u8` and `u16` are views of the same memory. Words are added as this machine has
+ * them, which is little-endian, and the folded sum is turned around (RFC 1071, 2 (B)). `length` is at most 65535.
+ */
+export function addWords(u16: Uint16Array, u8: Uint8Array, offset: number, length: number, sum: number): number {
+  // hot:
+  let w = offset >>> 1;
+  const end = (offset + length) >>> 1;
+  let total = 0;
+  // Four at a time: what an access to an array costs besides the access itself is then paid once for four.
+  for (; w + 4 <= end; w += 4) total = (total + u16[w] + u16[w + 1] + u16[w + 2] + u16[w + 3]) | 0;
+  for (; w < end; w++) total = (total + u16[w]) | 0;
+  let folded = (total >>> 16) + (total & 0xffff);
+  folded = (folded >>> 16) + (folded & 0xffff);
+  const swapped = ((folded & 0xff) << 8) | (folded >>> 8);
+  return sum + swapped + ((length & 1) === 0 ? 0 : u8[offset + length - 1] << 8);
+}
+
 /** Folds a sum to 16 bits and complements it. */
 export function finish(sum: number): number {
   // hot:

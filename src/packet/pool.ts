@@ -32,6 +32,8 @@ export const PacketFlag = {
    * several segments. Always together with `needsChecksum`.
    */
   segmented: 1 << 5,
+  /** With `segmented` and a tunnel type: the checksum of the outer UDP header is to be filled too, in each segment (UDP_TUNNEL_CSUM). */
+  outerChecksum: 1 << 6,
 } as const;
 
 export interface PacketPoolOptions {
@@ -69,6 +71,9 @@ export class PacketPool {
   /** With `segmented`: a `GsoType`, and the bytes of transport payload of each segment (its MSS). */
   readonly gsoType: Uint8Array;
   readonly gsoSize: Uint16Array;
+  /** With `segmented` and a tunnel type: bytes from the packet's start to the outer UDP header, and to the inner IP header. */
+  readonly outerTransport: Uint16Array;
+  readonly innerNetwork: Uint16Array;
   /** Receive, with HASH_REPORT negotiated: a `HashReport`, 0 for none, and the hash that the device calculated. */
   readonly hashReport: Uint16Array;
   readonly hash: Uint32Array;
@@ -105,6 +110,8 @@ export class PacketPool {
     this.next = new Uint32Array(count).fill(NO_PACKET);
     this.gsoType = new Uint8Array(count);
     this.gsoSize = new Uint16Array(count);
+    this.outerTransport = new Uint16Array(count);
+    this.innerNetwork = new Uint16Array(count);
     this.hashReport = new Uint16Array(count);
     this.hash = new Uint32Array(count);
     this.#held = new Uint8Array(count);

@@ -7,6 +7,7 @@
  */
 import { VirtioError } from '../errors.ts';
 import { Ethernet, EtherType, Vlan } from '../packet/fields.ts';
+import { GSO_TUNNEL, GsoSet, GsoType } from '../packet/gso.ts';
 import type { MappedMemory } from '../sys/memory.ts';
 import { Feature, type FeatureSet } from '../virtio/features.ts';
 import type { WireRevision } from '../virtio/revision.ts';
@@ -22,17 +23,7 @@ export const NetHeaderFlag = {
   SECURITY_SA_SOFT_EXPIRY_WARN: 64,
 } as const;
 
-/** `gso_type` (5.1.9). */
-export const GsoType = {
-  NONE: 0,
-  TCPV4: 1,
-  UDP: 3,
-  TCPV6: 4,
-  UDP_L4: 5,
-  UDP_TUNNEL_IPV4: 0x20,
-  UDP_TUNNEL_IPV6: 0x40,
-  ECN: 0x80,
-} as const;
+export { GsoType, isAmong } from '../packet/gso.ts';
 
 /** Offsets of the fields that every layout has (5.1.9). */
 export const NetHeaderField = {
@@ -236,32 +227,49 @@ export function encodeNetHeader(layout: NetHeaderLayout, header: NetHeader, byte
   if (layout.resourceType >= 0) put16(bytes, at + layout.resourceType, header.resourceType);
 }
 
-/** GSO types that may be sent (`HOST_…`) or may come (`GUEST_…`) with `features`: bit t for type t, and bit 7 for ECN. */
+/** The set of GSO types that may be sent (`HOST_…`) or may come (`GUEST_…`) with `features`: see `GsoSet`. */
 export function sentGsoTypes(features: FeatureSet): number {
-  const { HOST_TSO4, HOST_TSO6, HOST_USO, HOST_ECN } = Feature;
-  return gsoTypes(features, HOST_TSO4, HOST_TSO6, features.has(HOST_USO), HOST_ECN);
+  const { HOST_TSO4, HOST_TSO6, HOST_USO, HOST_ECN, HOST_UDP_TUNNEL_GSO, HOST_UDP_TUNNEL_GSO_CSUM } = Feature;
+  return gsoTypes(features, {
+    tso4: HOST_TSO4,
+    tso6: HOST_TSO6,
+    uso: [HOST_USO],
+    ecn: HOST_ECN,
+    tunnel: HOST_UDP_TUNNEL_GSO,
+    outerChecksum: HOST_UDP_TUNNEL_GSO_CSUM,
+  });
 }
 
 export function receivedGsoTypes(features: FeatureSet): number {
   const { GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6, GUEST_ECN } = Feature;
-  return gsoTypes(features, GUEST_TSO4, GUEST_TSO6, features.hasAny(GUEST_USO4, GUEST_USO6), GUEST_ECN);
+  return gsoTypes(features, {
+    tso4: GUEST_TSO4,
+    tso6: GUEST_TSO6,
+    uso: [GUEST_USO4, GUEST_USO6],
+    ecn: GUEST_ECN,
+    tunnel: Feature.GUEST_UDP_TUNNEL_GSO,
+    outerChecksum: Feature.GUEST_UDP_TUNNEL_GSO_CSUM,
+  });
 }
 
-function gsoTypes(features: FeatureSet, tso4: number, tso6: number, uso: boolean, ecn: number): number {
+interface GsoFeatures {
+  readonly tso4: number;
+  readonly tso6: number;
+  readonly uso: readonly number[];
+  readonly ecn: number;
+  readonly tunnel: number;
+  readonly outerChecksum: number;
+}
+
+function gsoTypes(features: FeatureSet, of: GsoFeatures): number {
   return (
-    (features.has(tso4) ? 1 << GsoType.TCPV4 : 0) |
-    (features.has(tso6) ? 1 << GsoType.TCPV6 : 0) |
-    (uso ? 1 << GsoType.UDP_L4 : 0) |
-    (features.has(ecn) ? GsoType.ECN : 0)
+    (features.has(of.tso4) ? 1 << GsoType.TCPV4 : 0) |
+    (features.has(of.tso6) ? 1 << GsoType.TCPV6 : 0) |
+    (features.hasAny(...of.uso) ? 1 << GsoType.UDP_L4 : 0) |
+    (features.has(of.ecn) ? GsoSet.ecn : 0) |
+    (features.has(of.tunnel) ? GsoSet.tunnel : 0) |
+    (features.has(of.outerChecksum) ? GsoSet.outerChecksum : 0)
   );
-}
-
-/** hot: whether a header's `gso_type`, not NONE, is among `types`. */
-export function isAmong(gsoType: number, types: number): boolean {
-  const base = gsoType & ~GsoType.ECN;
-  if (base > GsoType.UDP_L4 || ((types >>> base) & 1) === 0) return false;
-  // ECN belongs to TCP (5.1.9.2).
-  return (gsoType & GsoType.ECN) === 0 || ((types & GsoType.ECN) !== 0 && base !== GsoType.UDP_L4);
 }
 
 /** `hash_report` (5.1.9.4.4): which fields the hash was calculated over. */
@@ -336,6 +344,12 @@ export function networkHeaderOffset(u8: Uint8Array, at: number): number {
   return inner === EtherType.ipv4 || inner === EtherType.ipv6 ? Ethernet.length + Vlan.length : 0;
 }
 
+/** hot: adds to a header at byte `at` where the outer UDP header and the inner IP header of the packet behind it are (5.1.9.2). */
+export function writeTunnel(u8: Uint8Array, at: number, layout: NetHeaderLayout, outer: number, inner: number): void {
+  put16(u8, at + layout.outerThOffset, outer);
+  put16(u8, at + layout.innerNhOffset, inner);
+}
+
 /** hot: adds to a header at byte `at` how the packet behind it is to be segmented: `hdrLen` bytes of headers, `gsoSize` of payload. */
 export function writeSegmentation(u8: Uint8Array, at: number, gsoType: number, hdrLen: number, gsoSize: number): void {
   u8[at + NetHeaderField.gsoType] = gsoType;
@@ -384,12 +398,11 @@ export function writeSecurityHeader(
  * standard's. `transmit` is the device's stricter rule for UDP_TUNNEL_CSUM.
  */
 export function isAcceptable(flags: number, gsoType: number, transmit: boolean): boolean {
-  const both = GsoType.UDP_TUNNEL_IPV4 | GsoType.UDP_TUNNEL_IPV6;
-  const tunnel = gsoType & both;
-  if (tunnel === both) return false;
+  const tunnel = gsoType & GSO_TUNNEL;
+  if (tunnel === GSO_TUNNEL) return false;
   const needs = flags & NetHeaderFlag.NEEDS_CSUM;
   if (tunnel !== 0)
-    return needs !== 0 && (flags & NetHeaderFlag.DATA_VALID) === 0 && (gsoType & ~both) !== GsoType.NONE;
+    return needs !== 0 && (flags & NetHeaderFlag.DATA_VALID) === 0 && (gsoType & ~GSO_TUNNEL) !== GsoType.NONE;
   return (flags & NetHeaderFlag.UDP_TUNNEL_CSUM) === 0 || (!transmit && needs === 0);
 }
 

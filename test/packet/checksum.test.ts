@@ -2,6 +2,7 @@ import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
 import {
   addBytes,
+  addWords,
   checksum,
   finish,
   ipv4PseudoSum,
@@ -34,6 +35,25 @@ describe('the Internet checksum', () => {
     blank[10] = 0xaa;
     setIpv4Checksum(blank, 0, 20);
     expect(blank).toEqual(header);
+  });
+
+  test('is the same over words as over bytes, up to the longest packet', () => {
+    const memory = new Uint8Array(0x10010);
+    const u16 = new Uint16Array(memory.buffer);
+    fc.assert(
+      fc.property(
+        fc.oneof(fc.integer({ min: 0, max: 40 }), fc.constantFrom(0xfffe, 0xffff), fc.integer({ min: 0, max: 0xffff })),
+        fc.integer({ min: 0, max: 7 }),
+        fc.constantFrom(0, 0xffff, 0x12345),
+        fc.constantFrom(-1, 1, 251),
+        (length, half, start, step) => {
+          const at = 2 * half;
+          // -1: all ones, the largest sum there can be.
+          for (let i = 0; i < memory.length; i++) memory[i] = step < 0 ? 0xff : i * step + (i >>> 8);
+          expect(finish(addWords(u16, memory, at, length, start))).toBe(finish(addBytes(memory, at, length, start)));
+        },
+      ),
+    );
   });
 
   test('agrees with word-by-word addition at every length and offset', () => {
