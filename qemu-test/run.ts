@@ -114,7 +114,7 @@ async function runAll(
       results.set(name, result);
       progress.finish(
         name,
-        `${result.passed ? 'pass' : 'FAIL'}  ${name} (${result.seconds.toFixed(1)} s${result.restarted ? ', the machine was started twice' : ''})`,
+        `${result.passed ? 'pass' : 'FAIL'}  ${name} (${result.seconds.toFixed(1)} s${result.restarted === null ? '' : `, started twice: ${result.restarted}`})`,
       );
     }
   };
@@ -148,7 +148,7 @@ function notRun(name: string, scenario: Scenario | undefined): ScenarioResult {
     title: scenario?.title ?? '',
     passed: false,
     seconds: 0,
-    restarted: false,
+    restarted: null,
     checks,
     problems: ['not run'],
     console: [],

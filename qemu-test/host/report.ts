@@ -7,9 +7,10 @@ export function resultTable(results: readonly ScenarioResult[]): string {
     head: ['scenario', 'checks', 'seconds', 'verdict', 'what it proves'],
     style: { head: [], border: [] },
   });
-  for (const { name, title, checks, seconds, passed } of results) {
+  for (const { name, title, checks, seconds, passed, restarted } of results) {
     const good = checks.filter((check) => check.verdict === 'pass').length;
-    table.push([name, `${good}/${checks.length}`, seconds.toFixed(1), passed ? 'pass' : 'FAIL', title]);
+    const verdict = `${passed ? 'pass' : 'FAIL'}${restarted === null ? '' : ', 2 boots'}`;
+    table.push([name, `${good}/${checks.length}`, seconds.toFixed(1), verdict, title]);
   }
   return `${table.toString()}\n`;
 }

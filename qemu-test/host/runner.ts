@@ -22,6 +22,7 @@ const CONSOLE_LINES = 40;
 /** From the start of QEMU to the first word of the guest; 5 s when nothing else runs. */
 const BOOT_MS = 45_000;
 const NO_HELLO = `no word from the guest after ${BOOT_MS / 1000} s`;
+const POWERED_OFF = 'QEMU ended with 0';
 const DEVICE_START_MS = 10_000;
 const STOP_MS = 3_000;
 
@@ -37,8 +38,8 @@ export interface ScenarioResult {
   readonly title: string;
   readonly passed: boolean;
   readonly seconds: number;
-  /** The machine hung before the scenario began and was started again. */
-  readonly restarted: boolean;
+  /** Why the machine was started again: what ended its first start before the scenario began. */
+  readonly restarted: string | null;
   readonly checks: readonly CheckResult[];
   /** What went wrong beside the checks: a time-out, a crash, an IOMMU fault on the console. */
   readonly problems: readonly string[];
@@ -59,21 +60,18 @@ export interface RunnerOptions {
 }
 
 /**
- * Runs a scenario. An emulated machine that does not get as far as the scenario (seen now and then under load, in the
- * kernel's first seconds) is started once more, and the result says so.
+ * Runs a scenario. An emulated machine that does not get as far as the scenario (hung or in panic in the kernel's first seconds, seen now
+ * and then under load) is started once more, and the result says so. A scenario that has begun is never run again.
  */
 export async function runScenario(name: string, scenario: Scenario, options: RunnerOptions): Promise<ScenarioResult> {
   const started = performance.now();
   const first = await runOnce(name, scenario, options);
-  const { run } = first.booted || options.signal.aborted ? first : await runOnce(name, scenario, options);
-  return run.result((performance.now() - started) / 1000, run !== first.run);
+  const again = first.bootFailure !== null && !options.signal.aborted;
+  const run = again ? await runOnce(name, scenario, options) : first;
+  return run.result((performance.now() - started) / 1000, again ? first.bootFailure : null);
 }
 
-async function runOnce(
-  name: string,
-  scenario: Scenario,
-  options: RunnerOptions,
-): Promise<{ run: ScenarioRun; booted: boolean }> {
+async function runOnce(name: string, scenario: Scenario, options: RunnerOptions): Promise<ScenarioRun> {
   const run = new ScenarioRun(name, scenario, options);
   try {
     await run.execute();
@@ -82,13 +80,13 @@ async function runOnce(
   } finally {
     await run.cleanUp();
   }
-  return { run, booted: run.booted };
+  return run;
 }
 
 class ScenarioRun {
   readonly problems: string[] = [];
-  /** The guest has said hello; false when it never got that far in its time. */
-  booted = false;
+  /** Why the guest did not get as far as to say hello, though QEMU ran; null when it did. */
+  bootFailure: string | null = null;
   readonly #name: string;
   readonly #scenario: Scenario;
   readonly #options: RunnerOptions;
@@ -145,7 +143,7 @@ class ScenarioRun {
     for (const cleanUp of this.#cleanUps.reverse()) await cleanUp();
   }
 
-  result(seconds: number, restarted: boolean): ScenarioResult {
+  result(seconds: number, restarted: string | null): ScenarioResult {
     const { title, checks: expected, allowedFaults = [] } = this.#scenario;
     const checks = expected.map(
       (name): CheckResult => this.#checks.get(name) ?? { name, verdict: 'not run', detail: '', ms: 0 },
@@ -278,11 +276,15 @@ class ScenarioRun {
     child.stderr?.setEncoding('utf8').on('data', (text: string) => {
       complaint = (complaint + text).slice(-2000);
     });
-    const over = once(child, 'exit').then(([code, signal]) => `QEMU ended with ${code ?? signal}`);
+    // `close` and not `exit`: the end of the console is wanted too.
+    const over = once(child, 'close').then(([code, signal]) => `QEMU ended with ${code ?? signal}`);
     const outcome = await Promise.race([over, failed, interactive ? over : this.#wait(timeout, signal)]);
-    this.booted = this.#hello.signal.aborted || outcome !== NO_HELLO;
-    if (outcome !== 'QEMU ended with 0')
-      this.problems.push(`${outcome}${complaint === '' ? '' : `: ${complaint.trim()}`}`);
+    // A panic ends QEMU as a power-off does.
+    const isBootFailure = outcome === NO_HELLO || outcome === POWERED_OFF;
+    if (isBootFailure && !interactive && !this.#hello.signal.aborted) {
+      this.bootFailure = this.#console.find((text) => text.includes('Kernel panic')) ?? NO_HELLO;
+    }
+    if (outcome !== POWERED_OFF) this.problems.push(`${outcome}${complaint === '' ? '' : `: ${complaint.trim()}`}`);
     else if (!this.#finished && !interactive) this.problems.push('the guest powered off before the scenario was over');
   }
 
