@@ -58,6 +58,8 @@ export class VirtioFunction {
   readonly msix: Msix;
   readonly common: CommonConfig;
   readonly faults: FaultSet;
+  /** Virtqueues, those for administration included. */
+  readonly queueCount: number;
   /** Why the function needs a reset; null while all is well. */
   failure: string | null = null;
   readonly #options: VirtioFunctionOptions;
@@ -79,6 +81,7 @@ export class VirtioFunction {
     this.faults = options.faults;
     this.#undead = this.faults.has('reset-keeps-queues') || this.faults.has('early-start');
     this.#options = options;
+    this.queueCount = options.queues + options.adminQueues;
     this.#scratchSize = MAX_QUEUE_BYTES;
     this.#scratch = memory.arena.allocate(this.#scratchSize);
     this.config = new ConfigSpace(options.layout, {
@@ -196,6 +199,11 @@ export class VirtioFunction {
   #notified(at: number, width: number, value: number): void {
     const queue = Math.floor(at / VirtioBar.notifyMultiplier);
     this.common.checkNotification(queue, width, value);
+    this.kick(queue);
+  }
+
+  /** The driver has notified queue `queue`, by its register or by the eventfd that stands for it. */
+  kick(queue: number): void {
     this.#device.notified(queue);
     if (this.faults.has('notifications-fatal') && ++this.#notifications > MANY) this.fail('fault notifications-fatal');
     this.#options.wake();

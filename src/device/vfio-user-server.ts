@@ -16,6 +16,7 @@ import * as protocol from '../vfio/protocol.ts';
 import { DeviceError } from './errors.ts';
 import type { VirtioFunction } from './function.ts';
 import { MAX_WINDOWS } from './guest-memory.ts';
+import { NotificationEventFds } from './notification-eventfds.ts';
 import { CONFIG_SPACE_SIZE, Command as PciCommand } from './pci.ts';
 
 const { Command, HeaderFlag } = protocol;
@@ -136,6 +137,10 @@ class Session {
   readonly #messages: MessageSocket;
   readonly #watch: Watch;
   readonly #deadline: NodeJS.Timeout;
+  readonly #notifications: NotificationEventFds;
+  /** Descriptors that the client takes in one message, and those that go with the next reply. */
+  #maxDescriptors = 0;
+  #attached: readonly number[] = [];
   #agreed = false;
   #open = true;
 
@@ -143,6 +148,7 @@ class Session {
     this.#fn = fn;
     this.#events = events;
     this.#messages = new MessageSocket(socket, MAX_MESSAGE_DESCRIPTORS);
+    this.#notifications = new NotificationEventFds(fn);
     fn.reset();
     this.#watch = ffi().watch(socket.fd, () => this.#serve());
     this.#deadline = setTimeout(() => {
@@ -157,6 +163,7 @@ class Session {
     clearTimeout(this.#deadline);
     this.#watch.close();
     this.#messages.close();
+    this.#notifications.close();
     this.#fn.msix.disconnectAll();
     this.#fn.reset();
     this.#fn.memory.clear();
@@ -183,8 +190,9 @@ class Session {
     try {
       if (isReply(message)) throw protocol.protocolError('a reply to nothing');
       if (!this.#agreed && command !== Command.version) throw protocol.protocolError('a request before VERSION');
+      this.#attached = [];
       const payload = this.#handle(message);
-      if (!silent) this.#messages.send(protocol.reply(id, command, payload), id, deadline);
+      if (!silent) this.#messages.send(protocol.reply(id, command, payload), id, deadline, this.#attached);
     } catch (error) {
       const errno = errnoOf(error);
       if (errno === null) throw error;
@@ -217,6 +225,8 @@ class Session {
         });
       case Command.deviceGetRegionInfo:
         return this.#regionInfo(payload);
+      case Command.deviceGetRegionIoFds:
+        return this.#regionIoFds(payload);
       case Command.deviceGetIrqInfo:
         return this.#irqInfo(payload);
       case Command.deviceSetIrqs:
@@ -234,7 +244,8 @@ class Session {
   }
 
   #version(payload: Uint8Array): Uint8Array {
-    const { major } = protocol.decodeVersion(payload);
+    const { major, capabilities } = protocol.decodeVersion(payload);
+    this.#maxDescriptors = Math.min(capabilities.maxMessageDescriptors, MAX_MESSAGE_DESCRIPTORS);
     if (major !== protocol.PROTOCOL_MAJOR || this.#agreed) throw new Refusal(os.errno.EINVAL);
     this.#agreed = true;
     const version = { major: protocol.PROTOCOL_MAJOR, minor: protocol.PROTOCOL_MINOR };
@@ -276,6 +287,16 @@ class Session {
     const size = this.#regionSize(index);
     const flags = size === 0 ? 0 : protocol.RegionFlag.read | protocol.RegionFlag.write;
     return protocol.encodeRegionInfo({ index, flags, size, offset: 0, areas: null }, argsz);
+  }
+
+  /** Notification registers have eventfds, so that any thread of the driver can notify, without waiting for an answer. */
+  #regionIoFds(payload: Uint8Array): Uint8Array {
+    const { argsz, index } = protocol.decodeInfoRequest('DEVICE_GET_REGION_IO_FDS', payload);
+    if (index >= REGIONS) throw new Refusal(os.errno.EINVAL);
+    const { areas, descriptors } = this.#notifications.describe(index, this.#maxDescriptors);
+    const reply = protocol.encodeIoFds({ index, areas }, argsz);
+    if (areas.length > 0 && reply.length > protocol.RegionIoFds.length) this.#attached = descriptors;
+    return reply;
   }
 
   #regionSize(index: number): number {

@@ -8,7 +8,7 @@
 import { SystemError, VfioError } from '../errors.ts';
 import * as libc from '../sys/libc.ts';
 import { type DmaMemory, type MappedMemory, mapShared, unmapMemory } from '../sys/memory.ts';
-import type { IovaRange } from './function.ts';
+import type { IovaRange, SharedDma } from './function.ts';
 import { RangeAllocator } from './range-allocator.ts';
 
 /** One allocation never crosses a multiple of this, so that the upper half of its addresses is one number. */
@@ -136,6 +136,14 @@ export class DmaArena {
     const { iova, size, offset } = allocation.mapping;
     this.#iovas.free(iova, size);
     allocation.file.free(offset, size);
+  }
+
+  /** Where `memory` is in its file. Throws RangeError for memory that is not ours or was freed. */
+  share(memory: DmaMemory): SharedDma {
+    const allocation = this.#live.get(memory);
+    if (allocation === undefined) throw new RangeError('this memory is not allocated here');
+    const { fd, offset, size, iova } = allocation.mapping;
+    return { fd, offset, size, iova };
   }
 
   /**

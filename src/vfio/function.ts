@@ -24,6 +24,27 @@ export interface Region {
   write8(offset: number, value: number): void;
   write16(offset: number, value: number): void;
   write32(offset: number, value: number): void;
+  /**
+   * How another thread of this process can write to the register of `width` bytes at `offset` by itself; null, or no such method, when it
+   * cannot. The descriptor is a new one and the caller's to close.
+   */
+  share?(offset: number, width: 2 | 4): SharedRegister | null;
+}
+
+/**
+ * A register without its `Region`. `memory`: in the page at `offset` of the file, which is to be mapped, byte `at`. `eventfd`: the device
+ * is told that something was written there, not what.
+ */
+export type SharedRegister =
+  | { readonly kind: 'memory'; readonly fd: number; readonly offset: number; readonly at: number }
+  | { readonly kind: 'eventfd'; readonly fd: number };
+
+/** DMA memory as another thread of this process can map it: `size` bytes at `offset` of a file. The descriptor is the function's. */
+export interface SharedDma {
+  readonly fd: number;
+  readonly offset: number;
+  readonly size: number;
+  readonly iova: number;
 }
 
 /** An inclusive range of I/O virtual addresses that the function can be given. */
@@ -47,6 +68,8 @@ export interface DeviceFunction {
    * Unmaps and frees memory of `allocateDma`. Views of it that are left read zeros, never foreign memory.
    */
   freeDma(memory: DmaMemory): void;
+  /** Where memory of `allocateDma` is, for a thread that maps it by itself. */
+  shareDma?(memory: DmaMemory): SharedDma;
   /** Number of MSI-X vectors, or what stands for them; 0 without. */
   readonly interruptVectors: number;
   /** Routes vector i to eventfd `eventfds[i]` for all i at once; an empty list disables interrupts. */

@@ -3,11 +3,11 @@
  * that is read and written through the device descriptor, and the configuration space.
  */
 import { VfioError } from '../errors.ts';
-import { pread, pwrite } from '../sys/libc.ts';
+import { FcntlCommand, fcntl, PAGE_SIZE, pread, pwrite } from '../sys/libc.ts';
 import { type MappedMemory, mapAnonymous, mapShared, unmapMemory } from '../sys/memory.ts';
 import { checkAccess, Registers } from '../sys/registers.ts';
 import { ConfigHeader, PciCommand } from './config-space.ts';
-import type { Region } from './function.ts';
+import type { Region, SharedRegister } from './function.ts';
 import { type RegionDescription, RegionFlag } from './kernel-abi.ts';
 
 /** A region that is not there. */
@@ -132,6 +132,7 @@ export class MappedRegion implements Region {
   readonly index: number;
   readonly size: number;
   readonly #owner: RegionOwner;
+  readonly #offset: number;
   readonly #memory: MappedMemory;
   readonly #registers: Registers;
 
@@ -139,6 +140,7 @@ export class MappedRegion implements Region {
     this.index = index;
     this.size = size;
     this.#owner = owner;
+    this.#offset = offset;
     this.#memory = mapShared(owner.device, offset, size, { write: true });
     this.#registers = new Registers(this.#memory);
   }
@@ -171,6 +173,13 @@ export class MappedRegion implements Region {
 
   write32(offset: number, value: number): void {
     this.#registers.write32(offset, value);
+  }
+
+  share(offset: number, width: 2 | 4): SharedRegister {
+    checkAccess(offset, width, this.size);
+    const at = offset % PAGE_SIZE;
+    const fd = fcntl(this.#owner.device, FcntlCommand.duplicate, 0);
+    return { kind: 'memory', fd, offset: this.#offset + offset - at, at };
   }
 
   close(): void {
@@ -226,6 +235,11 @@ export class SparseRegion implements Region {
     const area = this.#areaOf(offset);
     if (area === undefined) this.#rest.write32(offset, value);
     else area.region.write32(offset - area.first, value);
+  }
+
+  share(offset: number, width: 2 | 4): SharedRegister | null {
+    const area = this.#areaOf(offset);
+    return area === undefined ? null : area.region.share(offset - area.first, width);
   }
 
   close(): void {

@@ -14,7 +14,7 @@ import type { DmaMemory } from '../sys/memory.ts';
 import { groupNotViable, noIommu } from './bind.ts';
 import { ConfigHeader, PciCommand, updateCommand } from './config-space.ts';
 import { DmaArena, type DmaMapping } from './dma.ts';
-import type { IovaRange, PciFunction, Region } from './function.ts';
+import type { IovaRange, PciFunction, Region, SharedDma } from './function.ts';
 import { PciRegion } from './function.ts';
 import { DeviceFlag, GroupFlag, IommuType, IrqIndex, VFIO_API_VERSION, VfioCalls } from './kernel-abi.ts';
 import { absentRegion, ConfigRegion, type OpenRegion, openBar, type RegionOwner } from './kernel-region.ts';
@@ -155,6 +155,10 @@ class KernelFunction implements PciFunction, RegionOwner {
 
   freeDma(memory: DmaMemory): void {
     this.#arena.free(memory);
+  }
+
+  shareDma(memory: DmaMemory): SharedDma {
+    return this.#arena.share(memory);
   }
 
   setInterrupts(eventfds: readonly number[]): void {

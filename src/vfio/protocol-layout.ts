@@ -59,6 +59,15 @@ export const RegionCapId = { sparseMmap: 1 } as const;
 /** "VFIO region info cap sparse mmap", after the header of the capability; areas of offset u64, size u64. */
 export const SparseMmap = { areas: 8, reserved: 12, first: 16, areaOffset: 0, areaSize: 8, areaLength: 16 } as const;
 
+/**
+ * "VFIO_USER_DEVICE_GET_REGION_IO_FDS"; request and reply, in which `count` sub-regions follow. The length of one follows from `argsz`: 40
+ * bytes in the text, 48 as libvfio-user sends them, which differ behind `padding` only.
+ */
+export const RegionIoFds = { argsz: 0, flags: 4, index: 8, count: 12, length: 16 } as const;
+/** "Sub-Region IO FD info format (ioeventfd)". */
+export const SubRegion = { offset: 0, size: 8, fdIndex: 16, type: 20, flags: 24, padding: 28, length: 40 } as const;
+export const IoFdType = { ioeventfd: 0, ioregionfd: 1 } as const;
+
 /** "VFIO_USER_DEVICE_GET_IRQ_INFO"; request and reply. */
 export const IrqInfoLayout = { argsz: 0, flags: 4, index: 8, count: 12, length: 16 } as const;
 export const IrqFlag = { eventfd: 1, maskable: 2, automasked: 4, noResize: 8 } as const;

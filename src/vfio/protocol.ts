@@ -8,9 +8,10 @@
  * A decoder takes the payload of one message, which the other side chose: whatever does not fit throws VfioError
  * `PROTOCOL`. Encoders return whole messages; the sender sets the id. `message-socket.ts` frames them.
  *
- * Left out: migration, dirty page logging, twin sockets, REGION_WRITE_MULTI, REGION_IO_FDS.
+ * Left out: migration, dirty page logging, twin sockets, REGION_WRITE_MULTI, ioregionfds.
  */
 export * from './protocol-device.ts';
+export * from './protocol-io-fds.ts';
 export * from './protocol-layout.ts';
 export * from './protocol-memory.ts';
 export * from './protocol-version.ts';

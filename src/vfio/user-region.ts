@@ -1,11 +1,13 @@
 /**
  * A region of a vfio-user device: messages to the server, and plain memory accesses where the server lets us map it.
  */
-import { VfioError } from '../errors.ts';
+import { SystemError, VfioError } from '../errors.ts';
+import { EventFd } from '../sys/eventfd.ts';
+import { close } from '../sys/libc.ts';
 import { readU16, readU32, writeU16, writeU32 } from '../sys/little-endian.ts';
 import { type MappedMemory, mapShared, unmapMemory } from '../sys/memory.ts';
 import { checkAccess, Registers } from '../sys/registers.ts';
-import type { Region } from './function.ts';
+import type { Region, SharedRegister } from './function.ts';
 import * as protocol from './protocol.ts';
 import type { UserSession } from './user-session.ts';
 
@@ -89,6 +91,25 @@ export class UserRegion implements Region {
     this.#write(offset, 4);
   }
 
+  /**
+   * Asks the server for a descriptor that stands for the register ("VFIO_USER_DEVICE_GET_REGION_IO_FDS"). Null when it has none, or does
+   * not know the question.
+   */
+  share(offset: number, width: 2 | 4): SharedRegister | null {
+    this.#enter(offset, width, protocol.RegionFlag.write);
+    const received: number[] = [];
+    try {
+      const request = protocol.encodeIoFdsRequest(this.index);
+      const payload = this.#session.request(request, [], received, Number.POSITIVE_INFINITY);
+      return this.#checked(() => eventfdFor(protocol.decodeIoFds(payload), this.index, offset, width, received));
+    } catch (error) {
+      if (error instanceof VfioError && error.code === 'DEVICE_REFUSED') return null;
+      throw error;
+    } finally {
+      for (const fd of received) close(fd);
+    }
+  }
+
   /** Unmaps what is mapped. */
   close(): void {
     for (const area of this.#areas.splice(0)) unmapMemory(area.memory);
@@ -123,16 +144,47 @@ export class UserRegion implements Region {
   }
 
   #checkReply(payload: Uint8Array, offset: number, count: number, carriesData: boolean): protocol.RegionAccessMessage {
-    try {
+    return this.#checked(() => {
       const access = protocol.decodeRegionAccess(payload, carriesData);
       if (access.region !== this.index || access.offset !== offset || access.count !== count) {
         throw protocol.protocolError('the reply is about another access than the request');
       }
       return access;
+    });
+  }
+
+  /** Whatever is wrong with a reply ends the session. */
+  #checked<T>(look: () => T): T {
+    try {
+      return look();
     } catch (error) {
       throw error instanceof VfioError ? this.#session.fail(error) : error;
     }
   }
+}
+
+/** Takes the descriptor for the register out of `received`; null when there is none. */
+function eventfdFor(
+  fds: protocol.IoFds,
+  index: number,
+  offset: number,
+  width: number,
+  received: number[],
+): SharedRegister | null {
+  if (fds.index !== index) throw protocol.protocolError(`descriptors of region ${fds.index} instead of ${index}`);
+  const area = protocol.ioeventfdAt(fds, offset, width);
+  if (area === undefined) return null;
+  const fd = received[area.descriptor];
+  if (fd === undefined) throw protocol.protocolError(`no descriptor ${area.descriptor} came with region ${index}`);
+  try {
+    // Anything else might block who writes to it.
+    EventFd.adopt(fd);
+  } catch (cause) {
+    if (!(cause instanceof SystemError)) throw cause;
+    throw protocol.protocolError(`a descriptor of region ${index} is no eventfd`, cause);
+  }
+  received.splice(area.descriptor, 1);
+  return { kind: 'eventfd', fd };
 }
 
 /** Maps the areas that `info` names. Those that are not whole pages stay with messages. */

@@ -11,7 +11,7 @@ import type { DmaMemory } from '../sys/memory.ts';
 import { UnixSocket } from '../sys/unix-socket.ts';
 import { initiateFunctionLevelReset, readPciExpress, walkCapabilities } from './config-space.ts';
 import { DmaArena, type DmaMapping } from './dma.ts';
-import { type IovaRange, type PciFunction, PciRegion, type Region } from './function.ts';
+import { type IovaRange, type PciFunction, PciRegion, type Region, type SharedDma } from './function.ts';
 import { isReply, MessageSocket } from './message-socket.ts';
 import * as protocol from './protocol.ts';
 import { UserRegion } from './user-region.ts';
@@ -37,8 +37,8 @@ const DEFAULT_IOVA_RANGES: readonly IovaRange[] = [
   { start: 0xfef0_0000, last: 2 ** 39 - 1 },
 ];
 const DEFAULT_TIMEOUT_MS = 5000;
-/** Descriptors that the server may put in one message; more than one is never needed. */
-const MAX_DESCRIPTORS = 8;
+/** Descriptors that the server may put in one message: those of notification registers are the only ones of which there are several. */
+const MAX_DESCRIPTORS = 16;
 const CONFIG_SIZES = [256, 4096];
 /** The size of an MSI-X table (PCI 3.0 section 6.8.2). */
 const MAX_VECTORS = 2048;
@@ -267,6 +267,10 @@ class VfioUserFunction implements PciFunction {
 
   freeDma(memory: DmaMemory): void {
     this.#arena.free(memory);
+  }
+
+  shareDma(memory: DmaMemory): SharedDma {
+    return this.#arena.share(memory);
   }
 
   setInterrupts(eventfds: readonly number[]): void {

@@ -9,7 +9,7 @@ import type { VirtioCapability } from '../vfio/config-space.ts';
 import type { PciFunction, Region } from '../vfio/function.ts';
 import { Feature, type FeatureSet } from './features.ts';
 import { CommonCfgField, CommonCfgLength } from './pci-layout.ts';
-import type { QueueNotifier, QueueSetup } from './transport.ts';
+import type { Doorbell, QueueNotifier, QueueSetup } from './transport.ts';
 
 /** BARs are 0 to 5; a capability that names another is to be ignored (4.1.4). */
 export const LAST_BAR = 5;
@@ -104,6 +104,11 @@ class PlainNotifier implements QueueNotifier {
     // hot:
     this.#bar.write16(this.#offset, this.#id);
   }
+
+  share(): Doorbell | null {
+    const register = this.#bar.share?.(this.#offset, NOTIFICATION_BYTES) ?? null;
+    return register === null ? null : { register, id: this.#id, withPosition: false };
+  }
 }
 
 /** NOTIFICATION_DATA (4.1.5.2): 32 bits, which also say where the queue stands. */
@@ -123,6 +128,11 @@ class DataNotifier implements QueueNotifier {
   notify(): void {
     // hot:
     this.#bar.write32(this.#offset, (this.#id | (this.#position.next << 16)) >>> 0);
+  }
+
+  share(): Doorbell | null {
+    const register = this.#bar.share?.(this.#offset, NOTIFICATION_DATA_BYTES) ?? null;
+    return register === null ? null : { register, id: this.#id, withPosition: true };
   }
 }
 

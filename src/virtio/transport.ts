@@ -1,9 +1,10 @@
 /**
  * How a driver reaches a virtio device, whatever the bus looks like (Virtio 1.4, chapter 4): status, features, device
- * configuration, queues, notifications. `standard.ts` is the modern PCI transport.
+ * configuration, queues, notifications. `standard.ts` is the modern PCI transport, `octep.ts` that of octeon_ep class functions.
  *
  * All calls are synchronous. Each throws `VfioError` DEVICE_GONE once the function is lost.
  */
+import type { SharedRegister } from '../vfio/function.ts';
 import type { FeatureSet } from './features.ts';
 
 /** What the device must know of a queue before it is enabled. Addresses are IOVAs. */
@@ -22,6 +23,16 @@ export interface QueueSetup {
 /** Tells the device that a queue has new buffers. */
 export interface QueueNotifier {
   notify(): void;
+  /** How another thread of this process can notify by itself; null, or no such method, when it cannot. */
+  share?(): Doorbell | null;
+}
+
+/** A notification without its `QueueNotifier`. The descriptor is the caller's to close. */
+export interface Doorbell {
+  readonly register: SharedRegister;
+  /** What is written there: `id` in 16 bits, or with `withPosition` in the lower half of 32 bits, above it where the queue stands (4.1.5.2). */
+  readonly id: number;
+  readonly withPosition: boolean;
 }
 
 /** Reads of the device configuration, of exact width; offsets count from its start. Past its end, they throw. */
@@ -33,6 +44,15 @@ export interface ConfigReader {
   read32(offset: number): number;
 }
 
+/**
+ * A device whose interrupts belong to queues from the start, several to one: a flag says which queue one was for. `enableQueue` maps none
+ * there, and the device looks only once, at DRIVER_OK, whether any queue wants interrupts at all.
+ */
+export interface InterruptCauses {
+  /** Whether there was an interrupt for queue `index` since this was last asked. */
+  take(index: number): boolean;
+}
+
 export interface VirtioTransport {
   /** The device address as the user wrote it. */
   readonly address: string;
@@ -42,6 +62,10 @@ export interface VirtioTransport {
   readonly interruptVectors: number;
   /** True once the device is lost. */
   readonly gone: boolean;
+  /** What such a device does not work without, besides VERSION_1. */
+  readonly requiredFeatures?: FeatureSet;
+  /** Only where interrupts are not mapped by the driver. */
+  readonly causes?: InterruptCauses;
 
   readStatus(): number;
   /** Writing 0 starts a reset, which is over when `readStatus` gives 0. */

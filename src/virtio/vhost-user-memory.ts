@@ -10,7 +10,7 @@
 import { VfioError } from '../errors.ts';
 import type { DmaMemory } from '../sys/memory.ts';
 import { DmaArena, type DmaMapper, type DmaMapping } from '../vfio/dma.ts';
-import type { IovaRange } from '../vfio/function.ts';
+import type { IovaRange, SharedDma } from '../vfio/function.ts';
 import {
   encodeMemoryTable,
   encodeRegion,
@@ -50,6 +50,10 @@ export class VhostUserMemory implements DmaMapper {
 
   free(memory: DmaMemory): void {
     this.#arena.free(memory);
+  }
+
+  share(memory: DmaMemory): SharedDma {
+    return this.#arena.share(memory);
   }
 
   /** The memory that holds all of `count` bytes from `iova` on, and where in it they start; null when none does. */

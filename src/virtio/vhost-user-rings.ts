@@ -7,9 +7,10 @@
 import { VfioError, VirtioError } from '../errors.ts';
 import { EventFd } from '../sys/eventfd.ts';
 import { ffi, type Watch } from '../sys/ffi/ffi.ts';
+import { FcntlCommand, fcntl } from '../sys/libc.ts';
 import { readU32 } from '../sys/little-endian.ts';
 import { NO_VECTOR } from './pci-layout.ts';
-import type { QueueNotifier, QueueSetup } from './transport.ts';
+import type { Doorbell, QueueNotifier, QueueSetup } from './transport.ts';
 import {
   encodeRingAddresses,
   encodeRingEvent,
@@ -173,5 +174,10 @@ class KickNotifier implements QueueNotifier {
   notify(): void {
     // hot:
     this.#kick.signal();
+  }
+
+  share(): Doorbell {
+    const fd = fcntl(this.#kick.fd, FcntlCommand.duplicate, 0);
+    return { register: { kind: 'eventfd', fd }, id: 0, withPosition: false };
   }
 }

@@ -13,7 +13,7 @@
  */
 import { type VfioError, VirtioError } from '../errors.ts';
 import type { DmaMemory } from '../sys/memory.ts';
-import type { DeviceFunction } from '../vfio/function.ts';
+import type { DeviceFunction, SharedDma } from '../vfio/function.ts';
 import { Feature, FeatureSet } from './features.ts';
 import { DeviceStatus, DeviceType, NO_VECTOR } from './pci-layout.ts';
 import type { ConfigReader, QueueNotifier, QueueSetup, VirtioTransport } from './transport.ts';
@@ -120,6 +120,10 @@ export class VhostUserDevice implements DeviceFunction, VirtioTransport {
 
   freeDma(memory: DmaMemory): void {
     this.#memory.free(memory);
+  }
+
+  shareDma(memory: DmaMemory): SharedDma {
+    return this.#memory.share(memory);
   }
 
   setInterrupts(eventfds: readonly number[]): void {

@@ -174,9 +174,31 @@ describe('a session', () => {
     expect((await client.request(protocol.encodeDeviceInfoRequest())).error).toBe(0);
   });
 
-  it.each([0, 6, 11, 12, 14, 15, 99, 65535])('answers command %i with an error', async (command) => {
+  it.each([0, 11, 12, 14, 15, 99, 65535])('answers command %i with an error', async (command) => {
     const client = await open();
     expect((await client.request(protocol.request(command, 16))).error).toBe(E.ENOSYS);
+  });
+
+  it('gives each notification register an eventfd, as many as the client takes, each time the same', async () => {
+    const client = await open();
+    const first = await client.request(protocol.encodeIoFdsRequest(0));
+    const { areas } = protocol.decodeIoFds(first.payload);
+    // A pair, the control queue, the administration queue; the client takes fewer descriptors than that.
+    expect(areas.map(({ offset }) => offset)).toEqual([0x3000, 0x3004, 0x3008, 0x300c]);
+    expect(first.descriptors.length).toBeGreaterThan(0);
+    for (const { descriptor, flags, size } of areas) {
+      expect(descriptor).toBeLessThan(first.descriptors.length);
+      expect([flags, size]).toEqual([0, 0]);
+    }
+    expect(protocol.decodeIoFds((await client.request(protocol.encodeIoFdsRequest(0))).payload).areas).toEqual(areas);
+    expect(protocol.decodeIoFds((await client.request(protocol.encodeIoFdsRequest(2))).payload).areas).toEqual([]);
+    expect((await client.request(protocol.encodeIoFdsRequest(9))).error).toBe(E.EINVAL);
+    // No room for the areas: their number is told, and no descriptor comes along.
+    const short = protocol.encodeIoFdsRequest(0);
+    writeU32(short, Header.length + protocol.RegionIoFds.argsz, 16);
+    const answer = await client.request(short);
+    expect(answer.payload.length).toBe(16);
+    expect(answer.descriptors).toEqual([]);
   });
 
   it.each([
