@@ -10,6 +10,7 @@ import { Driver } from './driver.ts';
 import { Network } from './network.ts';
 import { type Limits, offeredCapabilities, useCapabilities, useCommands } from './offer.ts';
 import type { Profile } from './profile.ts';
+import type { RingFormat } from './ring.ts';
 import type { Target } from './target.ts';
 import type { Patience } from './time.ts';
 
@@ -29,6 +30,8 @@ export interface UpOptions {
   readonly rx?: { readonly count?: number; readonly size?: number; readonly split?: number };
   /** Indices of further queues to enable. */
   readonly queues?: readonly number[];
+  /** Format of all virtqueues; default: that of the run. */
+  readonly ring?: RingFormat;
   /** Leave DRIVER_OK to the check. */
   readonly stopped?: boolean;
 }
@@ -60,6 +63,12 @@ export class Bench {
     return this.target.offered();
   }
 
+  /** What a driver accepts that wants nothing: what devices may insist on, and this one does. */
+  get least(): FeatureSet {
+    const basic = this.offered().and(FeatureSet.of(...BASIC));
+    return basic.with(...this.#formatFeatures(this.profile.ring));
+  }
+
   /** Throws `NotApplicable` unless all of `bits` are offered. */
   needFeatures(...bits: readonly number[]): void {
     const missing = FeatureSet.of(...bits).minus(this.offered());
@@ -78,7 +87,7 @@ export class Bench {
   /** Steps 1 to 8 of 3.1.1. */
   async bringUp(target: Target, options: UpOptions): Promise<Driver> {
     const offered = target.offered();
-    const required = [...(options.features ?? [])];
+    const required = [...(options.features ?? []), ...this.#formatFeatures(options.ring ?? this.profile.ring)];
     const withIpsec = options.ipsec !== undefined && options.ipsec !== false;
     if (withIpsec) required.push(Feature.IPSEC, Feature.ADMIN_VQ);
     if (options.admin === true) required.push(Feature.ADMIN_VQ);
@@ -98,24 +107,31 @@ export class Bench {
       target.enableVectors(3);
       target.structures.common.write16(CommonCfgField.configMsixVector, 0);
     }
-    const eventIdx = features.has(Feature.EVENT_IDX);
-    const queue = { size: options.size ?? 64, eventIdx };
-    driver.addQueue(0, { ...queue, vector: vectors ? 1 : NO_VECTOR });
-    driver.addQueue(1, { ...queue, vector: vectors ? 2 : NO_VECTOR });
-    for (const index of options.queues ?? []) driver.addQueue(index, queue);
-    if (features.has(Feature.ADMIN_VQ)) this.addAdmin(driver, eventIdx);
+    const size = options.size ?? 64;
+    driver.addQueue(0, { size, vector: vectors ? 1 : NO_VECTOR });
+    driver.addQueue(1, { size, vector: vectors ? 2 : NO_VECTOR });
+    for (const index of options.queues ?? []) driver.addQueue(index, { size });
+    if (features.has(Feature.ADMIN_VQ)) this.addAdmin(driver);
     if (options.stopped === true) return driver;
     driver.start();
     if (options.rx !== undefined) driver.fill(0, options.rx.count, options.rx.size, options.rx.split);
     return driver;
   }
 
+  /** What to negotiate for virtqueues of a format. Throws `NotApplicable` for one that the device refuses. */
+  #formatFeatures(format: RingFormat): readonly number[] {
+    const { insists } = this.profile;
+    const refuses = format === 'split' && insists.has(Feature.RING_PACKED);
+    need(!refuses, 'the device takes packed virtqueues only');
+    return [...insists.bits(), ...(format === 'packed' ? [Feature.RING_PACKED] : [])];
+  }
+
   /** Enables the first administration queue. */
-  addAdmin(driver: Driver, eventIdx: boolean): AdminConsole {
+  addAdmin(driver: Driver): AdminConsole {
     const { common } = driver.target.structures;
     const index = common.read16(CommonCfgField.adminQueueIndex);
     expect(common.read16(CommonCfgField.adminQueueNum) > 0, 'admin_queue_num is 0 with VIRTIO_F_ADMIN_VQ negotiated');
-    const ring = driver.addQueue(index, { size: 64, eventIdx });
+    const ring = driver.addQueue(index, { size: 64 });
     const console = new AdminConsole(driver.target, ring, {
       patience: this.patience,
       revision: this.profile.revision,
@@ -173,7 +189,8 @@ export class Bench {
 
   /** Throws `Failed` when `condition` comes to hold while nothing should happen. */
   async never(condition: () => boolean, otherwise: string): Promise<void> {
-    if (!(await this.patience.quietly(condition))) throw new Failed(otherwise);
+    // Each answer shows that the device has had a turn, however slow its machine is.
+    if (!(await this.patience.quietly(condition, () => this.target.status))) throw new Failed(otherwise);
   }
 
   /** Whether the device asks for a reset. */

@@ -14,6 +14,7 @@ export const AREAS = {
   PCI: 'PCI: discovery, capabilities, common configuration, MSI-X',
   INI: 'Initialisation, features, configuration space',
   QUE: 'Split virtqueues',
+  PKD: 'Packed virtqueues',
   ADM: 'Administration commands',
   CAP: 'Capabilities',
   OBJ: 'Resource objects',

@@ -1,7 +1,7 @@
 /**
  * The driver that a check works with: a function brought up as the standard says (3.1.1), with queues in the open.
  */
-import type { FeatureSet } from '../virtio/features.ts';
+import { Feature, type FeatureSet } from '../virtio/features.ts';
 import { CommonCfgField, DeviceStatus, NO_VECTOR, VirtioCfgType } from '../virtio/pci-layout.ts';
 import type { WireRevision } from '../virtio/revision.ts';
 import {
@@ -14,7 +14,9 @@ import {
 import { Failed } from './check.ts';
 import type { AdminConsole } from './console.ts';
 import { pieces } from './console.ts';
-import { CheckRing, type Piece, ringBytes } from './ring.ts';
+import type { CheckRing, Piece } from './ring.ts';
+import { PackedRing } from './ring-packed.ts';
+import { SplitRing } from './ring-split.ts';
 import type { Window } from './structures.ts';
 import { writeAccepted } from './structures.ts';
 import { RUNNING, type Target } from './target.ts';
@@ -23,6 +25,8 @@ import type { Patience } from './time.ts';
 /** Bytes of a receive buffer and of a transmit buffer. */
 const BUFFER = 4096;
 const TRANSMIT_SLOTS = 32;
+/** Where `next_off` begins in a notification with data (2.9). */
+const POSITION_SHIFT = 16;
 
 export interface Received {
   readonly header: NetHeader;
@@ -59,7 +63,6 @@ export class Driver {
   readonly #notify: Window;
   readonly #multiplier: number;
   readonly #notifyOffsets = new Map<number, number>();
-  readonly #kicked = new Map<number, number>();
   /** By queue and head descriptor. */
   readonly #posted = new Map<number, Map<number, Posted>>();
   #transmitAt = -1;
@@ -90,7 +93,7 @@ export class Driver {
   /** Describes a queue to the device and enables it. */
   addQueue(
     index: number,
-    options: { size?: number; vector?: number; eventIdx?: boolean; before?: (ring: CheckRing) => void } = {},
+    options: { size?: number; vector?: number; before?: (ring: CheckRing) => void } = {},
   ): CheckRing {
     const { common } = this.target.structures;
     const F = CommonCfgField;
@@ -98,13 +101,24 @@ export class Driver {
     const max = common.read16(F.queueSize);
     if (max === 0) throw new Failed(`queue ${index} does not exist: queue_size is 0`);
     const size = Math.min(options.size ?? 64, max);
-    const at = this.target.allocate(ringBytes(size));
-    const ring = new CheckRing(this.target.memory, at, index, size, options.eventIdx === true);
+    const ring = this.#makeRing(index, size);
     options.before?.(ring);
     this.configure(ring, options.vector ?? NO_VECTOR);
     this.rings.set(index, ring);
     this.#notifyOffsets.set(index, common.read16(F.queueNotifyOff) * this.#multiplier);
     return ring;
+  }
+
+  #makeRing(index: number, size: number): CheckRing {
+    const { features, target } = this;
+    const Ring = features.has(Feature.RING_PACKED) ? PackedRing : SplitRing;
+    const options = {
+      index,
+      size,
+      eventIdx: features.has(Feature.EVENT_IDX),
+      inOrder: features.has(Feature.IN_ORDER),
+    };
+    return new Ring(target.memory, target.allocate(Ring.bytes(size)), options);
   }
 
   /** Tells the device where a ring is, and enables the queue. */
@@ -117,8 +131,8 @@ export class Driver {
     common.write16(F.queueMsixVector, vector);
     for (const [field, offset] of [
       [F.queueDesc, ring.descriptors],
-      [F.queueDriver, ring.avail],
-      [F.queueDevice, ring.used],
+      [F.queueDriver, ring.driverArea],
+      [F.queueDevice, ring.deviceArea],
     ]) {
       common.write32(field, memory.iovaLow + offset);
       common.write32(field + 4, memory.iovaHigh);
@@ -146,23 +160,21 @@ export class Driver {
     }
   }
 
-  /** Tells the device of new buffers, unless it has asked not to be told (2.7.10). */
+  /** Tells the device of new buffers, unless it has asked not to be told (2.7.10, 2.8.10). */
   kick(ring: CheckRing): void {
-    const before = this.#kicked.get(ring.index) ?? 0;
-    // The index is out before the device's wish is read.
-    Atomics.load(ring.memory.u16, ring.avail >>> 1);
-    this.#kicked.set(ring.index, ring.availIndex);
-    if (ring.wantsNotification(before)) this.notify(ring.index);
+    if (ring.wantsNotification()) this.notify(ring.index);
   }
 
   /** An available buffer notification, wanted or not (4.1.5.2). */
   notify(index: number): void {
-    this.#notify.write16(this.#notifyOffsets.get(index) ?? 0, index);
+    const at = this.#notifyOffsets.get(index) ?? 0;
+    const position = this.rings.get(index)?.position ?? 0;
+    if (!this.features.has(Feature.NOTIFICATION_DATA)) this.#notify.write16(at, index);
+    else this.#notify.write32(at, (index | (position << POSITION_SHIFT)) >>> 0);
   }
 
-  /** Forgets where a queue's available index stood: it was reset. */
+  /** Forgets a queue that was reset. */
   forget(index: number): void {
-    this.#kicked.delete(index);
     this.#posted.delete(index);
     this.rings.delete(index);
   }

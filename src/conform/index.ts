@@ -16,6 +16,7 @@ import { interruptChecks } from './checks/interrupts.ts';
 import { ipsecChecks } from './checks/ipsec.ts';
 import { ipsecTrafficChecks } from './checks/ipsec-traffic.ts';
 import { objectChecks } from './checks/objects.ts';
+import { packedQueueChecks } from './checks/packed-queues.ts';
 import { pciChecks } from './checks/pci.ts';
 import { queueChecks } from './checks/queues.ts';
 import { resetChecks } from './checks/reset.ts';
@@ -40,6 +41,7 @@ export const CHECKS: readonly Check[] = [
   ...initChecks,
   ...resetChecks,
   ...queueChecks,
+  ...packedQueueChecks,
   ...adminChecks,
   ...capabilityChecks,
   ...objectChecks,

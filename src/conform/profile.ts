@@ -6,14 +6,16 @@
  */
 import { VipsecError } from '../errors.ts';
 import { AdminOpcode, AdminOpcodeTable, AdminStatus, CapabilityId, ResourceType } from '../virtio/admin-wire.ts';
-import { Feature } from '../virtio/features.ts';
+import { Feature, FeatureSet } from '../virtio/features.ts';
 import type { WireRevision } from '../virtio/revision.ts';
 import { encodeGroup } from '../virtio-net/flow-filter-wire.ts';
 import { Bench } from './bench.ts';
 import { Failed, NotApplicable, Untestable } from './check.ts';
 import type { AdminConsole } from './console.ts';
+import { Driver } from './driver.ts';
 import { isEqual, udpFrame } from './frames.ts';
 import { offeredCapabilities, useCapabilities, useCommands } from './offer.ts';
+import type { RingFormat } from './ring.ts';
 import type { Target } from './target.ts';
 import type { Patience } from './time.ts';
 
@@ -24,7 +26,15 @@ export interface Readings {
   readonly modifyOpcode: number;
 }
 
-export interface Profile extends Readings {
+/** What the device wants of its driver. */
+export interface Demands {
+  /** Features without which it does not work, beside those that 6.2 lets devices insist on. */
+  readonly insists: FeatureSet;
+  /** The format of virtqueues, where a check does not choose. */
+  readonly ring: RingFormat;
+}
+
+export interface Profile extends Readings, Demands {
   /** Whether what the device sends comes back to it: found out when it is asked for the first time. */
   loopsBack(): Promise<boolean>;
   /** What `loopsBack` has found; null before. */
@@ -40,9 +50,33 @@ const TABLE = {
 const ModeEntry = { head: 8, draft: 40 } as const;
 const PRIORITY = 0x0102;
 
+/** What devices are known to insist on, tried in this order: Octeon's does on both. */
+const DEMANDS = [
+  FeatureSet.empty,
+  FeatureSet.of(Feature.RING_PACKED),
+  FeatureSet.of(Feature.RING_PACKED, Feature.NOTIFICATION_DATA),
+] as const;
+
+export interface ProfileOptions {
+  readonly wire: WireRevision | 'auto';
+  /** `auto`: split virtqueues, unless the device takes packed ones only. */
+  readonly ring: RingFormat | 'auto';
+}
+
 /** Asks the device how it reads the standard. */
-export async function findProfile(target: Target, patience: Patience, wire: WireRevision | 'auto'): Promise<Profile> {
-  const usual: Readings = { revision: wire === 'auto' ? 'virtio-1.4' : wire, ...TEXT };
+export async function findProfile(
+  target: Target,
+  patience: Patience,
+  { wire, ring }: ProfileOptions,
+): Promise<Profile> {
+  const insists = (await attempt(target, patience, () => findDemands(target, patience))) ?? FeatureSet.empty;
+  const only: RingFormat = insists.has(Feature.RING_PACKED) ? 'packed' : 'split';
+  const usual: Readings & Demands = {
+    revision: wire === 'auto' ? 'virtio-1.4' : wire,
+    ...TEXT,
+    insists,
+    ring: ring === 'auto' ? only : ring,
+  };
   // While it is being asked, what it would say is taken for granted.
   const assumed = { loopback: true, loopsBack: async () => true };
   const found = await attempt(target, patience, () =>
@@ -71,6 +105,17 @@ async function attempt<T>(target: Target, patience: Patience, find: () => Promis
   } finally {
     target.tidy();
   }
+}
+
+/** The fewest features that the device takes; none beside the basic ones when it takes nothing of what is tried. */
+async function findDemands(target: Target, patience: Patience): Promise<FeatureSet> {
+  const offered = target.offered();
+  const basic = offered.and(FeatureSet.of(Feature.VERSION_1, Feature.ACCESS_PLATFORM, Feature.ORDER_PLATFORM));
+  for (const more of DEMANDS) {
+    if (!more.minus(offered).isEmpty) break;
+    if (await Driver.negotiate(target, patience, basic.or(more))) return more;
+  }
+  return FeatureSet.empty;
 }
 
 async function findReadings(bench: Bench, wire: WireRevision | 'auto'): Promise<Readings> {

@@ -1,19 +1,17 @@
 /**
- * A split virtqueue for checks (Virtio 1.4, 2.7): descriptors, indices and flags can be set and read one by one.
- *
- * It keeps no record of descriptors: a check uses few, and knows which.
+ * What checks know of a virtqueue, split (`ring-split.ts`) or packed (`ring-packed.ts`): buffers are made available and taken back
+ * one by one, and nothing is hidden.
  */
 import type { DmaMemory } from '../sys/memory.ts';
 import { Failed } from './check.ts';
 import type { Patience } from './time.ts';
 
-/** Descriptor flags (2.7.5). */
-export const DescriptorFlag = { NEXT: 1, WRITE: 2, INDIRECT: 4 } as const;
+export type RingFormat = 'split' | 'packed';
 
-const DESCRIPTOR = 16;
-/** 16-bit words of the available ring (2.7.6) and of the used ring (2.7.8). */
-const Ring = { flags: 0, index: 1, entries: 2 } as const;
-const USED_ENTRY_WORDS = 4;
+/** Descriptor flags of both formats (2.7.5, 2.8). */
+export const DescriptorFlag = { NEXT: 1, WRITE: 2, INDIRECT: 4 } as const;
+/** Bytes of a descriptor of both formats. */
+export const DESCRIPTOR = 16;
 const ALIGNMENT = 64;
 
 export interface UsedEntry {
@@ -31,146 +29,61 @@ export interface Piece {
   readonly indirect?: boolean;
 }
 
-/** Bytes of a ring of `size` descriptors, rounded up. */
-export function ringBytes(size: number): number {
-  const avail = size * DESCRIPTOR;
-  const used = align(avail + 2 * (Ring.entries + size + 1));
-  return align(used + 2 * (Ring.entries + size * USED_ENTRY_WORDS + 1));
+export interface RingOptions {
+  readonly index: number;
+  /** Descriptors. */
+  readonly size: number;
+  /** EVENT_IDX and IN_ORDER are negotiated. */
+  readonly eventIdx: boolean;
+  readonly inOrder: boolean;
 }
 
-function align(at: number): number {
+export function align(at: number): number {
   return Math.ceil(at / ALIGNMENT) * ALIGNMENT;
 }
 
-export class CheckRing {
+export abstract class CheckRing {
+  readonly memory: DmaMemory;
   readonly index: number;
   readonly size: number;
-  readonly memory: DmaMemory;
-  /** Offsets in `memory`. */
-  readonly descriptors: number;
-  readonly avail: number;
-  readonly used: number;
   readonly eventIdx: boolean;
-  #nextAvail = 0;
-  #nextUsed = 0;
-  #nextDescriptor = 0;
+  protected readonly inOrder: boolean;
+  /** Offsets in `memory` of what the driver tells the device of (4.1.4.3). */
+  abstract readonly descriptors: number;
+  abstract readonly driverArea: number;
+  abstract readonly deviceArea: number;
 
-  /** `at` is a multiple of 64; the memory there is zero. */
-  constructor(memory: DmaMemory, at: number, index: number, size: number, eventIdx: boolean) {
+  constructor(memory: DmaMemory, { index, size, eventIdx, inOrder }: RingOptions) {
     this.memory = memory;
     this.index = index;
     this.size = size;
     this.eventIdx = eventIdx;
-    this.descriptors = at;
-    this.avail = at + size * DESCRIPTOR;
-    this.used = align(this.avail + 2 * (Ring.entries + size + 1));
+    this.inOrder = inOrder;
   }
 
-  /** Writes one descriptor. */
-  describe(d: number, { at, length, write, indirect }: Piece, next: number | null): void {
-    this.#describeAt(
-      this.descriptors + d * DESCRIPTOR,
-      { at, length, ...(write && { write }), ...(indirect && { indirect }) },
-      next,
-    );
-  }
-
+  /** Gives a buffer an id, which it keeps; it is not available yet. */
+  abstract chain(...pieces: readonly Piece[]): number;
+  /** Makes the buffer `id` available, for the first time or again after it was used. */
+  abstract available(id: number): void;
+  /** Whether the device wants to be told of what was made available since this was asked last (2.7.10, 2.8.10). */
+  abstract wantsNotification(): boolean;
+  /** `next_off` and `next_wrap` of a notification with data (2.9). */
+  abstract readonly position: number;
+  /** Buffers that were used and not taken. */
+  abstract readonly pending: number;
+  /** The next used buffer; null when there is none. Throws `Failed` when it is none that is out. */
+  abstract take(): UsedEntry | null;
   /** Writes descriptor `d` of a table of indirect ones at offset `table`. */
-  describeIndirect(table: number, d: number, piece: Piece, next: number | null): void {
-    this.#describeAt(table + d * DESCRIPTOR, piece, next);
-  }
+  abstract describeIndirect(table: number, d: number, piece: Piece, next: number | null): void;
 
-  #describeAt(offset: number, piece: Piece, next: number | null): void {
-    const word = offset >>> 2;
-    const { u32 } = this.memory;
-    const flags =
-      (next === null ? 0 : DescriptorFlag.NEXT) |
-      (piece.write === true ? DescriptorFlag.WRITE : 0) |
-      (piece.indirect === true ? DescriptorFlag.INDIRECT : 0);
-    u32[word] = this.memory.iovaLow + piece.at;
-    u32[word + 1] = this.memory.iovaHigh;
-    u32[word + 2] = piece.length;
-    u32[word + 3] = flags | ((next ?? 0) << 16);
-  }
-
-  /** Writes a chain into the next descriptors, round the table, and makes it available; returns its head. */
+  /** Makes a new buffer available; returns its id. */
   offer(...pieces: readonly Piece[]): number {
-    const head = this.chain(...pieces);
-    this.available(head);
-    return head;
+    const id = this.chain(...pieces);
+    this.available(id);
+    return id;
   }
 
-  /** Writes a chain into the next descriptors; returns its head. */
-  chain(...pieces: readonly Piece[]): number {
-    const head = this.#nextDescriptor;
-    for (const [i, piece] of pieces.entries()) {
-      const d = (head + i) % this.size;
-      this.describe(d, piece, i + 1 < pieces.length ? (d + 1) % this.size : null);
-    }
-    this.#nextDescriptor = (head + pieces.length) % this.size;
-    return head;
-  }
-
-  /** Makes the buffer that starts at descriptor `head` available. */
-  available(head: number): void {
-    const { u16 } = this.memory;
-    const ring = this.avail >>> 1;
-    u16[ring + Ring.entries + (this.#nextAvail % this.size)] = head;
-    this.#nextAvail = (this.#nextAvail + 1) & 0xffff;
-    Atomics.store(u16, ring + Ring.index, this.#nextAvail);
-  }
-
-  get availIndex(): number {
-    return this.#nextAvail;
-  }
-
-  /** `flags` of the available ring: 1 advises the device not to interrupt. */
-  set interruptFlags(flags: number) {
-    this.memory.u16[(this.avail >>> 1) + Ring.flags] = flags;
-  }
-
-  set usedEvent(index: number) {
-    this.memory.u16[(this.avail >>> 1) + Ring.entries + this.size] = index;
-  }
-
-  get usedFlags(): number {
-    return this.memory.u16[(this.used >>> 1) + Ring.flags];
-  }
-
-  get availEvent(): number {
-    return this.memory.u16[(this.used >>> 1) + Ring.entries + this.size * USED_ENTRY_WORDS];
-  }
-
-  get usedIndex(): number {
-    return Atomics.load(this.memory.u16, (this.used >>> 1) + Ring.index);
-  }
-
-  /** Used entries that were not taken. */
-  get pending(): number {
-    return (this.usedIndex - this.#nextUsed) & 0xffff;
-  }
-
-  /** Whether the device wants to be told of what was made available since index `before` (2.7.10). */
-  wantsNotification(before: number): boolean {
-    if (!this.eventIdx) return (this.usedFlags & 1) === 0;
-    return ((this.#nextAvail - this.availEvent - 1) & 0xffff) < ((this.#nextAvail - before) & 0xffff);
-  }
-
-  /** The next used entry; null when there is none. */
-  take(): UsedEntry | null {
-    const { pending } = this;
-    if (pending === 0) return null;
-    if (pending > this.size)
-      throw new Failed(`queue ${this.index}: the used index is ahead by ${pending}, the queue holds ${this.size}`);
-    const at = (this.used + 2 * Ring.entries + (this.#nextUsed % this.size) * 2 * USED_ENTRY_WORDS) >>> 2;
-    this.#nextUsed = (this.#nextUsed + 1) & 0xffff;
-    const entry = { id: this.memory.u32[at], length: this.memory.u32[at + 1] };
-    if (entry.id >= this.size)
-      throw new Failed(`queue ${this.index}: used entry with id ${entry.id}, the queue holds ${this.size}`);
-    return entry;
-  }
-
-  /** Waits for the next used entry. */
+  /** Waits for the next used buffer. */
   async wait(patience: Patience, limit?: number): Promise<UsedEntry> {
     await patience.until(() => this.pending > 0, limit);
     const entry = this.take();
@@ -178,8 +91,23 @@ export class CheckRing {
     return entry;
   }
 
-  /** A copy of the descriptor table. */
+  /** A copy of the descriptors. */
   table(): Uint8Array {
     return this.memory.u8.slice(this.descriptors, this.descriptors + this.size * DESCRIPTOR);
   }
+
+  /** Address and length of a descriptor; its last word is another in each format. */
+  protected describe(offset: number, { at, length }: Piece, last: number): void {
+    const word = offset >>> 2;
+    const { u32 } = this.memory;
+    u32[word] = this.memory.iovaLow + at;
+    u32[word + 1] = this.memory.iovaHigh;
+    u32[word + 2] = length;
+    u32[word + 3] = last;
+  }
+}
+
+/** WRITE and INDIRECT of a descriptor. */
+export function pieceFlags({ write, indirect }: Piece): number {
+  return (write === true ? DescriptorFlag.WRITE : 0) | (indirect === true ? DescriptorFlag.INDIRECT : 0);
 }

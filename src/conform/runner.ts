@@ -10,6 +10,7 @@ import type { WireRevision } from '../virtio/revision.ts';
 import { Bench } from './bench.ts';
 import { type Check, type CheckResult, Failed, NotApplicable, Untestable, type Verdict } from './check.ts';
 import { findProfile, type Profile } from './profile.ts';
+import type { RingFormat } from './ring.ts';
 import { type FunctionDescription, Target } from './target.ts';
 import { Patience } from './time.ts';
 
@@ -20,6 +21,8 @@ export interface ConformanceOptions {
   readonly openPeer?: () => PciFunction;
   /** Default `auto`: by the length of VIRTIO_NET_IPSEC_SA_CAP. */
   readonly wire?: WireRevision | 'auto';
+  /** Format of the virtqueues, but for checks of one of them. Default `auto`: split, unless the device refuses. */
+  readonly ring?: RingFormat | 'auto';
   /** Milliseconds that the device may take for an answer. Default 1000. */
   readonly timeout?: number;
   readonly checks: readonly Check[];
@@ -32,6 +35,7 @@ export interface ConformanceOptions {
 export interface ConformanceReport {
   readonly device: FunctionDescription & {
     readonly wire: WireRevision;
+    readonly ring: RingFormat;
     /** How the other end of the link is reached. */
     readonly link: string;
   };
@@ -55,11 +59,14 @@ export async function runConformance(options: ConformanceOptions): Promise<Confo
     target.connect();
     peer?.connect();
     const device = target.describe();
-    const profile = await findProfile(target, patience, options.wire ?? 'auto');
+    const profile = await findProfile(target, patience, {
+      wire: options.wire ?? 'auto',
+      ring: options.ring ?? 'auto',
+    });
     const run = new Run(target, peer, patience, profile, options);
     const checks = await run.all();
     const link = peer !== null ? 'peer' : LINKS[String(profile.loopback)];
-    return { device: { ...device, wire: profile.revision, link }, checks, lost: run.lost };
+    return { device: { ...device, wire: profile.revision, ring: profile.ring, link }, checks, lost: run.lost };
   } finally {
     target.close();
     peer?.close();

@@ -4,6 +4,8 @@ import { Failed } from './check.ts';
 
 /** Milliseconds of eager polling before the pauses begin. */
 const EAGER = 3;
+/** Answers of the other side that `quietly` waits for. */
+const ANSWERS = 16;
 
 /** How long things may take, in milliseconds. */
 export class Patience {
@@ -35,8 +37,17 @@ export class Patience {
     }
   }
 
-  /** Waits for as long as nothing must happen, or until `condition` holds after all: then false. */
-  async quietly(condition: () => boolean): Promise<boolean> {
-    return !(await this.until(condition, this.quiet));
+  /**
+   * Waits for as long as nothing must happen, and until the other side has answered `probe` a few times; or until `condition` holds
+   * after all: then false.
+   */
+  async quietly(condition: () => boolean, probe: () => unknown): Promise<boolean> {
+    const start = performance.now();
+    for (let answers = 0; answers < ANSWERS || performance.now() - start < this.quiet; answers++) {
+      if (condition()) return false;
+      probe();
+      await sleep(1);
+    }
+    return !condition();
   }
 }

@@ -1,6 +1,12 @@
-/** How the faults of `faults.ts` that concern virtqueues are made: a queue around the queue. */
+/**
+ * How the faults of `faults.ts` that concern virtqueues are made: a queue around the queue.
+ *
+ * No fault depends on time: what comes too late comes with the next buffer that the device takes.
+ */
+import { PackedFaults, RingMemory } from './fault-packed.ts';
 import type { FaultSet } from './faults.ts';
 import type { GuestMemory } from './guest-memory.ts';
+import { PackedDeviceQueue } from './packed-queue.ts';
 import { type DeviceQueue, NO_BUFFER, type QueueAddresses } from './queues.ts';
 
 /** Offsets in the areas of a split virtqueue (Virtio 1.4, 2.7). */
@@ -8,9 +14,9 @@ const Descriptor = { size: 16, length: 8, flags: 12 } as const;
 const Ring = { entries: 4 } as const;
 const UsedEntry = { size: 8, length: 4 } as const;
 const Flag = { next: 1, write: 2, indirect: 4 } as const;
-/** Milliseconds. */
-const LATE = 3;
 const GARBAGE = 0x8002;
+/** Faults with which queues are worked on that should not be. */
+const UNDEAD = ['reset-keeps-queues', 'queue-reset-half', 'early-start'] as const;
 
 export interface FaultyQueueOptions {
   readonly faults: FaultSet;
@@ -22,10 +28,12 @@ export interface FaultyQueueOptions {
 
 export class FaultyQueue implements DeviceQueue {
   readonly #inner: DeviceQueue;
-  readonly #options: FaultyQueueOptions;
+  readonly #addresses: QueueAddresses;
+  readonly #memory: RingMemory;
   readonly #faults: FaultSet;
+  /** Null for a split virtqueue. */
+  readonly #packed: PackedFaults | null;
   #fault: string | null = null;
-  #closed = false;
   /** Free-running: buffers taken and completed. */
   #taken = 0;
   #completed = 0;
@@ -33,11 +41,17 @@ export class FaultyQueue implements DeviceQueue {
   #fresh = 0;
   /** A completion that is held back, for `in-order-lie`. */
   #held: { id: number; written: number } | null = null;
+  /** What is done when the next buffer is taken. */
+  #late: (() => void)[] = [];
 
   constructor(inner: DeviceQueue, options: FaultyQueueOptions) {
+    const { faults, memory, addresses, scratch } = options;
     this.#inner = inner;
-    this.#options = options;
-    this.#faults = options.faults;
+    this.#addresses = addresses;
+    this.#memory = new RingMemory(memory, scratch);
+    this.#faults = faults;
+    const isPacked = inner instanceof PackedDeviceQueue;
+    this.#packed = isPacked ? new PackedFaults(this.#memory, addresses, inner.size, faults) : null;
   }
 
   get index(): number {
@@ -72,18 +86,26 @@ export class FaultyQueue implements DeviceQueue {
   }
 
   available(): number {
+    this.#packed?.beforeLook();
     return this.#inner.available();
   }
 
   take(): number {
-    if (this.#fault !== null || (this.#inner.available() > 0 && this.#refuses())) return NO_BUFFER;
+    if (this.#fault !== null || this.available() === 0 || this.#refuses()) return NO_BUFFER;
+    const late = this.#late;
+    this.#late = [];
+    for (const action of late) action();
+    const flags = this.#packed?.nextFlags ?? 0;
     const id = this.#inner.take();
-    if (id !== NO_BUFFER) this.#taken++;
+    if (id === NO_BUFFER) return id;
+    this.#taken++;
+    this.#packed?.taken(flags, this.#inner.segments);
     return id;
   }
 
   putBack(count: number): void {
     this.#taken -= count;
+    this.#packed?.putBack(count);
     this.#inner.putBack(count);
   }
 
@@ -100,32 +122,26 @@ export class FaultyQueue implements DeviceQueue {
   complete(id: number, written: number): void {
     const { low, high } = this.#inner;
     if (this.#faults.has('writes-readable') && this.readable > 0) this.#write(low[0], high[0], 0, 0xffffffff, 4);
-    if (this.#faults.has('writes-descriptors')) {
-      const { descriptorLow, descriptorHigh } = this.#options.addresses;
+    if (this.#faults.has('writes-descriptors') && this.#packed === null) {
+      const { descriptorLow, descriptorHigh } = this.#addresses;
       this.#write(descriptorLow, descriptorHigh, id * Descriptor.size + Descriptor.length, 0xffffffff, 4);
     }
-    if (!this.#faults.has('in-order-lie')) this.#completeOne(id, written);
+    // The first buffer of each two is shown after the second: with the third, or never.
+    if (!this.#faults.has('in-order-lie') || this.index === 0) this.#completeOne(id, written);
     else if (this.#held === null) this.#held = { id, written };
     else {
+      const held = this.#held;
+      this.#held = null;
       this.#completeOne(id, written);
-      this.#flush();
+      this.#late.push(() => this.#completeOne(held.id, held.written));
     }
-  }
-
-  #flush(): void {
-    const held = this.#held;
-    this.#held = null;
-    if (held !== null) this.#completeOne(held.id, held.written);
   }
 
   #completeOne(id: number, written: number): void {
     const faults = this.#faults;
     this.#fresh++;
     if (faults.has('rx-buffers-apart') && this.index === 0 && this.#fresh > 1) {
-      this.#later(() => {
-        this.#inner.complete(id, written);
-        this.#inner.publish();
-      });
+      this.#late.push(() => this.#inner.complete(id, written));
       return;
     }
     const shown = faults.has('used-id-bogus') ? id + this.size : id;
@@ -133,10 +149,11 @@ export class FaultyQueue implements DeviceQueue {
     const more = faults.has('used-length-more') ? Math.min(long + 4, this.writableBytes) : long;
     const length = faults.has('used-length-short') ? Math.min(more, 8) : more;
     const place = this.#completed++ % this.size;
-    if (faults.has('used-length-late')) {
-      const { deviceLow, deviceHigh } = this.#options.addresses;
+    this.#packed?.completed();
+    if (faults.has('used-length-late') && this.#packed === null) {
+      const { deviceLow, deviceHigh } = this.#addresses;
       const at = Ring.entries + place * UsedEntry.size + UsedEntry.length;
-      this.#later(() => this.#write(deviceLow, deviceHigh, at, length, 4));
+      this.#late.push(() => this.#write(deviceLow, deviceHigh, at, length, 4));
     }
     this.#inner.complete(shown, faults.has('used-length-late') ? 0 : length);
     if (faults.has('used-id-twice')) this.#inner.complete(shown, length);
@@ -145,32 +162,36 @@ export class FaultyQueue implements DeviceQueue {
   }
 
   publish(): boolean {
-    this.#flush();
     const fresh = this.#fresh;
     this.#fresh = 0;
-    const { deviceLow, deviceHigh } = this.#options.addresses;
-    if (fresh > 0 && this.#faults.has('used-flags-garbage')) this.#write(deviceLow, deviceHigh, 0, GARBAGE, 2);
+    if (fresh > 0) this.#spoilFlags();
     const wanted = this.#inner.publish();
+    this.#packed?.published();
     return wanted || (fresh > 0 && this.#faults.has('interrupt-flag-ignored'));
   }
 
   suppress(): void {
     this.#inner.suppress();
+    this.#spoilFlags();
   }
 
   arm(seen: number): boolean {
-    return this.#inner.arm(seen);
+    const ready = this.#inner.arm(seen);
+    this.#spoilFlags();
+    // Nobody would wake the device for a queue that it should not work on.
+    return ready || UNDEAD.some((name) => this.#faults.has(name));
+  }
+
+  /** Where the device says whether it wants notifications: the fault has the last word. */
+  #spoilFlags(): void {
+    if (!this.#faults.has('used-flags-garbage')) return;
+    const { deviceLow, deviceHigh } = this.#addresses;
+    if (this.#packed === null) this.#write(deviceLow, deviceHigh, 0, GARBAGE, 2);
+    else this.#packed.spoilEvents();
   }
 
   close(): void {
-    this.#closed = true;
     this.#inner.close();
-  }
-
-  #later(action: () => void): void {
-    setTimeout(() => {
-      if (!this.#closed) action();
-    }, LATE);
   }
 
   /** Whether a fault keeps the device from understanding the next buffer; the queue is broken then. */
@@ -178,7 +199,11 @@ export class FaultyQueue implements DeviceQueue {
     const direct = this.#faults.has('indirect-write-refused');
     const chained = this.#faults.has('indirect-after-chain-refused');
     if (!direct && !chained) return false;
-    const { driverLow, driverHigh } = this.#options.addresses;
+    if (this.#packed !== null) {
+      const both = Flag.indirect | Flag.write;
+      return direct && (this.#packed.nextFlags & both) === both ? this.#break() : false;
+    }
+    const { driverLow, driverHigh } = this.#addresses;
     const head = this.#read16(driverLow, driverHigh, Ring.entries + 2 * (this.#taken % this.size));
     const first = this.#descriptorFlags(head);
     if (direct && (first & (Flag.indirect | Flag.write)) === (Flag.indirect | Flag.write)) return this.#break();
@@ -193,7 +218,7 @@ export class FaultyQueue implements DeviceQueue {
 
   /** Flags of a descriptor, and its `next` in the upper half. */
   #descriptorFlags(d: number): number {
-    const { descriptorLow, descriptorHigh } = this.#options.addresses;
+    const { descriptorLow, descriptorHigh } = this.#addresses;
     const at = d * Descriptor.size + Descriptor.flags;
     return (
       this.#read16(descriptorLow, descriptorHigh, at) | (this.#read16(descriptorLow, descriptorHigh, at + 2) << 16)
@@ -201,14 +226,10 @@ export class FaultyQueue implements DeviceQueue {
   }
 
   #read16(low: number, high: number, at: number): number {
-    const { memory, scratch } = this.#options;
-    const { u8 } = memory.arena;
-    return memory.read(low + at, high, 2, scratch) ? u8[scratch] | (u8[scratch + 1] << 8) : 0;
+    return this.#memory.read(low + at, high, 2);
   }
 
-  #write(low: number, high: number, at: number, value: number, width: number): void {
-    const { memory, scratch } = this.#options;
-    memory.arena.u32[scratch >>> 2] = value;
-    memory.write(low + at, high, width, scratch);
+  #write(low: number, high: number, at: number, value: number, width: 2 | 4): void {
+    this.#memory.write(low + at, high, value, width);
   }
 }

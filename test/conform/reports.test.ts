@@ -30,7 +30,14 @@ function reportOf(checks: readonly CheckResult[], lost: string | null = null): C
     classCode: 0x020000,
   };
   return {
-    device: { address: 'vfio-user:/x', ...ids, interruptVectors: 5, wire: 'virtio-1.4', link: 'loopback' },
+    device: {
+      address: 'vfio-user:/x',
+      ...ids,
+      interruptVectors: 5,
+      wire: 'virtio-1.4',
+      ring: 'split',
+      link: 'loopback',
+    },
     checks,
     lost,
   };

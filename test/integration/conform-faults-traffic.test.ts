@@ -1,3 +1,3 @@
 import { testFaults } from './conform-support.ts';
 
-testFaults(['QUE', 'FLT', 'IPS', 'HDR']);
+testFaults(['QUE', 'PKD', 'FLT', 'IPS', 'HDR']);

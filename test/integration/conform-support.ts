@@ -10,6 +10,7 @@ import {
   areaOf,
   CHECKS,
   type CheckResult,
+  type ConformanceOptions,
   type ConformanceReport,
   runConformance,
   type Trial,
@@ -31,7 +32,11 @@ export class DeviceHost {
   #serial = 0;
 
   /** Runs checks on a fresh device with `setup`; with link `pair`, its second function is the peer. */
-  async conform(setup: Setup = {}, only: readonly string[] | null = null): Promise<ConformanceReport> {
+  async conform(
+    setup: Setup = {},
+    only: readonly string[] | null = null,
+    run: Partial<ConformanceOptions> = {},
+  ): Promise<ConformanceReport> {
     const id = ++this.#serial;
     const peer = setup.link === 'pair';
     const sockets = (peer ? ['a', 'b'] : ['a']).map((name) => join(this.#folder, `${id}${name}`));
@@ -41,6 +46,7 @@ export class DeviceHost {
         open: () => openFunction(`vfio-user:${sockets[0]}`),
         ...(peer ? { openPeer: () => openFunction(`vfio-user:${sockets[1]}`) } : {}),
         timeout: TIMEOUT,
+        ...run,
         checks: only === null ? CHECKS : CHECKS.filter((check) => only.includes(check.id)),
       });
     } finally {

@@ -1,51 +1,28 @@
 /** Split virtqueues (Virtio 1.4, 2.7). */
 import { Feature } from '../../virtio/features.ts';
 import type { Bench } from '../bench.ts';
-import { type Check, expect, must, need, should, untried } from '../check.ts';
+import { type Check, expect, must, should, untried } from '../check.ts';
 import type { Driver } from '../driver.ts';
 import { isEqual, udpFrame } from '../frames.ts';
 import { succeeded } from '../offer.ts';
+import { SplitRing } from '../ring-split.ts';
+import { expectNotified, expectQuiet, type Notified, notifiedDriver, ownFrame, TRANSMIT } from './notified.ts';
 
 const SUPPRESSION = '2.7.7.2';
 const USED = '2.7.8.1';
 const AVAILABLE = '2.7.10.2';
-const TRANSMIT = 1;
-/** Vector of the transmit queue when a check asks for vectors. */
-const VECTOR = 2;
 
-function frame(bench: Bench): Uint8Array {
-  const mac = bench.mac(bench.target);
-  return udpFrame({ destination: mac, source: mac });
+/** A running function with split virtqueues and vectors. */
+async function interruptible(bench: Bench, eventIdx: boolean): Promise<Notified & { readonly ring: SplitRing }> {
+  const features = eventIdx ? [Feature.EVENT_IDX] : [];
+  const notified = await notifiedDriver(bench, { ring: 'split', features });
+  return { ...notified, ring: splitRing(notified.driver) };
 }
 
-/** A function with vectors, and what its transmit queue's vector has fired so far. */
-async function interruptible(bench: Bench, eventIdx: boolean): Promise<{ driver: Driver; fired: () => number }> {
-  const driver = await bench.up({ stopped: true, ...(eventIdx ? { features: [Feature.EVENT_IDX] } : {}) });
-  need(bench.target.fn.interruptVectors > VECTOR, 'the device has fewer than three MSI-X vectors');
-  const eventfds = bench.target.enableVectors(VECTOR + 1);
-  driver.configureVector(TRANSMIT, VECTOR);
-  driver.start();
-  let count = 0;
-  const fired = () => {
-    count += eventfds[VECTOR].drain();
-    return count;
-  };
-  return { driver, fired };
-}
-
-/** Has the device use one buffer and expects a notification. */
-async function expectNotified(bench: Bench, driver: Driver, fired: () => number, when: string): Promise<void> {
-  const before = fired();
-  await driver.transmit(frame(bench));
-  await bench.eventually(() => fired() > before, `no notification ${when}`);
-  bench.log(`notified ${when}`);
-}
-
-async function expectQuiet(bench: Bench, driver: Driver, fired: () => number, when: string): Promise<void> {
-  const before = fired();
-  await driver.transmit(frame(bench));
-  await bench.never(() => fired() > before, `a notification ${when}`);
-  bench.log(`not notified ${when}`);
+function splitRing(driver: Driver): SplitRing {
+  const ring = driver.ring(TRANSMIT);
+  if (!(ring instanceof SplitRing)) throw new RangeError('the driver was brought up with packed virtqueues');
+  return ring;
 }
 
 export const queueChecks: readonly Check[] = [
@@ -55,7 +32,7 @@ export const queueChecks: readonly Check[] = [
     'The arrangement of descriptors does not matter',
     ['first-descriptor-only'],
     async (bench) => {
-      const { driver, network } = await bench.network({ rx: { count: 8, split: 3 }, size: 64 });
+      const { driver, network } = await bench.network({ ring: 'split', rx: { count: 8, split: 3 }, size: 64 });
       const header = driver.layout.length;
       const arrangements = [[], [header], [header + 14], [5, header, header + 20, header + 60]];
       for (const cuts of arrangements) {
@@ -73,7 +50,7 @@ export const queueChecks: readonly Check[] = [
     'The arrangement of descriptors of an administration command does not matter',
     ['first-descriptor-only'],
     async (bench) => {
-      const admin = bench.console(await bench.up({ admin: true }));
+      const admin = bench.console(await bench.up({ ring: 'split', admin: true }));
       const whole = succeeded(await admin.listQuery());
       for (const split of [2, 3, 7]) {
         const result = succeeded(
@@ -89,8 +66,8 @@ export const queueChecks: readonly Check[] = [
     'The device does not write to device-readable buffers',
     ['writes-readable'],
     async (bench) => {
-      const driver = await bench.up();
-      const { before, after } = await driver.transmit(frame(bench));
+      const driver = await bench.up({ ring: 'split' });
+      const { before, after } = await driver.transmit(ownFrame(bench));
       expect(isEqual(before, after), 'a transmit buffer has changed');
       bench.log(`a transmit buffer of ${before.length} bytes is as it was`);
     },
@@ -108,9 +85,9 @@ export const queueChecks: readonly Check[] = [
     'The device does not write to the descriptor table',
     ['writes-descriptors'],
     async (bench) => {
-      const driver = await bench.up();
+      const driver = await bench.up({ ring: 'split' });
       const ring = driver.ring(TRANSMIT);
-      const { at, length } = driver.place(frame(bench));
+      const { at, length } = driver.place(ownFrame(bench));
       ring.offer({ at, length: 20 }, { at: at + 20, length: length - 20 });
       const before = ring.table();
       driver.kick(ring);
@@ -125,9 +102,9 @@ export const queueChecks: readonly Check[] = [
     'The WRITE flag of a descriptor that refers to an indirect table is ignored',
     ['indirect-write-refused'],
     async (bench) => {
-      const driver = await bench.up({ features: [Feature.INDIRECT_DESC] });
+      const driver = await bench.up({ ring: 'split', features: [Feature.INDIRECT_DESC] });
       const ring = driver.ring(TRANSMIT);
-      const { at, length } = driver.place(frame(bench));
+      const { at, length } = driver.place(ownFrame(bench));
       const table = bench.target.allocate(32);
       ring.describeIndirect(table, 0, { at, length: 20 }, 1);
       ring.describeIndirect(table, 1, { at: at + 20, length: length - 20 }, null);
@@ -145,7 +122,7 @@ export const queueChecks: readonly Check[] = [
     'Normal descriptors may be followed by one that refers to an indirect table',
     ['indirect-after-chain-refused'],
     async (bench) => {
-      const { driver, network } = await bench.network({ features: [Feature.INDIRECT_DESC] });
+      const { driver, network } = await bench.network({ ring: 'split', features: [Feature.INDIRECT_DESC] });
       const ring = driver.ring(TRANSMIT);
       const sent = udpFrame(network.outward);
       const { at, length } = driver.place(sent);
@@ -161,9 +138,9 @@ export const queueChecks: readonly Check[] = [
     },
   ),
   must('QUE-008', SUPPRESSION, 'Without EVENT_IDX, used_event is ignored', ['event-idx-swapped'], async (bench) => {
-    const { driver, fired } = await interruptible(bench, false);
-    driver.ring(TRANSMIT).usedEvent = 0x4000;
-    await expectNotified(bench, driver, fired, 'with flags 0 and used_event 0x4000');
+    const notified = await interruptible(bench, false);
+    notified.ring.usedEvent = 0x4000;
+    await expectNotified(bench, notified, 'with flags 0 and used_event 0x4000');
   }),
   should(
     'QUE-009',
@@ -171,9 +148,9 @@ export const queueChecks: readonly Check[] = [
     'Without EVENT_IDX, the device does not notify while flags is 1',
     ['interrupt-flag-ignored'],
     async (bench) => {
-      const { driver, fired } = await interruptible(bench, false);
-      driver.ring(TRANSMIT).interruptFlags = 1;
-      await expectQuiet(bench, driver, fired, 'with flags 1');
+      const notified = await interruptible(bench, false);
+      notified.ring.interruptFlags = 1;
+      await expectQuiet(bench, notified, 'with flags 1');
     },
   ),
   must(
@@ -182,8 +159,8 @@ export const queueChecks: readonly Check[] = [
     'Without EVENT_IDX, the device notifies while flags is 0',
     ['no-interrupts'],
     async (bench) => {
-      const { driver, fired } = await interruptible(bench, false);
-      for (let i = 0; i < 3; i++) await expectNotified(bench, driver, fired, 'with flags 0');
+      const notified = await interruptible(bench, false);
+      for (let i = 0; i < 3; i++) await expectNotified(bench, notified, 'with flags 0');
     },
   ),
   must(
@@ -192,10 +169,10 @@ export const queueChecks: readonly Check[] = [
     'With EVENT_IDX, the lower bit of flags is ignored',
     ['event-idx-swapped'],
     async (bench) => {
-      const { driver, fired } = await interruptible(bench, true);
-      driver.ring(TRANSMIT).interruptFlags = 1;
-      driver.ring(TRANSMIT).usedEvent = 0;
-      await expectNotified(bench, driver, fired, 'with flags 1 and used_event 0');
+      const notified = await interruptible(bench, true);
+      notified.ring.interruptFlags = 1;
+      notified.ring.usedEvent = 0;
+      await expectNotified(bench, notified, 'with flags 1 and used_event 0');
     },
   ),
   must(
@@ -204,10 +181,10 @@ export const queueChecks: readonly Check[] = [
     'With EVENT_IDX, the device notifies when it uses the entry that used_event names',
     ['no-interrupts'],
     async (bench) => {
-      const { driver, fired } = await interruptible(bench, true);
+      const notified = await interruptible(bench, true);
       for (let i = 0; i < 3; i++) {
-        driver.ring(TRANSMIT).usedEvent = i;
-        await expectNotified(bench, driver, fired, `for entry ${i} with used_event ${i}`);
+        notified.ring.usedEvent = i;
+        await expectNotified(bench, notified, `for entry ${i} with used_event ${i}`);
       }
     },
   ),
@@ -217,14 +194,14 @@ export const queueChecks: readonly Check[] = [
     'With EVENT_IDX, the device does not notify of other entries',
     ['interrupt-flag-ignored'],
     async (bench) => {
-      const { driver, fired } = await interruptible(bench, true);
-      driver.ring(TRANSMIT).usedEvent = 3;
-      for (let i = 0; i < 3; i++) await expectQuiet(bench, driver, fired, `for entry ${i} with used_event 3`);
-      await expectNotified(bench, driver, fired, 'for entry 3 with used_event 3');
+      const notified = await interruptible(bench, true);
+      notified.ring.usedEvent = 3;
+      for (let i = 0; i < 3; i++) await expectQuiet(bench, notified, `for entry ${i} with used_event 3`);
+      await expectNotified(bench, notified, 'for entry 3 with used_event 3');
     },
   ),
   must('QUE-014', USED, 'len is set before the used index is updated', ['used-length-late'], async (bench) => {
-    const admin = bench.console(await bench.up({ admin: true }));
+    const admin = bench.console(await bench.up({ ring: 'split', admin: true }));
     for (let i = 0; i < 16; i++) {
       const { length } = await admin.listQuery();
       expect(length >= 8, `len was ${length} when the used index was updated`);
@@ -236,7 +213,7 @@ export const queueChecks: readonly Check[] = [
     'At least len bytes are written, from the first device-writable buffer on',
     ['used-length-more'],
     async (bench) => {
-      const { driver, network } = await bench.network({ rx: { count: 4, split: 2 } });
+      const { driver, network } = await bench.network({ ring: 'split', rx: { count: 4, split: 2 } });
       const sent = udpFrame(network.inward);
       await network.inject(sent);
       const received = await network.arrival('the frame');
@@ -258,28 +235,28 @@ export const queueChecks: readonly Check[] = [
     'Without EVENT_IDX, flags of the used ring is 0 or 1',
     ['used-flags-garbage'],
     async (bench) => {
-      const driver = await bench.up();
+      const driver = await bench.up({ ring: 'split' });
       for (let i = 0; i < 8; i++) {
-        await driver.transmit(frame(bench));
-        const flags = driver.ring(TRANSMIT).usedFlags;
+        await driver.transmit(ownFrame(bench));
+        const flags = splitRing(driver).usedFlags;
         expect(flags <= 1, `flags of the used ring is ${flags}`);
       }
       bench.log('flags of the used ring was 0 or 1 throughout');
     },
   ),
   must('QUE-017', AVAILABLE, 'With EVENT_IDX, flags of the used ring is 0', ['used-flags-garbage'], async (bench) => {
-    const driver = await bench.up({ features: [Feature.EVENT_IDX] });
+    const driver = await bench.up({ ring: 'split', features: [Feature.EVENT_IDX] });
     for (let i = 0; i < 8; i++) {
-      await driver.transmit(frame(bench));
-      const flags = driver.ring(TRANSMIT).usedFlags;
+      await driver.transmit(ownFrame(bench));
+      const flags = splitRing(driver).usedFlags;
       expect(flags === 0, `flags of the used ring is ${flags}`);
     }
     bench.log('flags of the used ring was 0 throughout');
   }),
   must('QUE-018', AVAILABLE, 'Notifications without new buffers do no harm', ['notifications-fatal'], async (bench) => {
-    const driver = await bench.up();
+    const driver = await bench.up({ ring: 'split' });
     for (let i = 0; i < 64; i++) driver.notify(i % 2);
-    await driver.transmit(frame(bench));
+    await driver.transmit(ownFrame(bench));
     expect(!bench.needsReset(), 'the device asks for a reset');
     bench.log('64 notifications without buffers, then one with: used');
   }),
