@@ -19,7 +19,7 @@ import { NET_CONFIG_SIZE } from './net-config.ts';
 import { PackedDeviceQueue } from './packed-queue.ts';
 import { Command, ConfigSpace, MsixControl, type PciLayout } from './pci.ts';
 import { MsixBar, VirtioBar } from './personalities/standard.ts';
-import type { DeviceQueue } from './queues.ts';
+import type { DeviceQueue, QueueOptions } from './queues.ts';
 import { SplitDeviceQueue } from './split-queue.ts';
 
 /** What a function does, between DRIVER_OK and reset. */
@@ -40,6 +40,37 @@ export interface DeviceModel {
   readConfig(offset: number, width: number): number;
 }
 
+/**
+ * What a personality puts in the place of the standard's BARs and interrupts: everything a driver reaches but configuration space and MSI-X.
+ * Its queues are packed, whatever was negotiated, and go only as far as the driver has notified.
+ */
+export interface RegisterWindow {
+  read(bar: number, offset: number, width: number): number;
+  write(bar: number, offset: number, width: number, value: number): void;
+  /** How far queue `index` goes: `next_off` and `next_wrap` of the last notification (2.9). */
+  reach(index: number): { readonly next: number };
+  /** hot: a used buffer notification. */
+  interruptQueue(index: number): void;
+  interruptConfig(needsReset: boolean): void;
+  /** A queue was attached. */
+  queueEnabled(): void;
+  /** Function-level reset, or a new session. */
+  reset(): void;
+  close(): void;
+}
+
+/** What a window needs of its function. */
+export interface WindowHost {
+  readonly registers: Registers;
+  /** A byte of the device-specific configuration. */
+  readConfig(at: number): number;
+  /** Queue `index` was notified. */
+  notified(index: number): void;
+  fire(vector: number): void;
+  /** Whether the driver wants interrupts of any receive queue now. */
+  wantsInterrupts(): boolean;
+}
+
 export interface VirtioFunctionOptions {
   readonly layout: PciLayout;
   readonly offered: FeatureSet;
@@ -50,6 +81,8 @@ export interface VirtioFunctionOptions {
   readonly faults: FaultSet;
   /** Makes the event loop poll this function. */
   readonly wake: () => void;
+  /** Registers other than those of the standard. */
+  readonly window?: (host: WindowHost) => RegisterWindow;
 }
 
 export class VirtioFunction {
@@ -68,6 +101,9 @@ export class VirtioFunction {
   /** The common configuration, with its faults. */
   readonly #registers: Registers;
   readonly #configFaults: ReturnType<typeof configFaults>;
+  readonly #window: RegisterWindow | null;
+  /** Only with a window: the queues that are attached. */
+  readonly #packed = new Map<number, PackedDeviceQueue>();
   #model: DeviceModel | null = null;
   #isr = 0;
   #notifications = 0;
@@ -112,7 +148,26 @@ export class VirtioFunction {
     );
     this.#registers = withRegisterFaults(this.common, this.faults);
     this.#configFaults = configFaults(this.faults);
-    applyLayoutFaults(this.config, this.faults);
+    this.#window = options.window?.(this.#windowHost()) ?? null;
+    if (this.#window === null) applyLayoutFaults(this.config, this.faults);
+  }
+
+  #windowHost(): WindowHost {
+    return {
+      registers: this.#registers,
+      readConfig: (at) => (at < NET_CONFIG_SIZE ? this.#readDeviceConfig(at, 1) : 0),
+      notified: (index) => this.kick(index),
+      fire: (vector) => this.msix.fire(vector),
+      wantsInterrupts: () => {
+        for (const queue of this.#packed.values()) if (queue.index % 2 === 0 && queue.wantsInterrupts()) return true;
+        return false;
+      },
+    };
+  }
+
+  /** Whether notifications go to registers of the standard's kind. */
+  get hasStandardRegisters(): boolean {
+    return this.#window === null;
   }
 
   /** Connects the model; once, before anything else. */
@@ -140,10 +195,12 @@ export class VirtioFunction {
     this.config.reset();
     this.msix.reset();
     this.#syncMsixControl();
+    this.#window?.reset();
   }
 
   close(): void {
     this.reset();
+    this.#window?.close();
     this.msix.disconnectAll();
     this.memory.clear();
     this.memory.arena.release(this.#scratch, this.#scratchSize);
@@ -171,21 +228,30 @@ export class VirtioFunction {
   readBar(bar: number, offset: number, width: number): number {
     const nothing = width === 1 ? 0xff : width === 2 ? 0xffff : 0xffffffff;
     if (bar === MsixBar.index) return this.#readMsix(offset, width);
+    if (this.#window !== null) return this.#window.read(bar, offset, width);
     if (bar !== VirtioBar.index) return nothing;
     if (offset < VirtioBar.common + CommonCfgLength.full) return this.#registers.read(offset - VirtioBar.common, width);
     if (offset === VirtioBar.isr) return this.#readIsr();
     if (offset >= VirtioBar.device && offset < VirtioBar.device + NET_CONFIG_SIZE) {
-      if (this.faults.has('config-unstable')) this.common.configChanged();
-      this.common.configRead();
-      const value = this.#device.readConfig(offset - VirtioBar.device, width);
-      return this.#configFaults?.(offset - VirtioBar.device, value, this.common.status) ?? value;
+      return this.#readDeviceConfig(offset - VirtioBar.device, width);
     }
     return 0;
+  }
+
+  #readDeviceConfig(at: number, width: number): number {
+    if (this.faults.has('config-unstable')) this.common.configChanged();
+    this.common.configRead();
+    const value = this.#device.readConfig(at, width);
+    return this.#configFaults?.(at, value, this.common.status) ?? value;
   }
 
   writeBar(bar: number, offset: number, width: number, value: number): void {
     if (bar === MsixBar.index) {
       if (width === 4 && offset + 4 <= this.msix.tableSize) this.msix.writeTable(offset, value);
+      return;
+    }
+    if (this.#window !== null) {
+      this.#window.write(bar, offset, width, value);
       return;
     }
     if (bar !== VirtioBar.index) return;
@@ -212,18 +278,22 @@ export class VirtioFunction {
   /** The driver broke a rule that cannot be refused, or the device cannot go on: DEVICE_NEEDS_RESET (2.1.2). */
   fail(reason: string): void {
     this.failure ??= reason;
-    if (this.common.needsReset()) this.#interruptConfig();
+    if (this.common.needsReset()) this.#interruptConfig(true);
   }
 
   /** The device-specific configuration is not what it was: tells the driver (4.1.5.4). */
   configChanged(): void {
     this.common.configChanged();
-    if (this.common.isLive) this.#interruptConfig();
+    if (this.common.isLive) this.#interruptConfig(false);
   }
 
   /** hot: a used buffer notification for queue `index` (4.1.5.3). */
   interruptQueue(index: number): void {
     if (this.faults.has('no-interrupts')) return;
+    if (this.#window !== null) {
+      this.#window.interruptQueue(index);
+      return;
+    }
     if (!this.msix.enabled) {
       if (!this.faults.has('isr-never')) this.#isr |= IsrBit.QUEUE;
       this.config.interruptStatus = !this.faults.has('interrupt-status-never');
@@ -234,7 +304,11 @@ export class VirtioFunction {
     else if (this.faults.has('interrupts-anyway')) this.msix.fire(0);
   }
 
-  #interruptConfig(): void {
+  #interruptConfig(needsReset: boolean): void {
+    if (this.#window !== null) {
+      this.#window.interruptConfig(needsReset);
+      return;
+    }
     this.#isr |= IsrBit.CONFIG;
     if (!this.msix.enabled) this.config.interruptStatus = true;
     else if (this.common.configVector !== NO_VECTOR) this.msix.fire(this.common.configVector);
@@ -283,8 +357,7 @@ export class VirtioFunction {
     const { faults, memory } = this;
     const addresses = queueAddresses(queue);
     const scratch = this.#scratch;
-    const Queue = features.has(Feature.RING_PACKED) ? PackedDeviceQueue : SplitDeviceQueue;
-    const honest: DeviceQueue = new Queue(memory, {
+    const queueOptions: QueueOptions = {
       index: queue.index,
       size: faults.has('queue-size-sticks') ? queue.maxSize : queue.size,
       addresses,
@@ -293,12 +366,25 @@ export class VirtioFunction {
       // Faults lie about one buffer at a time.
       inOrder: features.has(Feature.IN_ORDER) && faults.size === 0,
       scratch,
-    });
+    };
+    const honest = this.#makeQueue(queueOptions);
     this.#device.attachQueue(
       faults.size === 0 ? honest : new FaultyQueue(honest, { faults, memory, addresses, scratch }),
     );
     if (this.faults.has('early-start')) this.#device.start(features);
+    this.#window?.queueEnabled();
     this.#options.wake();
+  }
+
+  #makeQueue(options: QueueOptions): DeviceQueue {
+    const { memory } = this;
+    if (this.#window !== null) {
+      const queue = new PackedDeviceQueue(memory, { ...options, reach: this.#window.reach(options.index) });
+      this.#packed.set(options.index, queue);
+      return queue;
+    }
+    const packed = this.common.features.has(Feature.RING_PACKED);
+    return packed ? new PackedDeviceQueue(memory, options) : new SplitDeviceQueue(memory, options);
   }
 
   #start(): void {
@@ -309,6 +395,7 @@ export class VirtioFunction {
 
   #stop(): void {
     this.failure = null;
+    this.#packed.clear();
     this.#wasReset.clear();
     this.#isr = 0;
     this.config.interruptStatus = false;

@@ -27,8 +27,10 @@ export class NotificationEventFds {
 
   /** The areas of region `index`, and the descriptors that they index: at most `max`, and as many each time. */
   describe(index: number, max: number): { areas: IoFdArea[]; descriptors: number[] } {
-    const { queueCount } = this.#fn;
-    if (index !== VirtioBar.index || max < 1 || this.#closed) return { areas: [], descriptors: [] };
+    const { queueCount, hasStandardRegisters } = this.#fn;
+    // Where a notification carries data (2.9), an eventfd is none.
+    if (!hasStandardRegisters || index !== VirtioBar.index || max < 1 || this.#closed)
+      return { areas: [], descriptors: [] };
     if (this.#doorbells.length === 0) {
       const count = Math.min(queueCount, max);
       for (let i = 0; i < count; i++) this.#doorbells.push(this.#open(i, count));

@@ -9,6 +9,7 @@ import {
   FLAGS_HALF,
   FLAGS_SHIFT,
   isAmongNext,
+  OFFSET_MASK,
   RING_FLAGS,
   RingFlag,
   ringPosition,
@@ -57,10 +58,14 @@ export class PackedDeviceQueue extends PinnedQueue implements DeviceQueue {
   #fresh = 0;
   #passed = 0;
 
+  /** Null unless notifications alone tell of buffers. */
+  readonly #reach: { readonly next: number } | null;
+
   constructor(memory: GuestMemory, options: QueueOptions) {
     const descriptor = { bytes: options.size * Descriptor.size, write: true };
     super(memory, options, { descriptor, driverBytes: EVENT_BYTES, deviceBytes: EVENT_BYTES });
     this.#taken = new Uint16Array(options.size);
+    this.#reach = options.reach ?? null;
   }
 
   available(): number {
@@ -73,7 +78,7 @@ export class PackedDeviceQueue extends PinnedQueue implements DeviceQueue {
     let seen = this.#seen;
     let buffers = this.#buffers;
     // What was taken and not completed can look available in the next round: it is not.
-    const most = size - this.#out;
+    const most = this.#reach === null ? size - this.#out : this.#reachable(this.#reach);
     while (seen < most && buffers < COUNT_MAX) {
       const word = u32[(this.descriptorAt >>> 2) + at * Descriptor.words + Descriptor.last];
       if (((word >>> FLAGS_SHIFT) & RING_FLAGS) !== flags) break;
@@ -88,8 +93,25 @@ export class PackedDeviceQueue extends PinnedQueue implements DeviceQueue {
     this.#seenFlags = flags;
     this.#seen = seen;
     this.#buffers = buffers;
-    if (buffers === 0 && seen !== 0 && seen === most) this.fail('a list of descriptors without an end');
+    if (buffers === 0 && seen !== 0 && seen === size - this.#out) this.fail('a list of descriptors without an end');
     return buffers;
+  }
+
+  /** hot: how many descriptors from the next one to take there are before the place that the driver has notified of. */
+  #reachable(reach: { readonly next: number }): number {
+    const place = ringPosition(this.#availAt, this.#availFlags);
+    const { size } = this;
+    const distance = (reach.next & OFFSET_MASK) - (place & OFFSET_MASK);
+    const sameTurn = ((reach.next ^ place) & ~OFFSET_MASK) === 0;
+    // A place that is behind, or outside of the ring, is none.
+    const ahead = sameTurn ? distance : distance + size;
+    return ahead < 0 || ahead > size ? 0 : Math.min(ahead, size - this.#out);
+  }
+
+  /** Whether the driver wants interrupts, as it says at this moment. */
+  wantsInterrupts(): boolean {
+    if (this.broken !== null || !this.located()) return false;
+    return ((this.u32[this.driverAt >>> 2] >>> FLAGS_SHIFT) & EVENT_FLAG_MASK) !== EventFlag.DISABLE;
   }
 
   take(): number {
@@ -225,6 +247,8 @@ export class PackedDeviceQueue extends PinnedQueue implements DeviceQueue {
     const passed = this.#passed;
     this.#fresh = 0;
     this.#passed = 0;
+    // Who looks at no wishes of the driver leaves them to the window.
+    if (this.#reach !== null) return true;
     const event = this.u32[this.driverAt >>> 2];
     const flags = (event >>> FLAGS_SHIFT) & EVENT_FLAG_MASK;
     if (flags !== EventFlag.DESC || !this.eventIdx) return flags !== EventFlag.DISABLE;
@@ -233,13 +257,14 @@ export class PackedDeviceQueue extends PinnedQueue implements DeviceQueue {
 
   suppress(): void {
     // hot:
-    if (this.broken !== null || !this.located()) return;
+    if (this.#reach !== null || this.broken !== null || !this.located()) return;
     this.u32[this.deviceAt >>> 2] = EventFlag.DISABLE << FLAGS_SHIFT;
   }
 
   arm(seen: number): boolean {
     this.available();
     if (this.broken !== null || !this.found) return false;
+    if (this.#reach !== null) return this.available() > seen;
     // The first descriptor that we have not seen, which is not the first that we have not taken.
     const event = this.eventIdx
       ? (EventFlag.DESC << FLAGS_SHIFT) | ringPosition(this.#seenAt, this.#seenFlags)

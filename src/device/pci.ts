@@ -128,7 +128,8 @@ export class ConfigSpace {
   readonly #initial: Uint8Array;
   readonly #events: PciEvents;
   readonly #pcieAt: number;
-  readonly #pciCfgAt: number;
+  /** Null when the function has no virtio structures that configuration space knows of. */
+  readonly #pciCfgAt: number | null;
   #end = CAPABILITIES_START;
   #link: number = ConfigField.capabilities;
 
@@ -137,16 +138,7 @@ export class ConfigSpace {
     this.#events = events;
     this.#header();
     for (const structure of layout.structures) this.#structure(structure);
-    this.#pciCfgAt = this.#structure({
-      configType: VirtioCfgType.PCI,
-      bar: 0,
-      offset: 0,
-      size: 0,
-      multiplier: 0,
-    });
-    this.#allow(this.#pciCfgAt + VirtioCapField.bar, 1, 0xff);
-    for (const field of [VirtioCapField.offset, VirtioCapField.structureLength, CAP_EXTRA])
-      this.#allow(this.#pciCfgAt + field, 4, -1);
+    this.#pciCfgAt = layout.structures.length === 0 ? null : this.#pciAccess();
     this.msixAt = this.#msix();
     this.#pcieAt = this.#pcie();
     this.#initial = this.bytes.slice();
@@ -184,8 +176,7 @@ export class ConfigSpace {
 
   /** `length` bytes at `at`, which must be inside. */
   read(at: number, length: number): Uint8Array {
-    const window = this.#pciCfgAt + CAP_EXTRA;
-    if (at < window + 4 && at + length > window) this.#readWindow();
+    if (this.#pciCfgAt !== null && isInWindow(this.#pciCfgAt, at, length)) this.#readWindow(this.#pciCfgAt);
     return this.bytes.slice(at, at + length);
   }
 
@@ -205,15 +196,14 @@ export class ConfigSpace {
       return;
     }
     if (this.msixControl !== msixBefore) this.#events.msixControl();
-    const window = this.#pciCfgAt + CAP_EXTRA;
-    if (at < window + 4 && at + data.length > window) this.#writeWindow();
+    if (this.#pciCfgAt !== null && isInWindow(this.#pciCfgAt, at, data.length)) this.#writeWindow(this.#pciCfgAt);
   }
 
   /** The access that VIRTIO_PCI_CAP_PCI_CFG describes (Virtio 1.4, 4.1.4.9), or null when it is not a proper one. */
-  #window(): { bar: number; offset: number; width: number } | null {
-    const bar = this.bytes[this.#pciCfgAt + VirtioCapField.bar];
-    const offset = this.#get(this.#pciCfgAt + VirtioCapField.offset, 4);
-    const width = this.#get(this.#pciCfgAt + VirtioCapField.structureLength, 4);
+  #window(capability: number): { bar: number; offset: number; width: number } | null {
+    const bar = this.bytes[capability + VirtioCapField.bar];
+    const offset = this.#get(capability + VirtioCapField.offset, 4);
+    const width = this.#get(capability + VirtioCapField.structureLength, 4);
     if (width !== 1 && width !== 2 && width !== 4) return null;
     const inside = this.layout.structures.some(
       (structure) =>
@@ -222,17 +212,17 @@ export class ConfigSpace {
     return inside && offset % width === 0 ? { bar, offset, width } : null;
   }
 
-  #readWindow(): void {
-    const access = this.#window();
+  #readWindow(capability: number): void {
+    const access = this.#window(capability);
     if (access === null) return;
     const value = this.#events.readBar(access.bar, access.offset, access.width);
-    this.#put(this.#pciCfgAt + CAP_EXTRA, access.width, value);
+    this.#put(capability + CAP_EXTRA, access.width, value);
   }
 
-  #writeWindow(): void {
-    const access = this.#window();
+  #writeWindow(capability: number): void {
+    const access = this.#window(capability);
     if (access === null) return;
-    const value = this.#get(this.#pciCfgAt + CAP_EXTRA, access.width);
+    const value = this.#get(capability + CAP_EXTRA, access.width);
     this.#events.writeBar(access.bar, access.offset, access.width, value);
   }
 
@@ -283,6 +273,14 @@ export class ConfigSpace {
     return at;
   }
 
+  #pciAccess(): number {
+    const at = this.#structure({ configType: VirtioCfgType.PCI, bar: 0, offset: 0, size: 0, multiplier: 0 });
+    this.#allow(at + VirtioCapField.bar, 1, 0xff);
+    for (const field of [VirtioCapField.offset, VirtioCapField.structureLength, CAP_EXTRA])
+      this.#allow(at + field, 4, -1);
+    return at;
+  }
+
   #msix(): number {
     const { vectors, bar, table, pba } = this.layout.msix;
     const at = this.#append(CapabilityKind.msix, MsixCap.size);
@@ -319,4 +317,10 @@ export class ConfigSpace {
   #allow(at: number, width: number, mask: number): void {
     for (let i = 0; i < width; i++) this.#writable[at + i] |= mask >>> (8 * i);
   }
+}
+
+/** Whether `length` bytes at `at` touch `pci_cfg_data` of the capability (Virtio 1.4, 4.1.4.9). */
+function isInWindow(capability: number, at: number, length: number): boolean {
+  const window = capability + CAP_EXTRA;
+  return at < window + 4 && at + length > window;
 }

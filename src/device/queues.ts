@@ -81,6 +81,11 @@ export interface QueueOptions {
   readonly indirect: boolean;
   /** IN_ORDER: buffers are completed in the order in which they were taken, and several may be shown by the last of them. */
   readonly inOrder?: boolean;
+  /**
+   * Only for packed queues of a device that knows of buffers from notifications alone (2.9): where the driver says that it stands. Descriptors
+   * from there on are not looked at, and the driver's and device's event suppression structures are left alone.
+   */
+  readonly reach?: { readonly next: number };
   /** Arena offset of `size * 16` private bytes: indirect tables are copied there. */
   readonly scratch: number;
 }

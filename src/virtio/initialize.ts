@@ -105,7 +105,8 @@ export async function initializeDevice(transport: VirtioTransport, options: Init
     transport.writeStatus(status);
 
     // 4. Read the feature bits, and write the subset that we understand.
-    const features = negotiateFeatures(transport.readDeviceFeatures(), options.required, options.wanted);
+    const required = options.required.or(transport.requiredFeatures ?? FeatureSet.empty);
+    const features = negotiateFeatures(transport.readDeviceFeatures(), required, options.wanted);
     transport.writeDriverFeatures(features);
 
     // 5. Set the FEATURES_OK status bit.

@@ -87,6 +87,8 @@ export interface VirtioTransport {
    */
   startQueueReset(index: number): void;
   isQueueReset(index: number): boolean;
+  /** False when the device has no way to tell that its configuration has changed. */
+  readonly announcesChanges?: boolean;
   /** Maps configuration changes to an MSI-X vector, or to none with `NO_VECTOR`. Throws `VirtioError` MSIX_VECTOR. */
   setConfigVector(vector: number): void;
   /** ISR status bits, cleared by the read. Not to be used with MSI-X. */

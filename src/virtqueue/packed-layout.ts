@@ -27,7 +27,7 @@ export const EventFlag = { ENABLE: 0, DISABLE: 1, DESC: 2 } as const;
 export const EVENT_FLAG_MASK = 3;
 /** Bit of the wrap counter, beside an offset (2.8.14, 2.9). */
 export const WRAP_SHIFT = 15;
-const OFFSET_MASK = (1 << WRAP_SHIFT) - 1;
+export const OFFSET_MASK = (1 << WRAP_SHIFT) - 1;
 
 /** Throws `VirtioError` QUEUE_SIZE. */
 export function packedLayout(options: Pick<VirtqueueOptions, 'index' | 'size' | 'indirectEntries'>): QueueLayout {

@@ -99,7 +99,7 @@ export function requiredFeatures(options: Pick<PersonalityOptions, 'rings'>): Fe
     : FeatureSet.of(Feature.VERSION_1);
 }
 
-/** What the function offers. OUT_NET_HEADER has no place in the header of the draft. */
+/** What the function offers. OUT_NET_HEADER and UDP tunnels have no place in the header of the draft. */
 export function offeredFeatures(options: PersonalityOptions): FeatureSet {
   const F = Feature;
   let offered = FeatureSet.of(
@@ -121,6 +121,11 @@ export function offeredFeatures(options: PersonalityOptions): FeatureSet {
     F.HOST_TSO6,
     F.HOST_USO,
     F.HOST_ECN,
+    F.GUEST_TSO4,
+    F.GUEST_TSO6,
+    F.GUEST_ECN,
+    F.GUEST_USO4,
+    F.GUEST_USO6,
     F.GUEST_HDRLEN,
     F.MRG_RXBUF,
     F.SPEED_DUPLEX,
@@ -140,6 +145,14 @@ export function offeredFeatures(options: PersonalityOptions): FeatureSet {
     F.HASH_REPORT,
     F.RSS,
   );
+  if (options.wire === 'virtio-1.4') {
+    offered = offered.with(
+      F.HOST_UDP_TUNNEL_GSO,
+      F.HOST_UDP_TUNNEL_GSO_CSUM,
+      F.GUEST_UDP_TUNNEL_GSO,
+      F.GUEST_UDP_TUNNEL_GSO_CSUM,
+    );
+  }
   if (options.queuePairs > 1) offered = offered.with(F.MQ);
   if (!options.ipsec) return offered;
   offered = offered.with(F.ADMIN_VQ, F.IPSEC);

@@ -1,0 +1,447 @@
+/**
+ * The window of an octeon_ep class function, and the firmware behind it.
+ *
+ * The window is memory: what is written is there at once, and reads back. The firmware polls the common configuration and compares it with what it
+ * knows; only then does anything happen, in the order of the registers, not of the writes. So a driver that does not wait until its selections are
+ * acknowledged reads what was selected before, one that writes 0 to `device_status` and goes on has reset nothing, and a
+ * notification of 16 bits tells where a queue stands to nobody. None of it is refused: hardware would not either.
+ *
+ * A poll takes place each time the driver sees that something is not acknowledged yet, and `POLL_MS` after a write. The rules are those of
+ * `CommonConfig`, which the firmware applies when it looks. Left out: the mailbox for virtqueue state, which keeps what is written.
+ */
+
+import {
+  AcknowledgeBit,
+  CAUSE_FLAG,
+  InterruptCount,
+  OctepBar,
+  OctepId,
+  OctepRegister,
+  OctepWindow,
+  READY_MARK,
+  VendorData,
+  WINDOW_SIGNATURE,
+} from '../../virtio/octep-layout.ts';
+import {
+  CommonCfgLength,
+  DeviceStatus,
+  CommonCfgField as F,
+  IsrBit,
+  PCI_CAP_VENDOR,
+  VirtioCapField,
+  VirtioCapLength,
+  VirtioCfgType,
+} from '../../virtio/pci-layout.ts';
+import type { RegisterWindow, WindowHost } from '../function.ts';
+import { OCTEP_INTERRUPTS, OCTEP_MAX_QUEUES, OCTEP_QUEUE_SIZE } from './octep.ts';
+import type { OctepFault } from './octep-faults.ts';
+
+const PAGE = 0x1000;
+/** Where the firmware puts things: capabilities back to back, none of them aligned. */
+const Place = { capabilities: 0x35, common: 0x90, isr: 0xd0, config: 0x100, configLength: 64, notify: PAGE } as const;
+/** Milliseconds until the firmware looks by itself. */
+const POLL_MS = 5;
+/** Polls until a selected queue is acknowledged, and until DRIVER_OK counts. */
+const DELAY = { queueSelect: 3, driverOk: 3 } as const;
+/** No queue, or no feature word, is selected. */
+const NONE = -1;
+const NO_SELECTION = 0xffffffff;
+/** Where a queue stands at first: at its start, with a wrap counter of 1. */
+const START = 0x8000;
+const LATE_MS = 500;
+const CRYPTO_DEVICE = 20;
+const NETWORK_DEVICE = 1;
+/** Bits of `device_status` that the firmware looks at. */
+const STATUS_MASK = 0x7f;
+
+/** Registers of the selected queue, as the firmware keeps them for each: offset and width. */
+const QUEUE_FIELDS: readonly (readonly [at: number, width: number])[] = [
+  [F.queueSize, 2],
+  [F.queueMsixVector, 2],
+  [F.queueDesc, 4],
+  [F.queueDesc + 4, 4],
+  [F.queueDriver, 4],
+  [F.queueDriver + 4, 4],
+  [F.queueDevice, 4],
+  [F.queueDevice + 4, 4],
+];
+
+export interface WindowOptions {
+  /** Bytes of BAR 4. */
+  readonly size: number;
+  /** Receive and transmit queues. */
+  readonly dataQueues: number;
+  /** All queues, administration included. */
+  readonly queues: number;
+  /** Words of features that the firmware knows: 2, or 4 with the features of Virtio 1.4. */
+  readonly featureWords: number;
+  readonly faults: ReadonlySet<OctepFault>;
+}
+
+export class FirmwareWindow implements RegisterWindow {
+  readonly #host: WindowHost;
+  readonly #options: WindowOptions;
+  readonly #memory: Uint8Array;
+  /** The common configuration as the firmware has seen it last. */
+  readonly #seen = new Uint8Array(CommonCfgLength.full);
+  /** By queue: what its registers were when it was selected last. */
+  readonly #queues = new Map<number, number[]>();
+  readonly #positions: { next: number }[];
+  /** The two halves of the ready mark's register. */
+  readonly #ready = new Uint32Array(2);
+  #selectedQueue: number = NONE;
+  #driverWord: number = NONE;
+  #selectPolls = 0;
+  #startPolls = 0;
+  #started = false;
+  #interrupts = false;
+  #timer: NodeJS.Timeout | null = null;
+  #lateTimer: NodeJS.Timeout | null = null;
+
+  constructor(host: WindowHost, options: WindowOptions) {
+    this.#host = host;
+    this.#options = options;
+    this.#memory = new Uint8Array(options.size);
+    this.#positions = Array.from({ length: options.queues }, () => ({ next: START }));
+  }
+
+  // --- the driver's side ---
+
+  read(bar: number, offset: number, width: number): number {
+    if (bar === OctepBar.registers) return this.#readRegister(offset, width);
+    if (bar !== OctepBar.window) return 0;
+    const common = offset - Place.common;
+    if (common === F.configGeneration && width === 1) return this.#host.registers.read(F.configGeneration, 1);
+    if (offset >= Place.config && offset + width <= Place.config + Place.configLength) {
+      let value = 0;
+      for (let i = width - 1; i >= 0; i--) value = value * 256 + this.#host.readConfig(offset - Place.config + i);
+      return value;
+    }
+    const value = this.#get(offset, width);
+    if (isAwaited(common, value)) this.#poll();
+    return value;
+  }
+
+  write(bar: number, offset: number, width: number, value: number): void {
+    if (bar === OctepBar.registers) {
+      this.#writeRegister(offset, width, value);
+      return;
+    }
+    if (bar !== OctepBar.window) return;
+    this.#put(offset, width, value);
+    if (offset >= Place.notify) this.#notified(offset);
+    else if (offset >= Place.common && offset < Place.common + CommonCfgLength.full) this.#pollSoon();
+  }
+
+  #readRegister(offset: number, width: number): number {
+    if (width !== 4) return 0;
+    const { ready, inputControl } = OctepRegister;
+    if (offset === ready || offset === ready + 4) return this.#ready[(offset - ready) >>> 2];
+    if (offset !== inputControl + 4) return 0;
+    return this.#options.faults.has('octep-no-interrupts') ? 0 : OCTEP_INTERRUPTS << InterruptCount.shift;
+  }
+
+  #writeRegister(offset: number, width: number, value: number): void {
+    const at = offset - OctepRegister.ready;
+    if (width === 4 && (at === 0 || at === 4)) this.#ready[at >>> 2] = value;
+  }
+
+  /** A notification: the firmware takes the upper half of the register, whatever was written. */
+  #notified(offset: number): void {
+    const index = Math.floor(offset / PAGE) - 1;
+    const position = this.#positions[index];
+    // The cause flag is the next word, and nothing is behind it.
+    if (position === undefined || offset % PAGE >= CAUSE_FLAG) return;
+    position.next = this.#get(PAGE * (1 + index) + 2, 2);
+    this.#host.notified(index);
+  }
+
+  // --- what the function asks for ---
+
+  reach(index: number): { readonly next: number } {
+    return this.#positions[index];
+  }
+
+  /** Receive queues only, and only when one of them wanted interrupts when the device was started. */
+  interruptQueue(index: number): void {
+    // hot:
+    if (!this.#interrupts || index % 2 !== 0 || index >= this.#options.dataQueues) return;
+    this.#memory[PAGE * (1 + index) + CAUSE_FLAG] = 1;
+    const inTurn = this.#options.faults.has('octep-interrupts-in-turn');
+    this.#host.fire((inTurn ? index >>> 1 : index) % OCTEP_INTERRUPTS);
+  }
+
+  interruptConfig(needsReset: boolean): void {
+    if (needsReset) {
+      const at = Place.common + F.deviceStatus;
+      this.#memory[at] |= DeviceStatus.DEVICE_NEEDS_RESET;
+      this.#seen[F.deviceStatus] = this.#memory[at];
+    }
+    this.#memory[Place.isr] = IsrBit.CONFIG;
+    this.#host.fire(0);
+  }
+
+  queueEnabled(): void {
+    if (this.#started) this.#interrupts ||= this.#host.wantsInterrupts();
+  }
+
+  /** As after power on: the firmware runs, and the driver of the physical function has left its mark. */
+  reset(): void {
+    this.close();
+    const { faults } = this.#options;
+    this.#memory.fill(0);
+    this.#ready.fill(0);
+    if (faults.has('octep-not-ready')) return;
+    if (faults.has('octep-ready-late')) this.#lateTimer = setTimeout(() => this.#boot(), LATE_MS);
+    else this.#boot();
+  }
+
+  close(): void {
+    if (this.#timer !== null) clearTimeout(this.#timer);
+    if (this.#lateTimer !== null) clearTimeout(this.#lateTimer);
+    this.#timer = null;
+    this.#lateTimer = null;
+  }
+
+  // --- the firmware ---
+
+  #boot(): void {
+    const { faults } = this.#options;
+    if (!faults.has('octep-ready-taken')) this.#ready[0] = READY_MARK;
+    if (!faults.has('octep-no-signature')) {
+      for (const [i, word] of WINDOW_SIGNATURE.entries()) this.#put(OctepWindow.signature + 4 * i, 4, word);
+      this.#writeCapabilities();
+    }
+    this.#defaults();
+  }
+
+  #writeCapabilities(): void {
+    const { faults, queues } = this.#options;
+    const common = { type: VirtioCfgType.COMMON, offset: Place.common, length: CommonCfgLength.full };
+    const notify = { type: VirtioCfgType.NOTIFY, offset: Place.notify, length: PAGE * queues };
+    const isr = { type: VirtioCfgType.ISR, offset: Place.isr, length: 4 };
+    const config = { type: VirtioCfgType.DEVICE, offset: Place.config, length: Place.configLength };
+    const list = faults.has('octep-capability-missing') ? [common, notify, config] : [common, notify, isr, config];
+    let at: number = Place.capabilities;
+    this.#put(OctepWindow.capabilities, 1, at);
+    for (const { type, offset, length } of list) {
+      const size = type === VirtioCfgType.NOTIFY ? VirtioCapLength.notify : VirtioCapLength.plain;
+      const isOff = type === VirtioCfgType.ISR && faults.has('octep-capability-bar');
+      const isLong = type === VirtioCfgType.NOTIFY && faults.has('octep-capability-bounds');
+      this.#capability(at, at + size, size, type);
+      this.#put(at + VirtioCapField.bar, 1, isOff ? 2 : OctepBar.window);
+      this.#put(at + VirtioCapField.offset, 4, offset);
+      this.#put(at + VirtioCapField.structureLength, 4, isLong ? 2 ** 31 : length);
+      if (type === VirtioCfgType.NOTIFY) this.#put(at + VirtioCapField.notifyOffMultiplier, 4, PAGE);
+      at += size;
+    }
+    const first = Place.capabilities;
+    this.#capability(at, faults.has('octep-capability-loop') ? first : 0, VendorData.length, VirtioCfgType.VENDOR);
+    this.#put(at + VendorData.vendorId, 2, faults.has('octep-vendor') ? 1 : OctepId.vendor);
+    this.#put(at + VendorData.id, 1, VendorData.deviceType);
+    this.#put(at + VendorData.data, 1, faults.has('octep-crypto') ? CRYPTO_DEVICE : NETWORK_DEVICE);
+    if (faults.has('octep-capability-kind')) this.#put(at + VirtioCapField.vendor, 1, PCI_CAP_VENDOR - 1);
+  }
+
+  #capability(at: number, next: number, length: number, type: number): void {
+    this.#put(at + VirtioCapField.vendor, 1, PCI_CAP_VENDOR);
+    this.#put(at + VirtioCapField.next, 1, next);
+    this.#put(at + VirtioCapField.length, 1, length);
+    this.#put(at + VirtioCapField.cfgType, 1, type);
+  }
+
+  /** The common configuration after a reset. */
+  #defaults(): void {
+    const { registers } = this.#host;
+    this.#memory.fill(0, Place.common, Place.common + CommonCfgLength.full);
+    this.#field(F.deviceFeatureSelect, 4, NO_SELECTION);
+    this.#field(F.driverFeatureSelect, 4, NO_SELECTION);
+    this.#field(F.numQueues, 2, registers.read(F.numQueues, 2));
+    this.#field(F.adminQueueIndex, 2, registers.read(F.adminQueueIndex, 2));
+    this.#field(F.adminQueueNum, 2, registers.read(F.adminQueueNum, 2));
+    this.#memory[Place.isr] = 0;
+    this.#queues.clear();
+    this.#selectedQueue = NONE;
+    this.#driverWord = NONE;
+    this.#selectPolls = 0;
+    this.#startPolls = 0;
+    this.#started = false;
+    this.#interrupts = false;
+    for (const [index, position] of this.#positions.entries()) {
+      position.next = START;
+      this.#put(PAGE * (1 + index), 4, START * 0x10000);
+      this.#put(PAGE * (1 + index) + CAUSE_FLAG, 4, 0);
+    }
+    this.#remember();
+  }
+
+  #pollSoon(): void {
+    if (this.#timer !== null) return;
+    this.#timer = setTimeout(() => {
+      this.#timer = null;
+      this.#poll();
+    }, POLL_MS);
+  }
+
+  /** One look of the firmware at the common configuration. */
+  #poll(): void {
+    const { faults } = this.#options;
+    if (this.#isEmpty()) return;
+    if (!faults.has('octep-select-ignored')) {
+      this.#pollDeviceFeatures();
+      this.#pollDriverFeatures();
+    }
+    this.#pollQueue();
+    this.#pollStatus();
+    if (!faults.has('octep-queue-ignored')) this.#pollQueueSelect();
+    // Whatever else was written is what it is.
+    const pending = this.#selectPolls > 0 || this.#startPolls > 0;
+    if (pending) this.#pollSoon();
+  }
+
+  /** The firmware does not run. */
+  #isEmpty(): boolean {
+    return this.#get(OctepWindow.signature, 4) !== WINDOW_SIGNATURE[0];
+  }
+
+  #pollDeviceFeatures(): void {
+    const select = this.#common(F.deviceFeatureSelect, 4);
+    if (select === NO_SELECTION || (select & AcknowledgeBit.select) === 0) return;
+    const word = select & ~AcknowledgeBit.select;
+    // Firmware that does not know a word leaves the one before it where it is.
+    if (word < this.#options.featureWords) {
+      this.#host.registers.write(F.deviceFeatureSelect, 4, word);
+      this.#field(F.deviceFeature, 4, this.#host.registers.read(F.deviceFeature, 4));
+    }
+    this.#field(F.deviceFeatureSelect, 4, word);
+  }
+
+  #pollDriverFeatures(): void {
+    this.#keepDriverFeatures();
+    const select = this.#common(F.driverFeatureSelect, 4);
+    if (select === NO_SELECTION || (select & AcknowledgeBit.select) === 0) return;
+    const word = select & ~AcknowledgeBit.select;
+    this.#driverWord = word;
+    if (word < this.#options.featureWords) {
+      this.#host.registers.write(F.driverFeatureSelect, 4, word);
+      this.#field(F.driverFeature, 4, this.#host.registers.read(F.driverFeature, 4));
+    }
+    this.#field(F.driverFeatureSelect, 4, word);
+  }
+
+  /** What the driver has written belongs to the word that was selected last. */
+  #keepDriverFeatures(): void {
+    const value = this.#common(F.driverFeature, 4);
+    if (this.#driverWord === NONE || this.#driverWord >= this.#options.featureWords) return;
+    if (value === read(this.#seen, F.driverFeature, 4)) return;
+    this.#host.registers.write(F.driverFeature, 4, value);
+    this.#field(F.driverFeature, 4, value);
+  }
+
+  /** Keeps the registers of the selected queue, and enables it when that was written. */
+  #pollQueue(): void {
+    const index = this.#selectedQueue;
+    if (index === NONE) return;
+    const values = QUEUE_FIELDS.map(([at, width]) => this.#common(at, width));
+    this.#queues.set(index, values);
+    const enable = this.#common(F.queueEnable, 2);
+    if (enable === read(this.#seen, F.queueEnable, 2)) return;
+    write(this.#seen, F.queueEnable, 2, enable);
+    const { registers } = this.#host;
+    if (enable !== 1 || index >= this.#options.queues) return;
+    registers.write(F.queueSelect, 2, index);
+    for (const [i, [at, width]] of QUEUE_FIELDS.entries()) {
+      if (at !== F.queueMsixVector) registers.write(at, width, values[i]);
+    }
+    registers.write(F.queueEnable, 2, 1);
+  }
+
+  #pollStatus(): void {
+    const value = this.#common(F.deviceStatus, 1);
+    if (value === this.#seen[F.deviceStatus] && this.#startPolls === 0) return;
+    const status = value & STATUS_MASK;
+    if (status === 0) {
+      if (this.#options.faults.has('octep-reset-ignored')) return;
+      this.#host.registers.write(F.deviceStatus, 1, 0);
+      this.#defaults();
+      return;
+    }
+    this.#seen[F.deviceStatus] = value;
+    const { registers } = this.#host;
+    const early = status & ~DeviceStatus.DRIVER_OK & ~DeviceStatus.DEVICE_NEEDS_RESET;
+    if (early !== 0) registers.write(F.deviceStatus, 1, early);
+    if ((status & DeviceStatus.DRIVER_OK) === 0 || this.#started) return;
+    // Writes are not seen in order: the firmware looks a few times more before it starts.
+    if (++this.#startPolls <= DELAY.driverOk) return;
+    this.#startPolls = 0;
+    this.#started = true;
+    this.#interrupts = this.#host.wantsInterrupts();
+    registers.write(F.deviceStatus, 1, status & ~DeviceStatus.DEVICE_NEEDS_RESET);
+  }
+
+  #pollQueueSelect(): void {
+    const select = this.#common(F.queueSelect, 2);
+    if ((select & AcknowledgeBit.select) === 0) return;
+    if (++this.#selectPolls <= DELAY.queueSelect) return;
+    this.#selectPolls = 0;
+    const index = select & ~AcknowledgeBit.select;
+    // The firmware has no such queue, and says nothing.
+    if (index >= OCTEP_MAX_QUEUES) return;
+    if (index !== this.#selectedQueue) this.#load(index);
+    this.#field(F.queueSelect, 2, index);
+  }
+
+  /** Puts the registers of queue `index` into the window. */
+  #load(index: number): void {
+    const { registers } = this.#host;
+    this.#selectedQueue = index;
+    const kept = this.#queues.get(index);
+    for (const [i, [at, width]] of QUEUE_FIELDS.entries()) {
+      this.#field(at, width, kept?.[i] ?? (at === F.queueSize ? OCTEP_QUEUE_SIZE : 0));
+    }
+    registers.write(F.queueSelect, 2, index);
+    this.#field(F.queueEnable, 2, index < this.#options.queues ? registers.read(F.queueEnable, 2) : 0);
+    this.#field(F.queueNotifyOff, 2, index);
+  }
+
+  // --- memory ---
+
+  /** Writes a field of the common configuration so that the firmware does not take it for the driver's doing. */
+  #field(at: number, width: number, value: number): void {
+    this.#put(Place.common + at, width, value);
+    write(this.#seen, at, width, value);
+  }
+
+  #common(at: number, width: number): number {
+    return this.#get(Place.common + at, width);
+  }
+
+  #remember(): void {
+    this.#seen.set(this.#memory.subarray(Place.common, Place.common + CommonCfgLength.full));
+  }
+
+  #get(at: number, width: number): number {
+    return read(this.#memory, at, width);
+  }
+
+  #put(at: number, width: number, value: number): void {
+    write(this.#memory, at, width, value);
+  }
+}
+
+/** Whether the driver sees that something is still to be acknowledged. */
+function isAwaited(at: number, value: number): boolean {
+  if (at === F.deviceStatus) return value === AcknowledgeBit.reset;
+  if (at !== F.deviceFeatureSelect && at !== F.driverFeatureSelect && at !== F.queueSelect) return false;
+  return value !== NO_SELECTION && (value & AcknowledgeBit.select) !== 0;
+}
+
+function read(bytes: Uint8Array, at: number, width: number): number {
+  let value = 0;
+  for (let i = width - 1; i >= 0; i--) value = value * 256 + bytes[at + i];
+  return value;
+}
+
+function write(bytes: Uint8Array, at: number, width: number, value: number): void {
+  for (let i = 0; i < width; i++) bytes[at + i] = value >>> (8 * i);
+}
