@@ -1,6 +1,6 @@
 /**
  * The interrupts of a NIC (Virtio 1.4, 4.1.5.1.2): one vector for configuration changes, one for each receive queue, as far as the device has
- * as many; with fewer, receive queues share. Transmit queues have none: what was sent is reclaimed when there is something to send.
+ * as many; with fewer, receive queues share, but never with one of another thread, which then has none. Transmit queues have none: what was sent is reclaimed when there is something to send.
  *
  * And waiting for packets: rings are polled first or not, by policy, and only while somebody waits is the device asked for an interrupt. No
  * sleep is longer than `RECHECK_MS`: an interrupt that is lost, or a ring that was reset meanwhile, delays but never hangs.
@@ -21,21 +21,39 @@ export type WaitPolicy = 'poll' | 'interrupt' | 'adaptive';
 /** Milliseconds that `adaptive` looks before it sleeps: a few times what waking up takes. */
 const LOOK_MS = 0.2;
 /** Milliseconds after which who sleeps looks again anyway. */
-const RECHECK_MS = 100;
+export const RECHECK_MS = 100;
 /** The same where the device has no interrupts. */
-const NAP_MS = 1;
+export const NAP_MS = 1;
 
 const CONFIG_VECTOR = 0;
 const FIRST_RECEIVE_VECTOR = 1;
 
-export class NicInterrupts {
+/** Who sleeps until a receive queue may have packets. */
+export interface Sleeper {
+  /** Resolves when the receive queue of `pair` may have packets, or after `ms`. */
+  sleep(pair: number, ms: number): Promise<void>;
+  /** Ends the sleep of whoever waits for the receive queue of `pair`. */
+  wake(pair: number): void;
+}
+
+export class NicInterrupts implements Sleeper {
   readonly #interrupts: Interrupts | null;
+  /** Queue pairs of this thread, which come first, and the vectors that they have together. */
+  readonly #pairs: number;
+  readonly #shared: number;
   /** Pairs whose receive queue the device could not give its vector. */
   readonly #without = new Set<number>();
 
-  /** For `pairs` queue pairs of `fn`; with `wanted` false, or on a function without vectors, there are none. Throws VfioError. */
-  constructor(fn: DeviceFunction, pairs: number, wanted: boolean) {
+  /**
+   * For `pairs` queue pairs of `fn`, of which the last `workers` are those of other threads; with `wanted` false, or on a function without
+   * vectors, there are none. Throws VfioError.
+   */
+  constructor(fn: DeviceFunction, pairs: number, wanted: boolean, workers = 0) {
     const vectors = wanted ? Math.min(fn.interruptVectors, FIRST_RECEIVE_VECTOR + pairs) : 0;
+    const receive = Math.max(0, vectors - FIRST_RECEIVE_VECTOR);
+    this.#pairs = pairs - workers;
+    const atLeast = Math.min(1, this.#pairs, receive);
+    this.#shared = Math.max(atLeast, receive - workers);
     this.#interrupts = vectors === 0 ? null : new Interrupts(fn, vectors);
   }
 
@@ -46,8 +64,16 @@ export class NicInterrupts {
 
   /** Vector of the receive queue of `pair`, or `NO_VECTOR`. */
   receiveVector(pair: number): number {
-    const receive = (this.#interrupts?.count ?? 0) - FIRST_RECEIVE_VECTOR;
-    return receive < 1 || this.#without.has(pair) ? NO_VECTOR : FIRST_RECEIVE_VECTOR + (pair % receive);
+    if (this.#interrupts === null || this.#without.has(pair)) return NO_VECTOR;
+    if (pair < this.#pairs) return this.#shared < 1 ? NO_VECTOR : FIRST_RECEIVE_VECTOR + (pair % this.#shared);
+    const own = FIRST_RECEIVE_VECTOR + this.#shared + pair - this.#pairs;
+    return own < this.#interrupts.count ? own : NO_VECTOR;
+  }
+
+  /** The eventfd of the receive queue of `pair`, for the thread that has the queue; null when the device cannot interrupt it. */
+  handOver(pair: number): number | null {
+    const vector = this.receiveVector(pair);
+    return this.#interrupts === null || vector === NO_VECTOR ? null : this.#interrupts.handOver(vector);
   }
 
   /** The device could not map the vector of the receive queue of `pair` (4.1.5.1.2.1): its waiters look by themselves. */
@@ -60,11 +86,15 @@ export class NicInterrupts {
     return this.#interrupts === null ? false : this.#interrupts.listen(CONFIG_VECTOR, listener);
   }
 
-  /** Resolves when the receive queue of `pair` may have packets, or after `ms`. */
   async sleep(pair: number, ms: number): Promise<void> {
     const vector = this.receiveVector(pair);
     if (this.#interrupts === null || vector === NO_VECTOR) await sleep(Math.min(ms, NAP_MS));
     else await this.#interrupts.wait(vector, Math.min(ms, RECHECK_MS));
+  }
+
+  wake(pair: number): void {
+    const vector = this.receiveVector(pair);
+    if (vector !== NO_VECTOR) this.#interrupts?.wake(vector);
   }
 
   close(): void {
@@ -82,7 +112,7 @@ export type WaitableRing = Pick<RxQueue, 'broken' | 'enableInterrupts' | 'disabl
 export async function waitForPackets(
   ring: WaitableRing,
   pair: number,
-  interrupts: NicInterrupts,
+  interrupts: Sleeper,
   policy: WaitPolicy,
   timeout: number,
 ): Promise<boolean> {

@@ -19,11 +19,13 @@ export type IpsecMode = 'auto' | 'inline' | 'software' | 'off';
 export interface NicOptions {
   /** Receive and transmit queue pairs, 1 (default) to what the device has. */
   readonly queuePairs?: number;
+  /** How many of them, the last ones, are for worker threads: `nic.workerQueues`. Default 0. */
+  readonly workerQueues?: number;
   /** Descriptors of each ring, a power of two; at most what the device takes. Default 256. */
   readonly queueSize?: number;
   /** Format of the rings: `auto` (default) is packed when the device offers it; `packed` requires it. */
   readonly ring?: 'auto' | RingFormat;
-  /** Packets in the pool. Default: four times the descriptors of all rings. */
+  /** Packets in all pools; each queue pair has its share of them. Default: four times the descriptors of all rings. */
   readonly packets?: number;
   /** Bytes per packet slot, a multiple of 64; headroom included. Default: what the MTU needs, at least 2048. */
   readonly packetStride?: number;
@@ -72,6 +74,7 @@ const MTU = { min: 68, max: 65535 } as const;
 export function resolveOptions(options: NicOptions): ResolvedOptions {
   const resolved: ResolvedOptions = {
     queuePairs: 1,
+    workerQueues: 0,
     queueSize: 256,
     ring: 'auto',
     ipsec: 'auto',
@@ -88,6 +91,7 @@ export function resolveOptions(options: NicOptions): ResolvedOptions {
     ...options,
   };
   integer('queuePairs', resolved.queuePairs, 1, 0x8000);
+  integer('workerQueues', resolved.workerQueues, 0, resolved.queuePairs);
   integer('queueSize', resolved.queueSize, 2, MAX_QUEUE_SIZE);
   if ((resolved.queueSize & (resolved.queueSize - 1)) !== 0) throw invalid('queueSize', 'a power of two');
   if (!RING_FORMATS.includes(resolved.ring)) throw invalid('ring', RING_FORMATS.join(', '));

@@ -10,9 +10,10 @@
 import { VirtioError } from './errors.ts';
 import { selectorMatches } from './fallback/selector.ts';
 import { VERDICTS, Verdict } from './fallback/verdict.ts';
-import type { IpsecManager } from './ipsec/manager.ts';
-import { SaPlace } from './ipsec/sa-state.ts';
-import { burstsOf, type NicInterrupts, type WaitPolicy, waitForPackets } from './nic-interrupts.ts';
+import type { InlineIpsec } from './ipsec/inline.ts';
+import type { SoftwareSide } from './ipsec/manager.ts';
+import { SaPlace, type SaState } from './ipsec/sa-state.ts';
+import { burstsOf, type Sleeper, type WaitPolicy, waitForPackets } from './nic-interrupts.ts';
 import { Ethernet } from './packet/fields.ts';
 import { fillChecksum } from './packet/fill-checksum.ts';
 import { PacketFlag, type PacketPool } from './packet/pool.ts';
@@ -29,6 +30,25 @@ export type RxRing = Pick<
   'burst' | 'networkHeader' | 'broken' | 'counters' | 'enableInterrupts' | 'disableInterrupts'
 >;
 
+/** What is used of the SAs: the parts of `IpsecManager` that are on the data path. Another thread has its own. */
+export interface DataPathIpsec {
+  readonly state: SaState;
+  readonly software: Pick<SoftwareSide, 'protect' | 'unprotect'> | null;
+  readonly device: Pick<InlineIpsec, 'awaitsDrain' | 'drained'> | null;
+}
+
+export interface NicQueueOptions {
+  /** Called whenever a burst finds the ring broken. */
+  readonly onBroken?: () => void;
+  /** By `Verdict`: where to count what is dropped, for others to see. */
+  readonly dropped?: Float64Array;
+}
+
+export interface NicRxQueueOptions extends NicQueueOptions {
+  /** Without it the queue can only be polled. */
+  readonly sleeper?: Sleeper;
+}
+
 /** Packets that are looked at together; no more than one burst of a crypto engine. */
 const CHUNK = 256;
 
@@ -37,22 +57,22 @@ const LINK_HEADER = Ethernet.length;
 
 export class NicTxQueue {
   /** Packets dropped in front of the ring, by `Verdict`. */
-  readonly dropped = new Float64Array(VERDICTS);
+  readonly dropped: Float64Array;
   readonly #ring: TxRing;
   readonly #pool: PacketPool;
-  readonly #ipsec: IpsecManager;
+  readonly #ipsec: DataPathIpsec;
   readonly #onBroken: () => void;
   readonly #send = new Uint32Array(CHUNK);
   readonly #software = new Uint32Array(CHUNK);
   readonly #drop = new Uint32Array(CHUNK);
   readonly #verdicts = new Uint8Array(CHUNK);
 
-  /** `onBroken` is called whenever a burst finds the ring broken. */
-  constructor(ring: TxRing, pool: PacketPool, ipsec: IpsecManager, onBroken: () => void = () => {}) {
+  constructor(ring: TxRing, pool: PacketPool, ipsec: DataPathIpsec, options: NicQueueOptions = {}) {
     this.#ring = ring;
     this.#pool = pool;
     this.#ipsec = ipsec;
-    this.#onBroken = onBroken;
+    this.#onBroken = options.onBroken ?? (() => {});
+    this.dropped = options.dropped ?? new Float64Array(VERDICTS);
   }
 
   /** By `TxCounter`: packets and bytes that entered the ring, and what the ring dropped. */
@@ -124,7 +144,7 @@ export class NicTxQueue {
         continue;
       }
       const bytes = length[p] - LINK_HEADER;
-      let verdict: number = where === SaPlace.inlineOutbound ? Verdict.tooBig : Verdict.noSa;
+      let verdict: number = where === SaPlace.inlineOutbound ? Verdict.tooBig : state.whyUnknown(handle);
       if (bytes > 0 && bytes <= longest) {
         run++;
         runBytes += bytes;
@@ -224,33 +244,28 @@ export class NicRxQueue {
   /** Index among the receive queues. */
   readonly index: number;
   /** Packets dropped behind the ring, by `Verdict`. */
-  readonly dropped = new Float64Array(VERDICTS);
+  readonly dropped: Float64Array;
   readonly #ring: RxRing;
   readonly #pool: PacketPool;
-  readonly #ipsec: IpsecManager;
+  readonly #ipsec: DataPathIpsec;
   readonly #onBroken: () => void;
-  readonly #interrupts: NicInterrupts | null;
+  readonly #sleeper: Sleeper | null;
+  /** `enableInterrupts` was called. */
+  #armed = false;
   /** How `wait` waits. */
   policy: WaitPolicy = 'adaptive';
   readonly #candidates = new Uint32Array(CHUNK);
   readonly #drop = new Uint32Array(CHUNK);
   readonly #verdicts = new Uint8Array(CHUNK);
 
-  /** `onBroken` is called whenever a burst finds the ring broken. Without `interrupts` the queue can only be polled. */
-  constructor(
-    index: number,
-    ring: RxRing,
-    pool: PacketPool,
-    ipsec: IpsecManager,
-    onBroken: () => void = () => {},
-    interrupts: NicInterrupts | null = null,
-  ) {
-    this.#interrupts = interrupts;
+  constructor(index: number, ring: RxRing, pool: PacketPool, ipsec: DataPathIpsec, options: NicRxQueueOptions = {}) {
+    this.#sleeper = options.sleeper ?? null;
     this.index = index;
     this.#ring = ring;
     this.#pool = pool;
     this.#ipsec = ipsec;
-    this.#onBroken = onBroken;
+    this.#onBroken = options.onBroken ?? (() => {});
+    this.dropped = options.dropped ?? new Float64Array(VERDICTS);
   }
 
   /** By `RxCounter`: what the ring delivered and dropped. */
@@ -369,9 +384,9 @@ export class NicRxQueue {
    * `enableInterrupts` is in use. Rejects with the reason when the NIC is broken or closed.
    */
   async wait(timeout: number = Number.POSITIVE_INFINITY): Promise<boolean> {
-    if (this.#interrupts === null) throw new VirtioError('NO_INTERRUPTS', 'this queue can only be polled');
+    if (this.#sleeper === null) throw new VirtioError('NO_INTERRUPTS', 'this queue can only be polled');
     try {
-      return await waitForPackets(this.#ring, this.index, this.#interrupts, this.policy, timeout);
+      return await waitForPackets(this.#ring, this.index, this.#sleeper, this.policy, timeout);
     } catch (error) {
       if (this.#ring.broken !== null) this.#onBroken();
       throw error;
@@ -389,10 +404,18 @@ export class NicRxQueue {
 
   /** Asks for an interrupt at the next packet; true when one is there already. */
   enableInterrupts(): boolean {
+    this.#armed = true;
     return this.#ring.enableInterrupts();
   }
 
   disableInterrupts(): void {
+    this.#armed = false;
     this.#ring.disableInterrupts();
+  }
+
+  /** After a reset of the ring, which comes back with interrupts off: who waits, or has asked for one, is served as before. */
+  rearm(): void {
+    if (this.#armed) this.#ring.enableInterrupts();
+    this.#sleeper?.wake(this.index);
   }
 }

@@ -5,7 +5,7 @@
 import { VirtioError } from './errors.ts';
 import { resetQueue } from './virtio/initialize.ts';
 import { NO_VECTOR } from './virtio/pci-layout.ts';
-import type { QueueNotifier, VirtioTransport } from './virtio/transport.ts';
+import type { Doorbell, QueueNotifier, VirtioTransport } from './virtio/transport.ts';
 import type { Virtqueue } from './virtqueue/virtqueue.ts';
 
 export class NicRing implements QueueNotifier {
@@ -14,12 +14,23 @@ export class NicRing implements QueueNotifier {
   /** Its interrupt, or `NO_VECTOR`, also when the device could not map the one that was wanted. */
   vector: number;
   readonly #onLost: (error: unknown) => void;
+  readonly #position: { readonly next: number };
   #device: QueueNotifier;
   #reset: Promise<void> | null = null;
 
-  /** Enables `queue` on the device, with an interrupt `vector` or `NO_VECTOR`, in step 7 of the initialisation. `onLost` is told when a notification finds the device lost. */
-  constructor(transport: VirtioTransport, queue: Virtqueue, vector: number, onLost: (error: unknown) => void) {
+  /**
+   * Enables `queue` on the device, with an interrupt `vector` or `NO_VECTOR`, in step 7 of the initialisation. `onLost` is told when a
+   * notification finds the device lost. `position` says where the queue stands, when not `queue` itself does.
+   */
+  constructor(
+    transport: VirtioTransport,
+    queue: Virtqueue,
+    vector: number,
+    onLost: (error: unknown) => void,
+    position: { readonly next: number } = queue,
+  ) {
     this.queue = queue;
+    this.#position = position;
     this.vector = vector;
     this.#transport = transport;
     this.#onLost = onLost;
@@ -39,7 +50,11 @@ export class NicRing implements QueueNotifier {
   #enableWith(vector: number): QueueNotifier {
     const { index, size, descriptorArea, driverArea, deviceArea } = this.queue;
     const areas = { descriptorArea, driverArea, deviceArea };
-    return this.#transport.enableQueue(index, { size, ...areas, vector, position: this.queue });
+    return this.#transport.enableQueue(index, { size, ...areas, vector, position: this.#position });
+  }
+
+  share(): Doorbell | null {
+    return this.#device.share?.() ?? null;
   }
 
   notify(): void {

@@ -4,25 +4,25 @@
  */
 import { type VipsecError, VirtioError } from './errors.ts';
 import { NicInterrupts } from './nic-interrupts.ts';
+import { makeQueues, type PairSettings, virtqueueOptions } from './nic-pair.ts';
 import { NicRing } from './nic-ring.ts';
 import type { OpenOptions } from './nic-wire.ts';
 import { Ethernet } from './packet/fields.ts';
 import { PacketPool } from './packet/pool.ts';
 import type { DmaMemory } from './sys/memory.ts';
-import { type DeviceFunction, releaseDma } from './vfio/function.ts';
+import { type DeviceFunction, releaseDma, type SharedDma } from './vfio/function.ts';
 import { Feature, type FeatureSet } from './virtio/features.ts';
 import { NO_VECTOR } from './virtio/pci-layout.ts';
-import { ringFormat, ringOptions } from './virtio/ring-format.ts';
+import { ringFormat } from './virtio/ring-format.ts';
 import type { VirtioTransport } from './virtio/transport.ts';
 import type { NetConfig } from './virtio-net/config.ts';
 import { ControlQueue } from './virtio-net/control.ts';
-import { netHeaderLayout, receivedGsoTypes, sentGsoTypes } from './virtio-net/header.ts';
 import { NetControl } from './virtio-net/net-control.ts';
 import type { RxQueue } from './virtio-net/rx.ts';
-import { createRxQueue } from './virtio-net/rx-merge.ts';
 import type { SaTable } from './virtio-net/sa-table.ts';
-import { MAX_CHAIN, TxCounter, TxQueue } from './virtio-net/tx.ts';
+import { TxCounter, type TxQueue } from './virtio-net/tx.ts';
 import { createVirtqueue, virtqueueBytes } from './virtqueue/create.ts';
+import type { VirtqueueOptions } from './virtqueue/virtqueue.ts';
 
 /** Bytes in front of a packet: its header, and what IPsec puts in front of it. */
 const HEADROOM = 128;
@@ -41,9 +41,36 @@ interface RingPair {
   readonly txRing: NicRing;
 }
 
+/** A ring that another thread drives; here it is only given to the device, and reset. */
+export interface WorkerRing {
+  readonly ring: NicRing;
+  readonly options: VirtqueueOptions;
+  readonly memory: DmaMemory;
+  /** Where the ring stands, for a notification that is made here. */
+  readonly position: { next: number };
+}
+
+/** A queue pair for another thread, with memory for its packets. */
+export interface WorkerPair {
+  readonly index: number;
+  readonly rx: WorkerRing;
+  readonly tx: WorkerRing;
+  readonly pool: DmaMemory;
+  readonly stride: number;
+  readonly headroom: number;
+}
+
+/** Packets of a NIC whose queue pairs are all for other threads: the control path has use for a few. */
+const FEW_PACKETS = 64;
+
 export class NicRings {
+  readonly settings: PairSettings;
   readonly pool: PacketPool;
+  /** The queue pairs of this thread, and after them those of others. */
   readonly pairs: readonly RingPair[];
+  readonly workerPairs: readonly WorkerPair[];
+  /** Whether the device tells of changes of its configuration. */
+  readonly tellsOfChanges: boolean;
   /** Bytes of the longest IP packet. */
   readonly mtu: number;
   /** Called when a notification finds the device lost. */
@@ -71,19 +98,25 @@ export class NicRings {
     this.#features = features;
     this.#resetTimeout = options.resetTimeout;
     this.mtu = config.mtu ?? options.mtu;
-    const { queuePairs, queueSize } = options;
+    this.settings = { features, wire: options.wire, mtu: this.mtu };
+    const { queuePairs, workerQueues, queueSize } = options;
+    const own = queuePairs - workerQueues;
     if (queuePairs > config.maxQueuePairs) {
       throw new VirtioError('QUEUE_PAIRS', `the device has ${config.maxQueuePairs} queue pairs, not ${queuePairs}`);
     }
     const mergeable = features.has(Feature.MRG_RXBUF);
     const stride = options.packetStride ?? (mergeable ? MIN_STRIDE : strideFor(this.mtu));
-    const packets = options.packets ?? 4 * queuePairs * 2 * queueSize;
-    this.interrupts = new NicInterrupts(fn, queuePairs, options.interrupts);
+    const share = Math.floor((options.packets ?? 4 * queuePairs * 2 * queueSize) / queuePairs);
+    this.interrupts = new NicInterrupts(fn, queuePairs, options.interrupts, workerQueues);
     try {
       const { configVector } = this.interrupts;
-      if (configVector !== NO_VECTOR) mapConfigVector(transport, configVector);
+      this.tellsOfChanges = configVector !== NO_VECTOR && mapConfigVector(transport, configVector);
+      const packets = own === 0 ? FEW_PACKETS : own * share;
       this.pool = new PacketPool(this.#allocate(packets * stride), { stride, headroom: HEADROOM });
-      this.pairs = Array.from({ length: queuePairs }, (_, i) => this.#pair(i, transport, features, sas, options));
+      this.pairs = Array.from({ length: own }, (_, i) => this.#pair(i, transport, sas, queueSize));
+      this.workerPairs = Array.from({ length: workerQueues }, (_, i) =>
+        this.#workerPair(own + i, transport, share * stride, stride, queueSize),
+      );
       this.#control = features.has(Feature.CTRL_VQ)
         ? new ControlQueue(fn, transport, features, 2 * config.maxQueuePairs, options.commandTimeout)
         : null;
@@ -102,49 +135,61 @@ export class NicRings {
     return memory;
   }
 
-  #pair(index: number, transport: VirtioTransport, features: FeatureSet, sas: SaTable, options: OpenOptions): RingPair {
+  #pair(index: number, transport: VirtioTransport, sas: SaTable, size: number): RingPair {
     const { pool } = this;
-    const layout = netHeaderLayout(features, options.wire);
-    const receive = this.#ring(2 * index, transport, features, options.queueSize, layout.length);
-    const transmit = this.#ring(2 * index + 1, transport, features, options.queueSize, layout.length);
-    const receiving = {
-      guestChecksum: features.has(Feature.GUEST_CSUM),
-      mergeable: features.has(Feature.MRG_RXBUF),
-      gsoTypes: receivedGsoTypes(features),
-    };
-    const transmitting = {
-      checksum: features.has(Feature.CSUM),
-      gsoTypes: sentGsoTypes(features),
-      maxLength: this.mtu + Ethernet.length,
-    };
-    const common = { pool, layout, sas };
-    return {
-      rx: createRxQueue({ ...common, ...receiving, queue: receive.queue, notifier: receive }),
-      tx: new TxQueue({ ...common, ...transmitting, queue: transmit.queue, notifier: transmit }),
-      rxRing: receive,
-      txRing: transmit,
-    };
+    const { ring: rxRing } = this.#ring(2 * index, transport, pool, size);
+    const { ring: txRing } = this.#ring(2 * index + 1, transport, pool, size);
+    const receive = { queue: rxRing.queue, notifier: rxRing };
+    const transmit = { queue: txRing.queue, notifier: txRing };
+    return { ...makeQueues(this.settings, pool, sas, receive, transmit), rxRing, txRing };
   }
 
-  #ring(index: number, transport: VirtioTransport, features: FeatureSet, wanted: number, headroom: number): NicRing {
+  #workerPair(index: number, transport: VirtioTransport, bytes: number, stride: number, size: number): WorkerPair {
+    const pool = this.#allocate(bytes);
+    const ring = (which: 0 | 1) => this.#ring(2 * index + which, transport, pool, size, { next: 0 });
+    return { index, rx: ring(0), tx: ring(1), pool, stride, headroom: HEADROOM };
+  }
+
+  /** Makes virtqueue `index` for packets in `pool`. With `position` another thread drives it. */
+  #ring(
+    index: number,
+    transport: VirtioTransport,
+    pool: { readonly iovaLow: number; readonly iovaHigh: number },
+    wanted: number,
+    position?: { next: number },
+  ): WorkerRing {
+    const { features } = this.settings;
     const max = transport.maxQueueSize(index);
-    const options = {
-      index,
-      size: Math.min(wanted, max),
-      ...ringOptions(features),
-      iovaLow: this.pool.iovaLow,
-      iovaHigh: this.pool.iovaHigh,
-      headroom,
-      // Only what is sent is ever a chain.
-      indirectEntries: features.has(Feature.INDIRECT_DESC) && index % 2 === 1 ? MAX_CHAIN : 0,
-    };
     if (max === 0) throw new VirtioError('QUEUE_SIZE', `the device has no queue ${index}`);
+    const options = virtqueueOptions(this.settings, index, Math.min(wanted, max), pool);
     const format = ringFormat(features);
-    const queue = createVirtqueue(format, this.#allocate(virtqueueBytes(format, options)), options);
+    const memory = this.#allocate(virtqueueBytes(format, options));
+    const queue = createVirtqueue(format, memory, options);
     const vector = index % 2 === 0 ? this.interrupts.receiveVector(index / 2) : NO_VECTOR;
-    const ring = new NicRing(transport, queue, vector, (error) => this.onLost(asVipsecError(error)));
+    const ring = new NicRing(transport, queue, vector, (error) => this.onLost(asVipsecError(error)), position);
     if (ring.vector !== vector) this.interrupts.withdraw(index / 2);
-    return ring;
+    return { ring, options, memory, position: position ?? { next: 0 } };
+  }
+
+  /** Where memory of a worker pair is in its file. Throws VirtioError `NO_SHARED_MEMORY`. */
+  shareMemory(memory: DmaMemory): SharedDma {
+    const shared = this.#fn.shareDma?.(memory);
+    if (shared === undefined) throw new VirtioError('NO_SHARED_MEMORY', 'the memory of this device is for one thread');
+    return shared;
+  }
+
+  /** Both rings of a worker pair as new, when nobody drives them any more. Throws as `resetQueue`. */
+  async resetWorkerPair({ rx, tx }: WorkerPair): Promise<void> {
+    this.#checkCanReset();
+    for (const { ring } of [rx, tx]) {
+      const none = new Uint32Array(ring.queue.size);
+      await ring.reset(() => ring.queue.reclaimAll(none), this.#resetTimeout);
+    }
+  }
+
+  #checkCanReset(): void {
+    if (this.#features.has(Feature.RING_RESET)) return;
+    throw new VirtioError('NO_RING_RESET', 'the device cannot reset a single queue');
   }
 
   /**
@@ -152,9 +197,7 @@ export class NicRings {
    * and what `NicRing.reset` throws.
    */
   async resetQueue(pair: number, which: 'rx' | 'tx'): Promise<void> {
-    if (!this.#features.has(Feature.RING_RESET)) {
-      throw new VirtioError('NO_RING_RESET', 'the device cannot reset a single queue');
-    }
+    this.#checkCanReset();
     const { rx, tx, rxRing, txRing } = this.pairs[pair];
     const [ring, queue] = which === 'rx' ? [rxRing, rx] : [txRing, tx];
     await ring.reset(() => queue.close(), this.#resetTimeout);
@@ -193,6 +236,10 @@ export class NicRings {
       rxRing.queue.fail(error);
       txRing.queue.fail(error);
     }
+    for (const { rx, tx } of this.workerPairs) {
+      rx.ring.queue.fail(error);
+      tx.ring.queue.fail(error);
+    }
     this.#control?.close(error);
   }
 
@@ -205,16 +252,19 @@ export class NicRings {
     this.interrupts.close();
     // Packets may hold what should have been protected.
     this.pool.u8.fill(0);
+    for (const { pool } of this.workerPairs) pool.u8.fill(0);
     for (const memory of this.#memories) releaseDma(this.#fn, memory);
   }
 }
 
-/** A device that cannot map it (4.1.5.1.2.1) tells of no changes. */
-function mapConfigVector(transport: VirtioTransport, vector: number): void {
+/** A device that cannot map it (4.1.5.1.2.1) tells of no changes; nor does one that has no way to. Says whether this one does. */
+function mapConfigVector(transport: VirtioTransport, vector: number): boolean {
   try {
     transport.setConfigVector(vector);
+    return transport.announcesChanges !== false;
   } catch (error) {
     if (!(error instanceof VirtioError && error.code === 'MSIX_VECTOR')) throw error;
+    return false;
   }
 }
 

@@ -12,8 +12,8 @@ export interface NicQueue {
   readonly rx: NicRxQueue;
   readonly tx: NicTxQueue;
   /**
-   * Resets one of the two, or both, while all other queues run: what the device had of it is lost, and interrupts are off. Meanwhile
-   * bursts give 0. Throws VirtioError `NO_RING_RESET`, `QUEUE_RESET_TIMEOUT`, or why the queue is broken.
+   * Resets one of the two, or both, while all other queues run: what the device had of it is lost. Meanwhile bursts give 0; whoever waits
+   * goes on waiting. Throws VirtioError `NO_RING_RESET`, `QUEUE_RESET_TIMEOUT`, or why the queue is broken.
    */
   reset(which?: 'rx' | 'tx'): Promise<void>;
 }
@@ -45,8 +45,14 @@ export interface NicStatistics {
   };
 }
 
+/** What is counted of a queue pair, whichever thread has it. */
+export interface CountedQueue {
+  readonly rx: Pick<NicRxQueue, 'counters' | 'dropped'>;
+  readonly tx: Pick<NicTxQueue, 'counters' | 'dropped'>;
+}
+
 /** Sums over `queues`. */
-export function sumStatistics(queues: readonly NicQueue[]): NicStatistics {
+export function sumStatistics(queues: readonly CountedQueue[]): NicStatistics {
   const rx = queues.map((queue) => queue.rx.counters);
   const tx = queues.map((queue) => queue.tx.counters);
   const txDropped = droppedBy(queues.map((queue) => queue.tx));

@@ -38,6 +38,8 @@ import type { NetControl } from './virtio-net/net-control.ts';
 
 /** Virtio device type of a network device (5). */
 const NETWORK_DEVICE = 1;
+/** How often the link is looked at when the device does not tell of changes. */
+const LINK_INTERVAL_MS = 1000;
 
 export interface NicLink {
   readonly up: boolean;
@@ -158,6 +160,7 @@ export class Nic implements AsyncDisposable {
   readonly #listeners = new Set<(error: VipsecError) => void>();
   readonly #linkListeners = new Set<(link: NicLink) => void>();
   #lastLink: NicLink | null = null;
+  #linkTimer: NodeJS.Timeout | null = null;
 
   /** Not to be called: use `openNic`. */
   constructor(parts: NicParts, config: NetConfig) {
@@ -188,14 +191,18 @@ export class Nic implements AsyncDisposable {
     });
     const manager = this.#ipsec;
     const onBroken = () => void this.broken;
-    this.#queues = rings.pairs.map(({ rx, tx }, i) => ({
-      rx: new NicRxQueue(i, rx, this.packets, manager, onBroken, rings.interrupts),
-      tx: new NicTxQueue(tx, this.packets, manager, onBroken),
-      reset: async (which) => {
-        if (which !== 'tx') await rings.resetQueue(i, 'rx');
+    this.#queues = rings.pairs.map((pair, i) => {
+      const rx = new NicRxQueue(i, pair.rx, this.packets, manager, { onBroken, sleeper: rings.interrupts });
+      const tx = new NicTxQueue(pair.tx, this.packets, manager, { onBroken });
+      const reset = async (which?: 'rx' | 'tx') => {
+        if (which !== 'tx') {
+          await rings.resetQueue(i, 'rx');
+          rx.rearm();
+        }
         if (which !== 'rx') await rings.resetQueue(i, 'tx');
-      },
-    }));
+      };
+      return { rx, tx, reset };
+    });
     rings.interrupts.onConfigChange(() => this.#configChanged());
     await rings.setQueuePairs(options.queuePairs);
     rings.start();
@@ -248,13 +255,29 @@ export class Nic implements AsyncDisposable {
   }
 
   /**
-   * Calls `listener` when the link has changed, from the event loop; returns how to stop. Needs STATUS, and interrupts, without which
-   * nothing is told. Does not hold the event loop open.
+   * Calls `listener` when the link has changed, from the event loop; returns how to stop. Needs STATUS. Where the device has no interrupt for
+   * it, it is asked once a second. Does not hold the event loop open.
    */
   onLink(listener: (link: NicLink) => void): () => void {
     if (this.#linkListeners.size === 0 && this.#broken === null) this.#lastLink = this.link;
     this.#linkListeners.add(listener);
-    return () => this.#linkListeners.delete(listener);
+    this.#lookAtLink();
+    return () => {
+      this.#linkListeners.delete(listener);
+      this.#lookAtLink();
+    };
+  }
+
+  /** Without interrupts: looks at the configuration from time to time while somebody wants to know. */
+  #lookAtLink(): void {
+    const wanted = this.#linkListeners.size > 0 && this.#broken === null && !this.#parts.rings.tellsOfChanges;
+    if (!wanted) {
+      if (this.#linkTimer !== null) clearInterval(this.#linkTimer);
+      this.#linkTimer = null;
+    } else if (this.#linkTimer === null) {
+      this.#linkTimer = setInterval(() => this.#configChanged(), LINK_INTERVAL_MS);
+      this.#linkTimer.unref();
+    }
   }
 
   /** A configuration change interrupt: the link, or a device that has failed and asks for a reset (2.1.2). */
@@ -301,6 +324,7 @@ export class Nic implements AsyncDisposable {
     const reason = this.#broken ?? new VirtioError('NIC_CLOSED', `${this.address} was closed`);
     this.#broken = reason;
     rings.fail(reason);
+    this.#lookAtLink();
     await release(fn, transport, rings, admin, options.resetTimeout);
     // The SAs end last: their nonces were in use until the device was reset.
     if (this.#ipsec === null) guard.close();
@@ -312,6 +336,7 @@ export class Nic implements AsyncDisposable {
     if (this.#broken !== null) return;
     this.#broken = error;
     this.#parts.rings.fail(error);
+    this.#lookAtLink();
     queueMicrotask(() => {
       // An administration queue may outlive a packet queue that the device broke; not the device itself.
       if (this.#parts.fn.gone && this.#closing === null) this.#parts.admin?.close(error);

@@ -122,6 +122,23 @@ const hexOf = (text: string) => Buffer.from(text).toString('hex');
 const otherKey = (first: number) =>
   ({ aead: { name: 'aes-gcm', key: key(16, first), salt: key(4), icvLength: 16 } }) as const;
 
+describe('a receive queue whose ring was reset', () => {
+  it('has its interrupt again if it was asked for, and wakes who waits', () => {
+    const calls: string[] = [];
+    ring.enableInterrupts = () => calls.push('enable') < 0;
+    const sleeper = { sleep: async () => {}, wake: (pair: number) => calls.push(`wake ${pair}`) };
+    const queue = new NicRxQueue(3, ring, pool, manager, { sleeper });
+    queue.rearm();
+    expect(calls.splice(0)).toEqual(['wake 3']);
+    queue.enableInterrupts();
+    queue.rearm();
+    expect(calls.splice(0)).toEqual(['enable', 'enable', 'wake 3']);
+    queue.disableInterrupts();
+    queue.rearm();
+    expect(calls).toEqual(['wake 3']);
+  });
+});
+
 describe('the transmit queue of a NIC', () => {
   it('sends what asks for nothing as it is, and what names no SA not at all', () => {
     const burst = packets(4, (i) => (i === 2 ? 9 : 0));

@@ -37,6 +37,8 @@ export const Verdict = {
   ecn: 14,
   /** The engine failed. */
   engine: 15,
+  /** The SA belongs to a queue of another thread, which alone counts its sequence numbers. */
+  foreignSa: 16,
 } as const;
 
 export type Verdict = (typeof Verdict)[keyof typeof Verdict];
@@ -59,6 +61,7 @@ export const verdictNames: readonly string[] = [
   'ttl',
   'ecn',
   'engine',
+  'foreign-sa',
 ];
 
 /** How many verdicts there are: the length of a counter array. */

@@ -51,6 +51,32 @@ const FAR = 0x3fffffff;
 /** What an SA has been said to have reached. */
 const Told = { soft: 1, hard: 2, low: 4, overflow: 8 } as const;
 
+/**
+ * What a thread counts for SAs, by handle. One thread writes; in shared memory others may look at any time: a count is one aligned
+ * store of 64 bits.
+ */
+export interface SaCounts {
+  readonly packets: Float64Array;
+  readonly bytes: Float64Array;
+  /** `VERDICTS` for each handle; null to keep them elsewhere, which no other thread can see. */
+  readonly dropped: Float64Array | null;
+}
+
+/** Counts for handles up to `capacity`, in shared memory. */
+export function sharedCounts(capacity: number, buffer: SharedArrayBuffer = countsBuffer(capacity)): SaCounts {
+  const n = capacity + 1;
+  return {
+    packets: new Float64Array(buffer, 0, n),
+    bytes: new Float64Array(buffer, 8 * n, n),
+    dropped: new Float64Array(buffer, 16 * n, n * VERDICTS),
+  };
+}
+
+/** Most of it is never touched, and costs nothing then. */
+export function countsBuffer(capacity: number): SharedArrayBuffer {
+  return new SharedArrayBuffer(8 * (capacity + 1) * (2 + VERDICTS));
+}
+
 const SEQUENCE_SPACE_32 = 1n << 32n;
 const SEQUENCE_SPACE_64 = 1n << 64n;
 
@@ -69,6 +95,8 @@ export class SaState {
   readonly longest: Uint32Array;
   /** Inline inbound SAs, by handle: 1 when the inner packet is to be held against a selector. */
   readonly selective: Uint8Array;
+  /** By handle: 0, or which thread has the SA; null when there is one thread. Shared. */
+  owners: Uint16Array | null = null;
   /** How many SAs there are of each kind. */
   outbound = 0;
   inlineInbound = 0;
@@ -80,15 +108,18 @@ export class SaState {
   readonly #told: Uint8Array;
   readonly #over: Uint8Array;
   readonly #dropped = new Map<number, Float64Array>();
+  readonly #sharedDropped: Float64Array | null;
   readonly #softExpired = new Set<number>();
   readonly #tell: Tell;
 
-  constructor(capacity: number, tell: Tell) {
+  /** Handles are 1 to `capacity`; `counts` is where to count, default private memory. */
+  constructor(capacity: number, tell: Tell, counts?: SaCounts) {
     this.capacity = capacity;
     this.#tell = tell;
     this.place = new Uint8Array(capacity + 1);
-    this.packets = new Float64Array(capacity + 1);
-    this.bytes = new Float64Array(capacity + 1);
+    this.packets = counts?.packets ?? new Float64Array(capacity + 1);
+    this.bytes = counts?.bytes ?? new Float64Array(capacity + 1);
+    this.#sharedDropped = counts?.dropped ?? null;
     this.packetsAlert = new Float64Array(capacity + 1);
     this.bytesAlert = new Float64Array(capacity + 1);
     this.longest = new Uint32Array(capacity + 1);
@@ -101,6 +132,7 @@ export class SaState {
   add(handle: number, sa: SecurityAssociation, place: SaPlace, longest: number, selector: Selector | null): void {
     this.packets[handle] = 0;
     this.bytes[handle] = 0;
+    this.#sharedDropped?.fill(0, handle * VERDICTS, (handle + 1) * VERDICTS);
     this.#limits[handle] = undefined;
     this.replace(handle, sa, place, longest, selector, true);
     this.place[handle] = place;
@@ -154,7 +186,9 @@ export class SaState {
     const allBytes = this.bytes[handle] + bytes;
     this.packets[handle] = allPackets;
     this.bytes[handle] = allBytes;
-    if (allPackets >= this.packetsAlert[handle] || allBytes >= this.bytesAlert[handle]) this.#checkInbound(handle);
+    if (allPackets >= this.packetsAlert[handle] || allBytes >= this.bytesAlert[handle]) {
+      this.checkInbound(handle, allPackets, allBytes);
+    }
   }
 
   /** The how-manieth packet from now on is the one for which `check` is to be asked; far away is `FAR`. */
@@ -184,19 +218,22 @@ export class SaState {
       this.bytes[handle] = total - bytes;
       return verdict;
     }
-    this.#checkSoft(handle, limits);
+    this.#checkSoft(handle, limits, packets, total);
     if (packets >= limits.lowAt && this.#first(handle, Told.low)) this.#tell(handle, 'sequence-low');
     this.#arm(handle, limits);
     return Verdict.ok;
   }
 
-  #checkInbound(handle: number): void {
+  /**
+   * Tells what there is to tell of an inline inbound SA that has delivered so much, on all queues together. The device stops the SA,
+   * so the driver sees no packet too many: no packet fits any more.
+   */
+  checkInbound(handle: number, packets: number, bytes: number): void {
     const limits = this.#limits[handle];
     if (limits === undefined) return;
-    this.#checkSoft(handle, limits);
-    // The device stops the SA, so the driver sees no packet too many: no packet fits any more.
-    if (this.packets[handle] >= limits.hardPackets) this.#hard(handle, 'packets');
-    else if (this.bytes[handle] + SMALLEST_PACKET > limits.hardBytes) this.#hard(handle, 'bytes');
+    this.#checkSoft(handle, limits, packets, bytes);
+    if (packets >= limits.hardPackets) this.#hard(handle, 'packets');
+    else if (bytes + SMALLEST_PACKET > limits.hardBytes) this.#hard(handle, 'bytes');
     this.#arm(handle, limits);
   }
 
@@ -218,9 +255,9 @@ export class SaState {
     if (this.#first(handle, Told.hard)) this.#tell(handle, 'hard-expiry', limit);
   }
 
-  #checkSoft(handle: number, limits: Limits): void {
-    if (this.packets[handle] >= limits.softPackets) this.#soft(handle, 'packets');
-    else if (this.bytes[handle] >= limits.softBytes) this.#soft(handle, 'bytes');
+  #checkSoft(handle: number, limits: Limits, packets: number, bytes: number): void {
+    if (packets >= limits.softPackets) this.#soft(handle, 'packets');
+    else if (bytes >= limits.softBytes) this.#soft(handle, 'bytes');
   }
 
   #soft(handle: number, limit: 'packets' | 'bytes' | 'device'): void {
@@ -238,8 +275,21 @@ export class SaState {
     return this.#softExpired.has(handle);
   }
 
+  /** Why a packet for a handle that is no outbound SA of this thread is dropped. */
+  whyUnknown(handle: number): number {
+    const { owners } = this;
+    const elsewhere = owners !== null && this.place[handle] === SaPlace.none && owners[handle] > 0;
+    return elsewhere ? Verdict.foreignSa : Verdict.noSa;
+  }
+
   /** Counts a packet that was dropped on the SA. */
   drop(handle: number, verdict: number): void {
+    if (this.#sharedDropped !== null) {
+      if (handle <= this.capacity && this.place[handle] !== SaPlace.none) {
+        this.#sharedDropped[handle * VERDICTS + verdict]++;
+      }
+      return;
+    }
     let counters = this.#dropped.get(handle);
     if (counters === undefined) {
       if (this.place[handle] === SaPlace.none) return;
@@ -252,6 +302,9 @@ export class SaState {
   /** What was dropped, by name. */
   dropped(handle: number): Record<string, number> {
     const counters = this.#dropped.get(handle);
+    if (this.#sharedDropped !== null) {
+      return namedCounters(this.#sharedDropped.subarray(handle * VERDICTS, (handle + 1) * VERDICTS));
+    }
     return counters === undefined ? {} : namedCounters(counters);
   }
 

@@ -23,6 +23,8 @@ interface Vector {
   readonly listeners: Set<() => void>;
   /** Fired while nobody waited. */
   pending: boolean;
+  /** Another thread watches it. */
+  away: boolean;
 }
 
 export class Interrupts {
@@ -57,12 +59,28 @@ export class Interrupts {
   }
 
   /**
+   * Stops watching `vector`, for another thread that does from now on, and returns the descriptor of its eventfd, which stays ours to close.
+   * Nobody can wait for it or listen to it here then.
+   */
+  handOver(vector: number): number {
+    const entry = this.#at(vector);
+    entry.away = true;
+    entry.watch.close();
+    return entry.eventfd.fd;
+  }
+
+  /** Makes whoever waits for `vector` look, as if it had fired. */
+  wake(vector: number): void {
+    this.#at(vector).eventfd.signal();
+  }
+
+  /**
    * Resolves to true when `vector` fires, or has fired since it was last waited for; to false after `timeoutMs`.
    * Rejects with VfioError when the function is lost or the interrupts are closed. Holds the event loop open.
    */
   wait(vector: number, timeoutMs = Infinity): Promise<boolean> {
     if (this.#failure !== null) return Promise.reject(this.#failure);
-    const entry = this.#at(vector);
+    const entry = this.#here(vector);
     // Look at the counter itself: the event loop may not have got round to it.
     if (entry.eventfd.drain() > 0 || entry.pending) {
       entry.pending = false;
@@ -87,7 +105,7 @@ export class Interrupts {
    */
   listen(vector: number, listener: () => void): () => void {
     if (this.#failure !== null) throw this.#failure;
-    const entry = this.#at(vector);
+    const entry = this.#here(vector);
     entry.listeners.add(listener);
     return () => entry.listeners.delete(listener);
   }
@@ -120,6 +138,7 @@ export class Interrupts {
       waiters: new Set(),
       listeners: new Set(),
       pending: false,
+      away: false,
     };
     vector.watch.unref();
     return vector;
@@ -161,6 +180,12 @@ export class Interrupts {
   #hold(vector: Vector): void {
     if (vector.waiters.size > 0) vector.watch.ref();
     else vector.watch.unref();
+  }
+
+  #here(vector: number): Vector {
+    const entry = this.#at(vector);
+    if (entry.away) throw new RangeError(`another thread watches interrupt vector ${vector}`);
+    return entry;
   }
 
   #at(vector: number): Vector {

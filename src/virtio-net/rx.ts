@@ -27,6 +27,8 @@ export interface RxQueueOptions {
   readonly guestChecksum?: boolean;
   /** Bit t is set when packets of `GsoType` t may come; bit 7 when with ECN: see `receivedGsoTypes`. Default none. */
   readonly gsoTypes?: number;
+  /** By `RxCounter`: where to count, for others to see. Default an array of its own. */
+  readonly counters?: Float64Array;
 }
 
 /** Indices into `RxQueue.counters`. */
@@ -43,6 +45,7 @@ export const RxCounter = {
   /** Refills that the pool could not satisfy. */
   poolExhausted: 6,
 } as const;
+export const RX_COUNTERS = 7;
 
 /** Buffers are given to the device in bursts of at least this many. */
 const REFILL_BURST = 32;
@@ -56,7 +59,7 @@ const RESOURCE_WORDS_BYTES = 8;
 export class RxQueue {
   readonly pool: PacketPool;
   /** By `RxCounter`. */
-  readonly counters = new Float64Array(7);
+  readonly counters: Float64Array;
   protected readonly queue: Virtqueue;
   readonly #notifier: QueueNotifier;
   protected readonly layout: NetHeaderLayout;
@@ -77,6 +80,7 @@ export class RxQueue {
   constructor(options: RxQueueOptions) {
     const { pool, queue, layout } = options;
     this.pool = pool;
+    this.counters = options.counters ?? new Float64Array(RX_COUNTERS);
     this.queue = queue;
     this.#notifier = options.notifier;
     this.layout = layout;

@@ -44,6 +44,8 @@ export interface TxQueueOptions {
   readonly gsoTypes?: number;
   /** Bytes of the longest packet that is not to be segmented, link header included: with MTU negotiated, the MTU + 14. Default: what a slot holds. */
   readonly maxLength?: number;
+  /** By `TxCounter`: where to count, for others to see. Default an array of its own. */
+  readonly counters?: Float64Array;
 }
 
 /** Indices into `TxQueue.counters`. */
@@ -57,6 +59,7 @@ export const TxCounter = {
   /** `burst` took fewer packets than it was given. */
   ringFull: 4,
 } as const;
+export const TX_COUNTERS = 5;
 
 /** Most slots of a chain: 64 KiB in slots of 2 KiB, and some. */
 export const MAX_CHAIN = 40;
@@ -71,7 +74,7 @@ const RECLAIM_AT = 64;
 export class TxQueue {
   readonly pool: PacketPool;
   /** By `TxCounter`. */
-  readonly counters = new Float64Array(5);
+  readonly counters: Float64Array;
   readonly #queue: Virtqueue;
   readonly #notifier: QueueNotifier;
   readonly #layout: NetHeaderLayout;
@@ -93,6 +96,7 @@ export class TxQueue {
   constructor(options: TxQueueOptions) {
     const { pool, queue, layout } = options;
     this.pool = pool;
+    this.counters = options.counters ?? new Float64Array(TX_COUNTERS);
     this.#queue = queue;
     this.#notifier = options.notifier;
     this.#layout = layout;

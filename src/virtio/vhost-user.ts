@@ -84,6 +84,7 @@ export class VhostUserDevice implements DeviceFunction, VirtioTransport {
   readonly address: string;
   readonly deviceType: number = DeviceType.NET;
   readonly behindIommu = false;
+  readonly announcesChanges = false;
   /** One for each queue that there can be, and one for the configuration. */
   readonly interruptVectors: number;
   /** What the back-end said about itself. */
@@ -230,7 +231,7 @@ export class VhostUserDevice implements DeviceFunction, VirtioTransport {
     return !this.#rings.has(index);
   }
 
-  /** Changes of the configuration are not announced: no vector ever fires for them. */
+  /** No vector ever fires for them. */
   setConfigVector(vector: number): void {
     this.#checkVector(vector, 'configuration changes');
   }

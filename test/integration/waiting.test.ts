@@ -160,8 +160,8 @@ describe('waiting for packets', () => {
 });
 
 describe('the link', () => {
-  it('is told of when it goes down and comes back', async () => {
-    const { a, wire } = await openPair({}, { ipsec: false });
+  it.each([true, false])('is told of when it goes down; interrupts: %s', async (interrupts) => {
+    const { a, wire } = await openPair({ nic: { interrupts } }, { ipsec: false });
     const told: NicLink[] = [];
     const stop = a.onLink((link) => told.push(link));
     expect(a.link.up).toBe(true);
