@@ -1,6 +1,6 @@
 /**
- * Runs the QEMU scenarios: `node dist/qemu-test/run.js`. Exit code 0 when every check of every scenario was made and
- * passed, 1 when not, 2 for wrong usage.
+ * Runs the QEMU scenarios: `node dist/qemu-test/run.js`. Exit code 0 when every check of every scenario that this system can run was
+ * made and passed, 1 when not, 2 for wrong usage.
  */
 import { existsSync } from 'node:fs';
 import { mkdtemp, rm } from 'node:fs/promises';
@@ -9,11 +9,12 @@ import { dirname, join, relative, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { cacheFolder } from './fetch/cache.ts';
-import { fetchComponents } from './fetch/components.ts';
+import { type Components, fetchComponents } from './fetch/components.ts';
 import { ToolError } from './host/process.ts';
 import { openProgress } from './host/progress.ts';
 import { checkList, failureReport, resultTable } from './host/report.ts';
 import { runScenario, type ScenarioResult } from './host/runner.ts';
+import { hasTaps, type TapSupport, tapSupport } from './host/taps.ts';
 import { buildImage } from './image/build.ts';
 import { loadScenario, scenarioNames } from './load.ts';
 import type { Scenario } from './scenario.ts';
@@ -95,17 +96,25 @@ async function runAll(
   progress.update('guest', 'building the image');
   await buildImage({ components, cache, packageRoot, dist, output: image });
   progress.close();
+  const taps = await findTaps(components, scenarios);
   const results = new Map<string, ScenarioResult>();
   const queue = [...scenarios];
   const worker = async () => {
     for (let next = queue.shift(); next !== undefined && !stopped.signal.aborted; next = queue.shift()) {
       const [name, scenario] = next;
+      if (hasTaps(scenario.devices) && taps instanceof ToolError) {
+        const obstacle = `${taps.message}${taps.hint === undefined ? '' : `; ${taps.hint}`}`;
+        results.set(name, { ...notRun(name, scenario), obstacle });
+        progress.finish(name, `cannot be run here: ${name}: ${obstacle}`);
+        continue;
+      }
       progress.update(name, 'starting');
       const result = await runScenario(name, scenario, {
         components,
         image,
         dist,
         guestDist: relative(packageRoot, dist),
+        taps: hasTaps(scenario.devices) && !(taps instanceof ToolError) ? taps : undefined,
         interactive: options.interactive,
         capture: options.capture === undefined ? undefined : resolve(options.capture),
         signal: stopped.signal,
@@ -123,9 +132,23 @@ async function runAll(
   return [...scenarios.keys()].map((name) => results.get(name) ?? notRun(name, scenarios.get(name)));
 }
 
+/** How taps are had, or why they are not; undefined when no scenario needs any. */
+async function findTaps(
+  components: Components,
+  scenarios: ReadonlyMap<string, Scenario>,
+): Promise<TapSupport | ToolError | undefined> {
+  if (![...scenarios.values()].some(({ devices }) => hasTaps(devices))) return undefined;
+  try {
+    return await tapSupport(components);
+  } catch (error) {
+    if (error instanceof ToolError) return error;
+    throw error;
+  }
+}
+
 function report(results: readonly ScenarioResult[], { json, verbose, interactive }: Options): number {
   if (interactive) return 0;
-  const failed = results.filter((result) => !result.passed);
+  const failed = results.filter((result) => !result.passed && result.obstacle === null);
   if (json) {
     process.stdout.write(`${JSON.stringify({ scenarios: results, passed: failed.length === 0 }, null, 2)}\n`);
   } else {
@@ -149,6 +172,7 @@ function notRun(name: string, scenario: Scenario | undefined): ScenarioResult {
     passed: false,
     seconds: 0,
     restarted: null,
+    obstacle: null,
     checks,
     problems: ['not run'],
     console: [],

@@ -16,10 +16,11 @@ export interface QemuNic {
   readonly iommu: boolean;
   readonly queuePairs?: number;
   /**
-   * Where its frames go: `host` (`Host.link(id)`), `{ device: ID }` (the link of that software device), or
-   * `{ hub: N }` (to the other QEMU functions on the same hub).
+   * Where its frames go: `host` (`Host.link(id)`), `tap` (a tap of its own, behind which the host's kernel is, see `tapAddresses`; the only
+   * one that serves several queue pairs), `{ device: ID }` (the link of that software device), or `{ hub: N }` (to the other QEMU
+   * functions on the same hub).
    */
-  readonly link: 'host' | { readonly device: string } | { readonly hub: number };
+  readonly link: 'host' | 'tap' | { readonly device: string } | { readonly hub: number };
   /** More properties of QEMU's device, such as `packed: true`. */
   readonly properties?: Readonly<Record<string, string | number | boolean>>;
   /**
@@ -71,6 +72,22 @@ export interface Scenario {
   /** Runs beside QEMU, at the same time. */
   host?(host: Host): Promise<void>;
 }
+
+export interface TapAddresses {
+  /** Address and MAC of the host's kernel, which answers echo requests over UDP and TCP. */
+  readonly host: string;
+  readonly mac: string;
+  /** The address that it knows behind the NIC. */
+  readonly guest: string;
+}
+
+/** Who is who on the tap of NIC `id`: a subnet for each, in a network namespace of the machine's own. */
+export function tapAddresses(devices: readonly ScenarioDevice[], id: string): TapAddresses {
+  const index = devices.findIndex((device) => device.id === id);
+  return { host: `10.8.${index}.1`, mac: `02:00:00:08:00:0${index}`, guest: `10.8.${index}.2` };
+}
+
+export const tapName = (id: string): string => `tap-${id}`;
 
 /** PCI function number of device `index` within its slot, and the index of the device whose slot it is. */
 export function slotOf(

@@ -39,6 +39,13 @@ export function udpFrame({ from, to, payload }: Datagram): Buffer {
   return frame;
 }
 
+/** Leaves the UDP checksum of a frame of `udpFrame` to the device: the field holds the sum of the pseudo header (Virtio 1.4, 5.1.9.2). */
+export function leaveChecksum(frame: Buffer): { readonly start: number; readonly offset: number } {
+  const ip = frame.subarray(ETHERNET);
+  frame.writeUInt16BE(~checksum(Buffer.alloc(0), pseudoHeader(ip)) & 0xffff, UDP_PAYLOAD - UDP + 6);
+  return { start: UDP_PAYLOAD - UDP, offset: 6 };
+}
+
 /** Whether the UDP checksum of a frame of `udpFrame` is right (RFC 768). */
 export function hasRightChecksum(frame: Uint8Array): boolean {
   const ip = Buffer.from(frame.buffer, frame.byteOffset + ETHERNET, frame.length - ETHERNET);
@@ -70,10 +77,13 @@ function swap(bytes: Uint8Array, a: number, b: number, length: number): void {
 
 /** Over the pseudo header, header and data; 0 when the field holds the right one. */
 function udpChecksum(ip: Buffer): number {
-  const udp = ip.subarray(IPV4, ip.readUInt16BE(2));
-  let pseudo = Protocol.udp + udp.length;
-  for (let at = 12; at < IPV4; at += 2) pseudo += ip.readUInt16BE(at);
-  return checksum(udp, pseudo);
+  return checksum(ip.subarray(IPV4, ip.readUInt16BE(2)), pseudoHeader(ip));
+}
+
+function pseudoHeader(ip: Buffer): number {
+  let sum = Protocol.udp + ip.readUInt16BE(2) - IPV4;
+  for (let at = 12; at < IPV4; at += 2) sum += ip.readUInt16BE(at);
+  return sum;
 }
 
 /** RFC 1071. */

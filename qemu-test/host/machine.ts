@@ -2,7 +2,8 @@
 import { join } from 'node:path';
 import type { Components } from '../fetch/components.ts';
 import { FIRST_ROOT_PORT_SLOT } from '../guest/guest.ts';
-import { type Machine, type QemuNic, type Scenario, type ScenarioDevice, slotOf } from '../scenario.ts';
+import { type Machine, type QemuNic, type Scenario, type ScenarioDevice, slotOf, tapName } from '../scenario.ts';
+import { hasTaps, type TapSupport, withTaps } from './taps.ts';
 
 const DEFAULT_MEMORY = 1024;
 const DEFAULT_CPUS = 2;
@@ -14,6 +15,10 @@ export interface MachinePaths {
   readonly sockets: string;
   /** Folder of the built package inside the guest, below `/app`. */
   readonly guestDist: string;
+  /** Folder of the built package on the host. */
+  readonly dist: string;
+  /** How taps are had; needed when a device has one. */
+  readonly taps?: TapSupport | undefined;
   /** Folder for a capture of each QEMU function's frames. */
   readonly capture?: string | undefined;
 }
@@ -60,7 +65,10 @@ export function commandLine(
       `filter-dump,id=dump-${id},netdev=net-${id},file=${join(paths.capture, `${name}-${id}.pcap`)}`,
     );
   }
-  return { command: program.command, args, env: program.env ?? {} };
+  const qemu = [program.command, ...args];
+  if (hasTaps(devices) && paths.taps === undefined) throw new Error('there are no taps');
+  const [command, ...rest] = paths.taps === undefined ? qemu : withTaps(qemu, devices, paths.taps, paths.dist);
+  return { command, args: rest, env: program.env ?? {} };
 }
 
 function kernelArguments(
@@ -127,9 +135,16 @@ function pciFunction(devices: readonly ScenarioDevice[], index: number, sockets:
 }
 
 /** Where the frames of a NIC go. Two NICs that are wired together sit on one hub, numbered by whichever comes first. */
-function backend({ id, link }: QemuNic, sockets: string): { id: string } & Record<string, unknown> {
+function backend(
+  { id, link, queuePairs: queues = 1 }: QemuNic,
+  sockets: string,
+): { id: string } & Record<string, unknown> {
   const name = `net-${id}`;
   if (typeof link === 'object' && 'hub' in link) return { type: 'hubport', id: name, hubid: link.hub };
+  if (link === 'tap') {
+    const ifname = tapName(id);
+    return { type: 'tap', id: name, ifname, script: 'no', downscript: 'no', vhost: false, queues };
+  }
   const path = linkSocket(sockets, link === 'host' ? id : link.device);
   return { type: 'stream', id: name, server: false, addr: { type: 'unix', path } };
 }

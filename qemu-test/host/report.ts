@@ -7,12 +7,14 @@ export function resultTable(results: readonly ScenarioResult[]): string {
     head: ['scenario', 'checks', 'seconds', 'verdict', 'what it proves'],
     style: { head: [], border: [] },
   });
-  for (const { name, title, checks, seconds, passed, restarted } of results) {
+  for (const { name, title, checks, seconds, passed, restarted, obstacle } of results) {
     const good = checks.filter((check) => check.verdict === 'pass').length;
-    const verdict = `${passed ? 'pass' : 'FAIL'}${restarted === null ? '' : ', 2 boots'}`;
+    const outcome = obstacle !== null ? 'not here' : passed ? 'pass' : 'FAIL';
+    const verdict = `${outcome}${restarted === null ? '' : ', 2 boots'}`;
     table.push([name, `${good}/${checks.length}`, seconds.toFixed(1), verdict, title]);
   }
-  return `${table.toString()}\n`;
+  const obstacles = results.filter(({ obstacle }) => obstacle !== null);
+  return `${table.toString()}\n${obstacles.map(({ name, obstacle }) => `${name} cannot be run here: ${obstacle}\n`).join('')}`;
 }
 
 /** Every check of a scenario, one line each. */

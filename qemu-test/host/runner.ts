@@ -17,6 +17,7 @@ import { Host } from './host.ts';
 import { commandLine, controlSocket, deviceSocket, linkSocket, qmpSocket } from './machine.ts';
 import { lineSplitter } from './process.ts';
 import { Qmp } from './qmp.ts';
+import type { TapSupport } from './taps.ts';
 
 const CONSOLE_LINES = 40;
 /** From the start of QEMU to the first word of the guest; 5 s when nothing else runs. */
@@ -40,6 +41,8 @@ export interface ScenarioResult {
   readonly seconds: number;
   /** Why the machine was started again: what ended its first start before the scenario began. */
   readonly restarted: string | null;
+  /** Why this system cannot run it; then nothing was checked. */
+  readonly obstacle: string | null;
   readonly checks: readonly CheckResult[];
   /** What went wrong beside the checks: a time-out, a crash, an IOMMU fault on the console. */
   readonly problems: readonly string[];
@@ -52,6 +55,8 @@ export interface RunnerOptions {
   readonly image: string;
   readonly dist: string;
   readonly guestDist: string;
+  /** How taps are had; needed by scenarios with a tap. */
+  readonly taps?: TapSupport | undefined;
   readonly interactive: boolean;
   /** Folder for captures of the frames of QEMU's functions. */
   readonly capture?: string | undefined;
@@ -154,7 +159,17 @@ class ScenarioRun {
     for (const line of consoleFaults(this.#console, allowedFaults)) this.problems.push(`on the console: ${line}`);
     const passed = this.problems.length === 0 && checks.every((check) => check.verdict === 'pass');
     const console = this.#console.slice(-CONSOLE_LINES);
-    return { name: this.#name, title, passed, seconds, restarted, checks, problems: this.problems, console };
+    return {
+      name: this.#name,
+      title,
+      passed,
+      seconds,
+      restarted,
+      obstacle: null,
+      checks,
+      problems: this.problems,
+      console,
+    };
   }
 
   /** Starts `vipsec device` and waits until its socket is there. */
@@ -256,14 +271,9 @@ class ScenarioRun {
   }
 
   async #runQemu(sockets: string, timeout: number): Promise<void> {
-    const { components, image, guestDist, interactive, capture, signal } = this.#options;
-    const line = commandLine(
-      this.#name,
-      this.#scenario,
-      components,
-      { image, sockets, guestDist, capture },
-      interactive,
-    );
+    const { components, image, dist, guestDist, taps, interactive, capture, signal } = this.#options;
+    const paths = { image, sockets, dist, guestDist, capture, taps };
+    const line = commandLine(this.#name, this.#scenario, components, paths, interactive);
     const child = spawn(line.command, line.args, {
       env: { ...process.env, ...line.env },
       stdio: interactive ? 'inherit' : ['ignore', 'pipe', 'pipe'],

@@ -5,10 +5,10 @@
 import { execFile } from 'node:child_process';
 import { createHash, randomBytes } from 'node:crypto';
 import { createSocket } from 'node:dgram';
-import { connect, createServer } from 'node:net';
+import { connect } from 'node:net';
 import { promisify } from 'node:util';
+import { ECHO_PORT, serveEcho } from './echo.ts';
 
-export const ECHO_PORT = 7;
 const WAIT_MS = 10_000;
 
 /** A request to the process, and its answer. */
@@ -24,20 +24,6 @@ export type TrafficRequest =
       readonly bytes: number;
     };
 export type TrafficAnswer = { readonly ok: boolean; readonly detail: string };
-
-function serve(): void {
-  for (const type of ['udp4', 'udp6'] as const) {
-    const socket = createSocket({ type, ipv6Only: type === 'udp6' });
-    socket.on('message', (message, from) => socket.send(message, from.port, from.address));
-    socket.on('error', () => {});
-    socket.bind(ECHO_PORT);
-  }
-  const server = createServer((socket) => {
-    socket.on('error', () => socket.destroy());
-    socket.pipe(socket);
-  });
-  server.listen(ECHO_PORT, '::');
-}
 
 /** Sends a datagram of each size and waits for its echo; one that was lost is sent again, one that differs is an error. */
 async function udp(to: string, sizes: readonly number[]): Promise<string> {
@@ -128,5 +114,5 @@ process.on('message', async (message) => {
   process.send?.(answer);
 });
 process.on('disconnect', () => process.exit());
-serve();
+serveEcho();
 process.send?.({ ok: true, detail: 'ready' });

@@ -157,7 +157,8 @@ describe('the machine', () => {
     checks: [],
     guest: async () => {},
   });
-  const line = (s: Scenario) => commandLine('name', s, parts, { image: '/i', sockets: '/s', guestDist: 'dist' }, false);
+  const line = (s: Scenario) =>
+    commandLine('name', s, parts, { image: '/i', sockets: '/s', dist: '/d', guestDist: 'dist' }, false);
   const devicesOf = (s: Scenario) =>
     line(s)
       .args.filter((arg) => arg.startsWith('{"driver'))

@@ -1,0 +1,299 @@
+/**
+ * Many flows over all queues of a NIC: datagrams to an echo server that is not ours (a kernel behind a tap) or one that is (`reflect` of the
+ * wire). Each must come back once, byte for byte and with its checksum. Which queue it comes by, what its hash is and how the
+ * application learns of it are the rows of a matrix.
+ */
+import { setTimeout as sleep } from 'node:timers/promises';
+import {
+  Feature,
+  type FeatureBit,
+  HashReport,
+  HashType,
+  type Nic,
+  type NicOptions,
+  openNic,
+  PacketFlag,
+} from '../../src/index.ts';
+import { RssHash } from '../../src/virtio-net/toeplitz.ts';
+import { same } from '../guest/guest.ts';
+import { poll } from './frames.ts';
+import { type Datagram, ETHERNET, hasRightChecksum, isUdp, leaveChecksum, UDP_PAYLOAD, udpFrame } from './packets.ts';
+import type { Place } from './place.ts';
+
+const FLOWS = 16;
+const PER_FLOW = 8;
+const TOTAL = FLOWS * PER_FLOW;
+/** Datagrams on their way at a time: an echo server has a receive buffer of a few hundred. */
+const IN_FLIGHT = 48;
+/** Milliseconds between datagrams that are to find their receiver asleep. */
+const GAP_MS = 2;
+const BURST = 32;
+/** Interrupts that a queue must have had that was slept for. */
+const FEW = TOTAL / 8;
+const FIRST_PORT = 10_000;
+const ECHO_PORT = 7;
+const TIMEOUT_MS = 20_000;
+/** An application that waits looks this often whether another queue has had the last packet. */
+const LOOK_MS = 100;
+/** Any 40 bytes will do: the ones of Microsoft's verification suite. */
+const RSS_KEY = Buffer.from('6d5a56da255b0ec24167253d43a38fb0d0ca2bcbae7b30b477cb2da38030f20c6a42b73bbeac01fa', 'hex');
+const RSS_TYPES = HashType.IPV4 | HashType.UDPV4;
+/** Receive queues by hash; the second one has all packets on the last queue. */
+const tables = (pairs: number) => [
+  Array.from({ length: 16 }, (_, i) => i % pairs),
+  new Array<number>(16).fill(pairs - 1),
+];
+
+export interface Peer {
+  readonly mac: Uint8Array;
+  readonly address: readonly number[];
+  /** Ours, on the same wire. */
+  readonly own: readonly number[];
+}
+
+export type Waiting = 'poll' | 'interrupt';
+
+export interface FlowRow {
+  readonly ring: 'split' | 'packed';
+  readonly pairs: number;
+  readonly waiting: Waiting;
+}
+
+export const rowName = ({ ring, pairs, waiting }: FlowRow): string =>
+  `${ring}, ${pairs === 1 ? 'one queue' : `${pairs} queues`}, ${waiting}`;
+export const rssName = (ring: FlowRow['ring']): string => `${ring}, RSS: queue and hash of each packet`;
+export const resetName = (ring: FlowRow['ring']): string => `${ring}: a pair is reset, and all flows go on`;
+
+/** The matrix on one function: single and multi-queue, polling and interrupts. */
+export function flowRows(ring: FlowRow['ring'], pairs: number): FlowRow[] {
+  return [1, pairs].flatMap((n) => (['poll', 'interrupt'] as const).map((waiting) => ({ ring, pairs: n, waiting })));
+}
+
+export const flowChecks = (ring: FlowRow['ring'], pairs: number): string[] => [
+  ...flowRows(ring, pairs).map(rowName),
+  resetName(ring),
+  rssName(ring),
+];
+
+export interface FlowSetup {
+  readonly ring: FlowRow['ring'];
+  /** Queue pairs of the device. */
+  readonly pairs: number;
+  readonly peer: Peer;
+  /** Must be negotiated in every row. */
+  readonly features: readonly FeatureBit[];
+}
+
+/** All rows of the matrix for one ring format. */
+export async function flowBody(place: Place, setup: FlowSetup): Promise<void> {
+  const { ring, pairs, peer } = setup;
+  for (const row of flowRows(ring, pairs)) {
+    await place.check(rowName(row), async () => {
+      const nic = await openRow(place, setup, row.pairs, {});
+      const before = interruptsOf(place, row.pairs);
+      const received = await exchangeFlows(nic, peer, row.waiting);
+      const interrupts = interruptsOf(place, row.pairs).map((n, i) => n - before[i]);
+      const perQueue = countByQueue(received, row.pairs);
+      await nic.close();
+      // Which flow comes by which queue is the device's affair, as long as it uses all of them.
+      if (perQueue.some((n) => n === 0)) throw new Error(`packets by queue: ${perQueue.join(', ')}`);
+      if (row.waiting === 'interrupt' && interrupts.some((n) => n < FEW)) throw new Error(`interrupts: ${interrupts}`);
+      return `${perQueue.join(' + ')} packets, ${interrupts.join(' + ')} interrupts`;
+    });
+  }
+  await place.check(resetName(ring), async () => {
+    const nic = await openRow(place, setup, pairs, {});
+    await exchangeFlows(nic, peer, 'poll');
+    await nic.queues[pairs - 1].reset();
+    const perQueue = countByQueue(await exchangeFlows(nic, peer, 'interrupt'), pairs);
+    await nic.close();
+    if (perQueue.some((n) => n === 0)) throw new Error(`packets by queue: ${perQueue.join(', ')}`);
+    return `${perQueue.join(' + ')} packets`;
+  });
+  await place.check(rssName(ring), () => rss(place, setup));
+}
+
+/** With receive-side scaling each packet comes by the queue that the table has for its hash, and the device's hash is ours. */
+async function rss(place: Place, setup: FlowSetup): Promise<string> {
+  const nic = await openRow(place, setup, setup.pairs, { rss: true, hashReport: true });
+  if (!nic.features.hasAll(Feature.RSS, Feature.HASH_REPORT)) throw new Error('RSS is not negotiated');
+  const hash = new RssHash();
+  hash.configure(RSS_TYPES, RSS_KEY);
+  const counts: string[] = [];
+  for (const indirectionTable of tables(setup.pairs)) {
+    const config = { hashTypes: RSS_TYPES, key: RSS_KEY, unclassifiedQueue: 0, maxTransmitQueues: setup.pairs };
+    await nic.control?.setRss({ ...config, indirectionTable });
+    const received = await exchangeFlows(nic, setup.peer, 'interrupt');
+    for (const { frame, queue, report, value } of received) {
+      hash.hash(frame, 0, frame.length);
+      same('hash and its type', [value, report], [hash.value, HashReport.UDPV4]);
+      same('queue', queue, indirectionTable[hash.value & (indirectionTable.length - 1)]);
+    }
+    counts.push(countByQueue(received, setup.pairs).join(' + '));
+  }
+  await nic.close();
+  return `${counts.join(', then ')} packets`;
+}
+
+/** Opens the NIC with every offload there is. */
+async function openRow(place: Place, setup: FlowSetup, queuePairs: number, more: NicOptions['offloads']): Promise<Nic> {
+  const offloads = { largeReceive: true, macFilter: true, vlanFilter: true, ...more };
+  const nic = await openNic(place.address, { queuePairs, ring: setup.ring, ipsec: 'off', offloads });
+  const features = [...setup.features, ...(queuePairs > 1 ? [Feature.MQ] : [])];
+  const ring = nic.features.has(Feature.RING_PACKED) ? 'packed' : 'split';
+  if (ring === setup.ring && nic.features.hasAll(...features)) return nic;
+  const negotiated = nic.features.names().join(' ');
+  await nic.close();
+  throw new Error(`negotiated ${negotiated}`);
+}
+
+interface Received {
+  readonly frame: Uint8Array;
+  readonly queue: number;
+  readonly report: number;
+  readonly value: number;
+}
+
+/** Sends all datagrams, each by the queue of its flow, and receives all answers; throws when one differs, or does not come. */
+export async function exchangeFlows(nic: Nic, peer: Peer, waiting: Waiting): Promise<Received[]> {
+  const sender = new Sender(nic, peer);
+  const received: Received[] = [];
+  const missing = new Set(Array.from({ length: TOTAL }, (_, i) => i));
+  const step = (queue: number) => {
+    if (nic.broken !== null) throw nic.broken;
+    for (const got of takeBurst(nic, queue)) {
+      const index = indexOf(got.frame);
+      if (!missing.delete(index)) throw new Error(`datagram ${index} came twice, or was never sent`);
+      checkAnswer(got.frame, datagram(nic, peer, index));
+      received.push(got);
+    }
+    return missing.size === 0;
+  };
+  const queues = nic.queues.keys();
+  if (waiting === 'poll') {
+    const all = [...queues];
+    const round = () => {
+      sender.send(received.length + IN_FLIGHT);
+      return all.filter(step).length > 0;
+    };
+    await poll(round, TIMEOUT_MS, 'the echo of all datagrams');
+    return received;
+  }
+  const deadline = performance.now() + TIMEOUT_MS;
+  const wait = async (queue: number) => {
+    const { rx } = nic.queues[queue];
+    rx.policy = waiting;
+    while (!step(queue)) {
+      await rx.wait(LOOK_MS);
+      if (performance.now() > deadline) throw new Error(`${missing.size} of ${TOTAL} datagrams did not come back`);
+    }
+  };
+  const feed = async () => {
+    for (let sent = 1; missing.size > 0 && performance.now() < deadline; sent++) {
+      sender.send(sent);
+      await sleep(GAP_MS);
+    }
+  };
+  await Promise.all([feed(), ...[...queues].map(wait)]);
+  return received;
+}
+
+class Sender {
+  readonly #nic: Nic;
+  readonly #peer: Peer;
+  readonly #one = new Uint32Array(1);
+  #sent = 0;
+
+  constructor(nic: Nic, peer: Peer) {
+    this.#nic = nic;
+    this.#peer = peer;
+  }
+
+  /** Sends until `limit` datagrams, or all, have been sent, or a ring is full. */
+  send(limit: number): void {
+    const { packets, queues } = this.#nic;
+    for (const { tx } of queues) tx.reclaim();
+    while (this.#sent < Math.min(limit, TOTAL) && packets.allocate(this.#one, 1) === 1) {
+      const [p] = this.#one;
+      const index = this.#sent;
+      const frame = udpFrame(datagram(this.#nic, this.#peer, index));
+      // Every other one leaves its checksum to the device.
+      const left = index % 2 === 0 && this.#nic.features.has(Feature.CSUM) ? leaveChecksum(frame) : null;
+      packets.write(p, frame);
+      if (left !== null) {
+        packets.flags[p] = PacketFlag.needsChecksum;
+        packets.checksumStart[p] = left.start;
+        packets.checksumOffset[p] = left.offset;
+      }
+      if (queues[(index % FLOWS) % queues.length].tx.burst(this.#one, 1) === 0) {
+        packets.free(this.#one, 1);
+        return;
+      }
+      this.#sent++;
+    }
+  }
+}
+
+function takeBurst(nic: Nic, queue: number): Received[] {
+  const { packets } = nic;
+  const burst = new Uint32Array(BURST);
+  const n = nic.queues[queue].rx.burst(burst, BURST);
+  const taken: Received[] = [];
+  for (let i = 0; i < n; i++) {
+    const p = burst[i];
+    const frame = packets.readChain(p);
+    if (!isUdp(frame) || frame[UDP_PAYLOAD - 8] !== 0 || frame[UDP_PAYLOAD - 7] !== ECHO_PORT) continue;
+    if ((packets.flags[p] & PacketFlag.needsChecksum) !== 0)
+      fill(frame, packets.checksumStart[p], packets.checksumOffset[p]);
+    taken.push({ frame, queue, report: packets.hashReport[p], value: packets.hash[p] });
+  }
+  packets.freeChains(burst, n);
+  return taken;
+}
+
+/** What is left to whoever needs it (NEEDS_CSUM): from `start` to the end, into the field at `offset` behind it. */
+function fill(frame: Uint8Array, start: number, offset: number): void {
+  let sum = 0;
+  for (let at = start; at < frame.length; at += 2) sum += (frame[at] << 8) | (frame[at + 1] ?? 0);
+  while (sum > 0xffff) sum = (sum & 0xffff) + (sum >>> 16);
+  const value = ~sum & 0xffff || 0xffff;
+  frame[start + offset] = value >> 8;
+  frame[start + offset + 1] = value & 0xff;
+}
+
+/** Datagram `index`, of a length between the shortest and the longest that the link takes. */
+function datagram(nic: Nic, { mac, address, own }: Peer, index: number): Datagram {
+  const longest = nic.mtu - (UDP_PAYLOAD - ETHERNET);
+  const payload = Buffer.alloc(2 + ((index * 97) % (longest - 1)), index & 0xff);
+  payload.writeUInt16BE(index);
+  const port = FIRST_PORT + (index % FLOWS);
+  return { from: { mac: nic.mac, address: own, port }, to: { mac, address, port: ECHO_PORT }, payload };
+}
+
+const indexOf = (frame: Uint8Array): number => (frame[UDP_PAYLOAD] << 8) | frame[UDP_PAYLOAD + 1];
+
+function checkAnswer(frame: Uint8Array, { from, to, payload }: Datagram): void {
+  const wanted = udpFrame({ from: to, to: from, payload });
+  // From the addresses on: identification, flags and time to live of the header are the server's own.
+  const addresses = ETHERNET + 12;
+  const checksum = UDP_PAYLOAD - 2;
+  const alike = (start: number, end: number) => wanted.subarray(start, end).equals(frame.subarray(start, end));
+  if (
+    frame.length !== wanted.length ||
+    !alike(0, 12) ||
+    !alike(addresses, checksum) ||
+    !alike(UDP_PAYLOAD, frame.length)
+  ) {
+    throw new Error(`datagram ${indexOf(frame)} came back changed`);
+  }
+  if (!hasRightChecksum(frame)) throw new Error(`datagram ${indexOf(frame)} has a wrong checksum`);
+}
+
+function countByQueue(received: readonly Received[], pairs: number): number[] {
+  return Array.from({ length: pairs }, (_, queue) => received.filter((got) => got.queue === queue).length);
+}
+
+function interruptsOf(place: Place, pairs: number): number[] {
+  // Where nobody counts, it cannot be said.
+  return Array.from({ length: pairs }, (_, pair) => place.interrupts?.(pair) ?? Number.NaN);
+}
