@@ -132,6 +132,7 @@ export {
   type Problem,
   probeFunction,
 } from './probe.ts';
+export type { OctepReport } from './probe-octep.ts';
 export { type PortReport, probePort } from './probe-port.ts';
 export { type MappedMemory, mapAnonymous, unmapMemory } from './sys/memory.ts';
 export { type BindOptions, type BindResult, bindFunction, unbindFunction } from './vfio/bind.ts';

@@ -3,9 +3,12 @@
  * another process) or `vhost-user:/path` (a port of a switch in user space).
  */
 import { InputError } from './errors.ts';
+import { readIdentity } from './vfio/config-space.ts';
 import type { DeviceFunction, PciFunction } from './vfio/function.ts';
 import { openKernelVfio } from './vfio/kernel.ts';
 import { openVfioUser } from './vfio/user.ts';
+import { openOctepTransport } from './virtio/octep.ts';
+import { octepModel } from './virtio/octep-layout.ts';
 import { openStandardTransport } from './virtio/standard.ts';
 import type { VirtioTransport } from './virtio/transport.ts';
 import { openVhostUser, type VhostUserDevice, type VhostUserOptions } from './virtio/vhost-user.ts';
@@ -18,20 +21,28 @@ const SERVER_OPTION = /,server(?:=(on|off|1|0))?$/;
 
 const HINT = '0000:01:00.0 (kernel VFIO), vfio-user:/path/to.sock or vhost-user:/path/to.sock[,server=1]';
 
-/** A device, and how its virtio structures are found. */
+/** A device, and how its virtio structures are found. An octeon_ep class function has been waited for (`virtio/octep.ts`). */
 export interface NicDevice {
   readonly fn: DeviceFunction;
   openTransport(): VirtioTransport;
 }
 
-/** Throws InputError `DEVICE_ADDRESS`, and what `openFunction` and `openPort` throw. */
+/** Throws InputError `DEVICE_ADDRESS`, and what `openFunction`, `openPort` and `openOctepTransport` throw. */
 export async function openDevice(address: string, options: VhostUserOptions = {}): Promise<NicDevice> {
   if (isPortAddress(address)) {
     const port = await openPort(address, options);
     return { fn: port, openTransport: () => port };
   }
   const fn = openFunction(address);
-  return { fn, openTransport: () => openStandardTransport(fn) };
+  try {
+    if (octepModel(readIdentity(fn.config)) === null) return { fn, openTransport: () => openStandardTransport(fn) };
+    const { connectTimeoutMs: readyTimeout } = options;
+    const transport = await openOctepTransport(fn, readyTimeout === undefined ? {} : { readyTimeout });
+    return { fn, openTransport: () => transport };
+  } catch (error) {
+    fn.close();
+    throw error;
+  }
 }
 
 /** Whether `address` names a vhost-user port. */

@@ -56,7 +56,10 @@ export interface NicOptions {
   /** Milliseconds for a reset, and for an administration command. Default 5000 each. */
   readonly resetTimeout?: number;
   readonly commandTimeout?: number;
-  /** Milliseconds for a vhost-user port to accept or make the connection. Default 5000, or 30000 with `,server=1`. */
+  /**
+   * Milliseconds for a vhost-user port to accept or make the connection, and for an octeon_ep class function to be ready. Default 5000, or
+   * 30000 with `,server=1`.
+   */
   readonly connectTimeout?: number;
 }
 
@@ -134,10 +137,14 @@ export function genericFeatures(options: Pick<ResolvedOptions, 'ring'>): Feature
   return options.ring === 'split' ? GENERIC_FEATURES.without(Feature.RING_PACKED) : GENERIC_FEATURES;
 }
 
-/** What a driver with these options requires of the device, and what it takes when it is offered. */
+/**
+ * What a driver with these options requires of the device, and what it takes when it is offered. `device`: what the device does not work
+ * without. Throws InputError `NIC_OPTION` when the options cannot be together.
+ */
 export function featuresFor(
   options: ResolvedOptions,
   fn: Pick<DeviceFunction, 'behindIommu'>,
+  device: FeatureSet = FeatureSet.empty,
 ): { required: FeatureSet; wanted: FeatureSet } {
   const inline = FeatureSet.of(Feature.IPSEC, Feature.ADMIN_VQ);
   const multiqueue = options.queuePairs > 1 ? FeatureSet.of(Feature.MQ, Feature.CTRL_VQ) : FeatureSet.empty;
@@ -152,7 +159,11 @@ export function featuresFor(
     .or(platform)
     .or(options.ipsec === 'inline' ? inline : FeatureSet.empty)
     .or(options.ring === 'packed' ? FeatureSet.of(Feature.RING_PACKED) : FeatureSet.empty);
-  const contradiction = required.with(Feature.VERSION_1).and(FeatureSet.of(...options.decline));
+  if (options.ring === 'split' && device.has(Feature.RING_PACKED)) {
+    throw new InputError('NIC_OPTION', 'ring is split, and this device has packed virtqueues only');
+  }
+  const needed = required.or(device).with(Feature.VERSION_1);
+  const contradiction = needed.and(FeatureSet.of(...options.decline));
   if (!contradiction.isEmpty) {
     throw new InputError('NIC_OPTION', `decline has ${contradiction.names().join(', ')}, without which it cannot be`);
   }

@@ -3,6 +3,7 @@
  * says how many pairs are in use (Virtio 1.4, 5.1.2, 5.1.5, 5.1.9.5.6). All rings have one format, split or packed.
  */
 import { type VipsecError, VirtioError } from './errors.ts';
+import { CauseInterrupts } from './nic-causes.ts';
 import { NicInterrupts } from './nic-interrupts.ts';
 import { makeQueues, type PairSettings, virtqueueOptions } from './nic-pair.ts';
 import { NicRing } from './nic-ring.ts';
@@ -107,7 +108,11 @@ export class NicRings {
     const mergeable = features.has(Feature.MRG_RXBUF);
     const stride = options.packetStride ?? (mergeable ? MIN_STRIDE : strideFor(this.mtu));
     const share = Math.floor((options.packets ?? 4 * queuePairs * 2 * queueSize) / queuePairs);
-    this.interrupts = new NicInterrupts(fn, queuePairs, options.interrupts, workerQueues);
+    const { causes } = transport;
+    this.interrupts =
+      causes === undefined
+        ? new NicInterrupts(fn, queuePairs, options.interrupts, workerQueues)
+        : new CauseInterrupts(fn, transport, causes, options.interrupts);
     try {
       const { configVector } = this.interrupts;
       this.tellsOfChanges = configVector !== NO_VECTOR && mapConfigVector(transport, configVector);
@@ -121,7 +126,11 @@ export class NicRings {
         ? new ControlQueue(fn, transport, features, 2 * config.maxQueuePairs, options.commandTimeout)
         : null;
       this.control = this.#control === null ? null : new NetControl(this.#control, features, config, queuePairs);
-      for (const { rx } of this.pairs) rx.refill(false);
+      for (const { rx } of this.pairs) {
+        rx.refill(false);
+        // Such a device asks only now, and never again.
+        if (causes !== undefined && options.interrupts) rx.enableInterrupts();
+      }
     } catch (error) {
       this.interrupts.close();
       for (const memory of this.#memories) releaseDma(fn, memory);

@@ -85,7 +85,7 @@ async function openNicOn(device: NicDevice, guard: NonceGuard, given: ResolvedOp
     const options = await withRevision(fn, found, given);
     let config: NetConfig | null = null;
     const features = await initializeDevice(found, {
-      ...featuresFor(options, fn),
+      ...featuresFor(options, fn, found.requiredFeatures),
       resetTimeout: options.resetTimeout,
       setup: (negotiated) => {
         config = readNetConfig(found, negotiated);

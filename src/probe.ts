@@ -12,6 +12,7 @@ import { recogniseRevision } from './ipsec/wire/recognise.ts';
 import { ipsecWire } from './ipsec/wire/revisions.ts';
 import { platformFeatures } from './nic-options.ts';
 import { formatMac } from './packet/addresses.ts';
+import { type OctepReport, octepReport, walkOctep } from './probe-octep.ts';
 import type { PortReport } from './probe-port.ts';
 import {
   ExtendedCapabilityId,
@@ -31,6 +32,8 @@ import { AdminQueue } from './virtio/admin.ts';
 import { AdminOpcode, adminOpcodeName, CapabilityId, decodeDevicePartsCapability } from './virtio/admin-wire.ts';
 import { FEATURE_BITS, Feature, FeatureSet, featureName } from './virtio/features.ts';
 import { GENERIC_FEATURES, initializeDevice, resetDevice } from './virtio/initialize.ts';
+import type { OctepOptions } from './virtio/octep-bring-up.ts';
+import { octepModel } from './virtio/octep-layout.ts';
 import { VirtioCfgType } from './virtio/pci-layout.ts';
 import type { WireRevision } from './virtio/revision.ts';
 import { openStandardTransport, virtioDeviceType } from './virtio/standard.ts';
@@ -51,6 +54,8 @@ export interface Problem {
   readonly step: string;
   readonly code: string;
   readonly message: string;
+  /** What can be done about it. */
+  readonly hint?: string;
 }
 
 export interface PciReport extends PciIdentity {
@@ -96,6 +101,8 @@ export interface ProbeReport {
   readonly device: string;
   readonly problems: Problem[];
   pci?: PciReport;
+  /** Only for octeon_ep class functions, which configuration space does not call virtio. */
+  octep?: OctepReport;
   /** All 128 bits that are offered or have a name. */
   features?: readonly { bit: number; name: string; offered: boolean }[];
   config?: Omit<NetConfig, 'mac'> & { mac?: string };
@@ -127,21 +134,36 @@ class Steps {
       return await work();
     } catch (error) {
       const code = error instanceof VipsecError ? error.code : 'UNEXPECTED';
-      this.#problems.push({ step, code, message: error instanceof Error ? error.message : String(error) });
+      const message = error instanceof Error ? error.message : String(error);
+      const hint = error instanceof VipsecError ? error.hint : undefined;
+      this.#problems.push({ step, code, message, ...(hint !== undefined && { hint }) });
       return undefined;
     }
   }
 }
 
-/** Reads everything from `fn`, which stays open and is left reset. Only the loss of the function throws. */
-export async function probeFunction(fn: PciFunction, revision: WireRevision | 'auto'): Promise<ProbeReport> {
+/**
+ * Reads everything from `fn`, which stays open and is left reset. `octep`: how long to wait for an octeon_ep class function. Only the loss of
+ * the function throws.
+ */
+export async function probeFunction(
+  fn: PciFunction,
+  revision: WireRevision | 'auto',
+  octep: OctepOptions = {},
+): Promise<ProbeReport> {
   const report: ProbeReport = { device: fn.address, problems: [] };
   const steps = new Steps(report.problems);
   const assign = <K extends keyof ProbeReport>(key: K, value: ProbeReport[K] | undefined): void => {
     if (value !== undefined) Object.assign(report, { [key]: value });
   };
   assign('pci', await steps.run('PCI configuration space', () => readPci(fn)));
-  const transport = await steps.run('virtio structures', () => openStandardTransport(fn));
+  const model = report.pci === undefined ? null : octepModel(report.pci);
+  if (model !== null) report.octep = octepReport(model);
+  const { octep: walk } = report;
+  const transport =
+    walk === undefined
+      ? await steps.run('virtio structures', () => openStandardTransport(fn))
+      : await steps.run('bring-up', () => walkOctep(fn, walk, octep));
   if (transport === undefined) return report;
   const reset = await steps.run('reset', async () => {
     await resetDevice(transport);

@@ -5,6 +5,7 @@ import { Command, Option } from 'commander';
 import {
   isPortAddress,
   type ModeReport,
+  type OctepReport,
   openFunction,
   openPort,
   type PciReport,
@@ -75,15 +76,36 @@ function section(title: string, body: string): void {
 function printReport(report: ProbeReport): void {
   print(`Device ${report.device}`);
   if (report.pci !== undefined) printPci(report.pci);
+  if (report.octep !== undefined) printOctep(report.octep);
   if (report.port !== undefined) printPort(report.port);
   printVirtio(report);
-  if (report.port === undefined) {
+  if (report.port === undefined && report.features === undefined) {
+    section('Administration queue and IPsec', 'not reached');
+  } else if (report.port === undefined) {
     printAdmin(report);
     printFlowFilter(report);
     printIpsec(report);
   } else section('IPsec', 'in software: vhost-user carries 64 feature bits, and VIRTIO_NET_F_IPSEC is bit 70');
   const rows = report.problems.map(({ step, code, message }) => [step, code, message]);
   if (rows.length > 0) section('Problems', table(['step', 'code', 'what'], rows));
+  const hints = new Set(report.problems.flatMap(({ hint }) => hint ?? []));
+  for (const hint of hints) print(`hint: ${hint}`);
+}
+
+/** Each step as it went; after the one that failed there is no other. */
+function printOctep({ model, virtualFunction, speaksVirtio, steps }: OctepReport): void {
+  const firmware =
+    speaksVirtio === null
+      ? 'it was not seen whether its firmware speaks virtio'
+      : `its firmware ${speaksVirtio ? 'speaks virtio' : 'does not speak virtio'}`;
+  const title = `octeon_ep class: a ${virtualFunction ? 'virtual' : 'physical'} function of ${model}; ${firmware}`;
+  section(
+    title,
+    table(
+      ['step', 'expected', 'read', ''],
+      steps.map(({ step, expected, read, ok }) => [step, expected, read, ok ? 'ok' : 'FAILED']),
+    ),
+  );
 }
 
 function printPci(pci: PciReport): void {
