@@ -3,13 +3,13 @@
  * loop are not its business, so that tests and benchmarks can do without.
  */
 import { ipsecWire } from '../ipsec/wire/revisions.ts';
-import { PacketPool } from '../packet/pool.ts';
 import { PAGE_SIZE } from '../sys/libc.ts';
 import { Feature } from '../virtio/features.ts';
 import type { WireRevision } from '../virtio/revision.ts';
 import type { Arena } from './arena.ts';
 import { withFeatureFaults } from './fault-features.ts';
 import type { FaultSet } from './faults.ts';
+import { AREAS_SIZE, FramePool } from './frame-pool.ts';
 import { VirtioFunction } from './function.ts';
 import { GuestMemory } from './guest-memory.ts';
 import type { Link } from './links/link.ts';
@@ -28,7 +28,7 @@ const FRAME_OVERHEAD = 22;
 
 export interface FunctionOptions {
   readonly arena: Arena;
-  readonly pool: PacketPool;
+  readonly pool: FramePool;
   readonly link: Link;
   readonly queuePairs: number;
   readonly wire: WireRevision;
@@ -54,12 +54,12 @@ export function maxFrameOf(mtu: number): number {
 }
 
 /** A pool of `slots` packets at the start of a fresh arena, so that its offsets are the arena's. */
-export function makePool(arena: Arena, slots: number, maxFrame: number): PacketPool {
+export function makePool(arena: Arena, slots: number, maxFrame: number): FramePool {
   const stride = Math.ceil((HEADROOM + maxFrame + TAILROOM) / SLOT_ALIGNMENT) * SLOT_ALIGNMENT;
   const size = Math.ceil((slots * stride) / PAGE_SIZE) * PAGE_SIZE;
   if (arena.allocate(size) !== 0) throw new Error('the pool is not at the start of the arena');
   const { address, u8, u16, u32 } = arena;
-  return new PacketPool({ address, size, u8, u16, u32 }, { stride, headroom: HEADROOM });
+  return new FramePool({ address, size, u8, u16, u32 }, arena.allocate(AREAS_SIZE), { stride, headroom: HEADROOM });
 }
 
 export function makeFunction(options: FunctionOptions): AssembledFunction {

@@ -15,6 +15,7 @@ import {
   decodeCoalescing,
   decodeHashConfig,
   decodeMacTables,
+  decodeOffloads,
   decodeRssConfig,
   encodeCoalescing,
   getLe,
@@ -68,8 +69,8 @@ export interface ControlTarget {
   setHash(config: HashConfig): boolean;
   setMac(mac: Uint8Array): void;
   announced(): void;
-  /** The command's bits (5.1.9.5.8). */
-  setOffloads(bits: number): boolean;
+  /** Receive offloads, all of them negotiated: these are on, all others off (5.1.9.5.8). */
+  setOffloads(active: FeatureSet): void;
 }
 
 export class ControlProcessor {
@@ -133,8 +134,7 @@ export class ControlProcessor {
       case ControlClass.MQ:
         return this.#queues(command, data);
       case ControlClass.GUEST_OFFLOADS:
-        if (command !== OffloadsCommand.SET || !this.#has(Feature.CTRL_GUEST_OFFLOADS) || data.length < 8) return false;
-        return this.#target.setOffloads(getLe(data, 0, 8));
+        return command === OffloadsCommand.SET && this.#has(Feature.CTRL_GUEST_OFFLOADS) && this.#offloads(data);
       case ControlClass.NOTF_COAL:
         return this.#coalescing(command, data);
       case ControlClass.STATS:
@@ -188,6 +188,13 @@ export class ControlProcessor {
     }
     const config = command === MqCommand.HASH_CONFIG && this.#has(Feature.HASH_REPORT) ? decodeHashConfig(data) : null;
     return config !== null && this.#target.setHash(config);
+  }
+
+  #offloads(data: Uint8Array): boolean {
+    const active = decodeOffloads(data);
+    if (active === null || !active.minus(this.#target.features).isEmpty) return false;
+    this.#target.setOffloads(active);
+    return true;
   }
 
   #coalescing(command: number, data: Uint8Array): boolean {

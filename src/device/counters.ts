@@ -32,6 +32,8 @@ export const NetCounter = {
   txSegments: 16,
   /** Not for the driver: by address or VLAN. */
   rxNotForUs: 17,
+  /** Packets that stand for several and were passed on as such. */
+  txUnfinished: 18,
 } as const;
 
 export type NetCounterName = keyof typeof NetCounter;

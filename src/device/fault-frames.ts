@@ -95,7 +95,14 @@ const RECEIVED: Partial<Record<FaultName, (header: NetHeader) => void>> = {
   'rx-error-lie': adds(Flag.SECURITY_ERR),
   'rx-error-missing': without(Flag.SECURITY_ERR),
   'rx-soft-missing': without(Flag.SECURITY_SA_SOFT_EXPIRY_WARN),
-  'rx-needs-csum': adds(Flag.NEEDS_CSUM),
+  'rx-needs-csum': (header) => {
+    header.flags |= Flag.NEEDS_CSUM;
+    header.csumStart = 0;
+    header.csumOffset = 0;
+  },
+  'guest-tso-silent': (header) => {
+    header.hdrLen = 0;
+  },
   'rx-data-valid': adds(Flag.DATA_VALID),
   'rx-rsc-info': adds(Flag.RSC_INFO),
   'rx-tunnel-csum': adds(Flag.UDP_TUNNEL_CSUM),

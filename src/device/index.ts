@@ -6,11 +6,11 @@
  */
 import { createHash } from 'node:crypto';
 import { InputError } from '../errors.ts';
-import type { PacketPool } from '../packet/pool.ts';
 import { WIRE_REVISIONS, type WireRevision } from '../virtio/revision.ts';
 import { ARENA_MAX, Arena } from './arena.ts';
 import { makeFunction, makePool, maxFrameOf } from './assemble.ts';
 import { faultSet } from './faults.ts';
+import type { FramePool } from './frame-pool.ts';
 import type { VirtioFunction } from './function.ts';
 import type { Link } from './links/link.ts';
 import { makeLinks } from './links/parse.ts';
@@ -172,7 +172,7 @@ class RunningDevice implements Device {
   readonly #servers: VfioUserServer[] = [];
   readonly #devices: NetDevice[] = [];
   readonly #virtio: VirtioFunction[] = [];
-  #pool: PacketPool | null = null;
+  #pool: FramePool | null = null;
   #links: readonly Link[] = [];
   #closed = false;
 
@@ -198,7 +198,7 @@ class RunningDevice implements Device {
     }
   }
 
-  #addFunction(options: Resolved, i: number, pool: PacketPool, link: Link): DeviceFunction {
+  #addFunction(options: Resolved, i: number, pool: FramePool, link: Link): DeviceFunction {
     const ipsec = options.ipsec[i];
     const { fn, device } = makeFunction({
       arena: this.#arena,

@@ -5,7 +5,6 @@
 
 import { verdictNames } from '../fallback/verdict.ts';
 import type { IpsecWire } from '../ipsec/wire/codec.ts';
-import type { PacketPool } from '../packet/pool.ts';
 import { Feature, FeatureSet, unmetRequirements } from '../virtio/features.ts';
 import type { WireRevision } from '../virtio/revision.ts';
 import type { HashConfig } from '../virtio-net/control-wire.ts';
@@ -18,6 +17,7 @@ import { Coalescer } from './coalescer.ts';
 import { ControlProcessor, type ControlTarget } from './control.ts';
 import { makeNetCounters, NetCounter, readNetCounters } from './counters.ts';
 import { FlowFilter } from './flow-filter.ts';
+import type { FramePool } from './frame-pool.ts';
 import type { DeviceModel, VirtioFunction } from './function.ts';
 import { DeviceIpsec } from './ipsec.ts';
 import type { Link } from './links/link.ts';
@@ -31,7 +31,7 @@ import { Transmitter } from './transmit.ts';
 
 export interface NetDeviceOptions {
   readonly arena: Arena;
-  readonly pool: PacketPool;
+  readonly pool: FramePool;
   readonly queuePairs: number;
   /** 6 bytes. */
   readonly mac: Uint8Array;
@@ -93,6 +93,8 @@ export class NetDevice implements DeviceModel {
     this.#receiver = new Receiver(
       {
         ...shared,
+        memory: fn.memory,
+        isOutside: link.isOutside,
         flowFilter: this.#flowFilter,
         receiveFilter: this.#filter,
         mtu: options.mtu,
@@ -333,13 +335,8 @@ export class NetDevice implements DeviceModel {
       announced: () => {
         this.#config.announce = false;
       },
-      // Nothing is received that GUEST_CSUM, the only one offered, would allow.
-      setOffloads: (bits) => bits === 0 || (bits === 2 ** Feature.GUEST_CSUM && this.#hasChecksums()),
+      setOffloads: (active) => this.#receiver.setOffloads(active),
     };
-  }
-
-  #hasChecksums(): boolean {
-    return this.#features?.has(Feature.GUEST_CSUM) === true;
   }
 
   #linkChanged(): void {

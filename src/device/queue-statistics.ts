@@ -20,6 +20,11 @@ export const Stat = {
   txGsoBytes: 11,
   txGsoSegments: 12,
   txGsoSegmentBytes: 13,
+  rxGsoPackets: 10,
+  rxGsoBytes: 11,
+  /** Passed on without having been segmented. */
+  txGsoWholePackets: 14,
+  txGsoWholeBytes: 15,
   /** Control queue. */
   commands: 14,
   succeeded: 15,
@@ -31,7 +36,7 @@ const ROW = 16;
 const FIRST: Readonly<Record<StatisticsName, number>> = {
   receiveBasic: Stat.notifications,
   receiveChecksum: Stat.rxChecksumValid,
-  receiveSegmentation: 10,
+  receiveSegmentation: Stat.rxGsoPackets,
   transmitBasic: Stat.notifications,
   transmitChecksum: Stat.txChecksumNone,
   transmitSegmentation: Stat.txGsoPackets,

@@ -1,53 +1,54 @@
 /**
- * The receive side of a network function (Virtio 1.4, 5.1.9.3 and 5.1.9.4): from the link through flow filter and
- * IPsec into receive buffers.
+ * The receive side of a network function (Virtio 1.4, 5.1.9.4): from the link through flow filter and IPsec to the queue that a frame
+ * belongs to. `place.ts` puts it into the buffers.
  *
  * The order is the standard's: flow filter rules, and only for packets to which no rule applied, receive steering.
- * The header is written into the headroom of the packet, so that header and frame are one copy into the driver's
- * buffer. Frames for which there is no buffer wait in a short backlog.
+ * Frames for which there is no buffer wait in a short backlog.
  *
- * Left out: GSO: a frame comes in as it was on the link.
+ * Frames of another function of this device may be unfinished, when the driver has said that it takes such (`unfinished.ts`). Those of an
+ * outside link have their checksums verified for a driver that has GUEST_CSUM.
  */
 import { Verdict } from '../fallback/verdict.ts';
-import { Ethernet, EtherType, Vlan } from '../packet/fields.ts';
-import { PacketFlag, type PacketPool } from '../packet/pool.ts';
-import { ResourceType } from '../virtio/admin-wire.ts';
+import { fillChecksum } from '../packet/fill-checksum.ts';
+import { GsoSet, GsoType } from '../packet/gso.ts';
+import { PacketFlag } from '../packet/pool.ts';
+import { ChecksumState, transportChecksum } from '../packet/transport-checksum.ts';
 import { Feature, type FeatureSet } from '../virtio/features.ts';
 import { FlowFilterAction } from '../virtio-net/flow-filter-wire.ts';
-import {
-  encodeNetHeader,
-  GsoType,
-  NetHeader,
-  NetHeaderField,
-  NetHeaderFlag,
-  type NetHeaderLayout,
-  networkHeaderOffset,
-} from '../virtio-net/header.ts';
+import type { NetHeaderLayout } from '../virtio-net/header.ts';
 import { NetCounter } from './counters.ts';
-import { type FrameFaults, frameFaults } from './fault-frames.ts';
 import type { FaultSet } from './faults.ts';
 import type { FlowFilter } from './flow-filter.ts';
 import { NO_MATCH } from './flow-matcher.ts';
-import { etherTypeOf, isIpFrame } from './frames.ts';
+import type { FramePool } from './frame-pool.ts';
+import { isIpFrame } from './frames.ts';
+import type { GuestMemory } from './guest-memory.ts';
 import { type DeviceIpsec, isUntouched } from './ipsec.ts';
-import { type FrameSink, LINK_BURST } from './links/link.ts';
+import { type FrameSink, type FrameSource, LINK_BURST } from './links/link.ts';
+import { FramePlacer } from './place.ts';
 import { type QueueStatistics, Stat } from './queue-statistics.ts';
-import { type DeviceQueue, NO_BUFFER } from './queues.ts';
+import type { DeviceQueue } from './queues.ts';
 import type { ReceiveFilter } from './rx-filter.ts';
 import type { Steering } from './steering.ts';
+import { Unfinished, unfinishedFor } from './unfinished.ts';
 
 /** Frames that wait for a receive buffer, for each queue; a power of two. */
 const BACKLOG = 1024;
-/** Most buffers of one frame (MRG_RXBUF). */
-const MAX_BUFFERS = 64;
 /** Most frames that one poll puts into a queue. */
 const BURST = 64;
+const UNFINISHED = PacketFlag.needsChecksum | PacketFlag.segmented;
+
+/** Packets that are several UDP packets on the wire. */
+const OVER_UDP = (1 << GsoType.UDP_L4) | GsoSet.tunnel;
 
 /** Where a frame goes: a queue pair, or one of these. */
 const Target = { steer: -1, drop: -2 } as const;
 
 export interface ReceiverOptions {
-  readonly pool: PacketPool;
+  readonly pool: FramePool;
+  readonly memory: GuestMemory;
+  /** Whether frames come from outside of this device. */
+  readonly isOutside: boolean;
   readonly ipsec: DeviceIpsec | null;
   readonly flowFilter: FlowFilter | null;
   readonly counters: Float64Array;
@@ -71,11 +72,10 @@ class Backlog {
 
 export class Receiver implements FrameSink {
   readonly #options: ReceiverOptions;
-  readonly #pool: PacketPool;
+  readonly #pool: FramePool;
   readonly #counters: Float64Array;
   readonly #queues: (DeviceQueue | null)[];
   readonly #backlogs: Backlog[];
-  readonly #header = new NetHeader();
   readonly #targets = new Int16Array(LINK_BURST);
   readonly #toOpen = new Uint32Array(LINK_BURST);
   readonly #openedAt = new Uint8Array(LINK_BURST);
@@ -83,35 +83,38 @@ export class Receiver implements FrameSink {
   readonly #verdicts = new Uint8Array(LINK_BURST);
   readonly #dropped = new Uint32Array(LINK_BURST);
   readonly #done = new Uint32Array(BURST);
-  /** By queue pair: how many buffers were there when they were too few for the next frame. */
-  readonly #tooFew: Uint16Array;
+  readonly #single = new Uint32Array(1);
+  readonly #placer: FramePlacer;
   #drops = 0;
-  readonly #faults: FrameFaults | null;
-  #layout: NetHeaderLayout | null = null;
-  #mergeable = false;
-  #limitMtu = false;
+  #isStarted = false;
   #reportsHash = false;
+  /** `Unfinished`: what the driver takes. */
+  #taken: number = Unfinished.nothing;
+  /** By queue pair: frames that `receiveDirect` has put into buffers since the last poll. */
+  readonly #direct: Uint32Array;
 
   constructor(options: ReceiverOptions, pairs: number) {
     this.#options = options;
     this.#pool = options.pool;
     this.#counters = options.counters;
-    this.#faults = frameFaults(options.faults);
+    this.#placer = new FramePlacer({ ...options, pairs });
     this.#queues = new Array<DeviceQueue | null>(pairs).fill(null);
     this.#backlogs = Array.from({ length: pairs }, () => new Backlog());
-    this.#tooFew = new Uint16Array(pairs);
+    this.#direct = new Uint32Array(pairs);
   }
 
   start(layout: NetHeaderLayout, features: FeatureSet): void {
-    this.#layout = layout;
-    this.#mergeable = features.has(Feature.MRG_RXBUF);
-    this.#limitMtu = features.has(Feature.MTU) && !this.#options.faults.has('rx-mtu-ignored');
     this.#reportsHash = features.has(Feature.HASH_REPORT);
+    this.#placer.start(layout, features);
+    this.#isStarted = true;
+    this.setOffloads(features);
   }
 
   /** Forgets frames that wait. */
   stop(): void {
-    this.#layout = null;
+    this.#isStarted = false;
+    this.#taken = Unfinished.nothing;
+    this.#placer.stop();
     for (const [pair, backlog] of this.#backlogs.entries()) {
       this.#queues[pair] = null;
       this.#empty(backlog);
@@ -120,12 +123,29 @@ export class Receiver implements FrameSink {
 
   attach(pair: number, queue: DeviceQueue | null): void {
     this.#queues[pair] = queue;
+    this.#placer.forget(pair);
+    this.#direct[pair] = 0;
     if (queue === null) this.#empty(this.#backlogs[pair]);
+  }
+
+  /** The driver uses receive offloads as with `active` from now on, and no others. What waits and cannot be passed any more is finished, or dropped. */
+  setOffloads(active: FeatureSet): void {
+    this.#taken = unfinishedFor(active);
+    this.#placer.taken = this.#taken;
+    for (const backlog of this.#backlogs) this.#finish(backlog);
+  }
+
+  get taken(): number {
+    const { flowFilter } = this.#options;
+    if (!this.#isStarted || !this.#options.isLive()) return Unfinished.nothing;
+    // A rule may say that UDP packets are IPsec: it has to see each of them.
+    const filtered = flowFilter !== null && flowFilter.size > 0;
+    return filtered ? this.#taken & ~OVER_UDP : this.#taken;
   }
 
   /** How many buffers of a queue are not enough for the frame that waits. */
   tooFew(pair: number): number {
-    return this.#tooFew[pair];
+    return this.#placer.tooFew(pair);
   }
 
   /** Frames that wait for buffers of a queue. */
@@ -134,7 +154,7 @@ export class Receiver implements FrameSink {
   }
 
   get ready(): boolean {
-    return this.#layout !== null && this.#options.isLive();
+    return this.#isStarted && this.#options.isLive();
   }
 
   room(): number {
@@ -149,13 +169,35 @@ export class Receiver implements FrameSink {
 
   deliver(packets: Uint32Array, n: number): void {
     // hot:
-    if (this.#layout === null || !this.#options.isLive()) {
+    if (!this.#isStarted || !this.#options.isLive()) {
       this.#counters[NetCounter.rxNotReady] += n;
       this.#pool.free(packets, n);
       return;
     }
     for (let from = 0; from < n; from += LINK_BURST) this.#deliverBurst(packets, from, Math.min(n - from, LINK_BURST));
     this.#options.wake();
+  }
+
+  receiveDirect(packet: number, source: FrameSource): boolean {
+    // hot:
+    const { steering, flowFilter, receiveFilter, faults, statistics } = this.#options;
+    const pool = this.#pool;
+    if (faults.size > 0 || (flowFilter !== null && flowFilter.size > 0)) return false;
+    if (!receiveFilter.accepts(pool.u8, pool.offset[packet])) return false;
+    if (this.#reportsHash || steering.isByHash) steering.calculate(pool, packet);
+    const pair = steering.pick(pool, packet);
+    const queue = this.#queues[pair];
+    // Not before those that wait.
+    if (queue === null || this.#backlogs[pair].count > 0) return false;
+    const before = this.#counters[NetCounter.rxPackets];
+    if (!this.#placer.place(queue, packet, pair, source)) return false;
+    const delivered = this.#counters[NetCounter.rxPackets] - before;
+    statistics.add(queue.index, Stat.packets, delivered);
+    statistics.add(queue.index, Stat.bytes, delivered * pool.length[packet]);
+    statistics.add(queue.index, Stat.drops, 1 - delivered);
+    this.#direct[pair]++;
+    this.#options.wake();
+    return true;
   }
 
   /** hot: up to `LINK_BURST` frames of `packets` from `from` on. */
@@ -171,6 +213,7 @@ export class Receiver implements FrameSink {
       const { steering } = this.#options;
       if (this.#reportsHash || steering.isByHash) steering.calculate(pool, packet);
       if (target === Target.steer) target = steering.pick(pool, packet);
+      if (this.#options.isOutside && (this.#taken & Unfinished.checksum) !== 0) this.#verify(packet, 2 * target);
       this.#enqueue(target, packet);
     }
     pool.free(this.#dropped, this.#drops);
@@ -252,10 +295,8 @@ export class Receiver implements FrameSink {
         // A second IPsec action is not taken: recirculation happens once (5.1.9.7.1).
         if (rule !== NO_MATCH) this.#apply(i, packet, flowFilter.action(rule), rule);
       } else if (isUntouched(verdict)) {
-        flags[packet] = PacketFlag.securityError;
-      } else if (verdict === Verdict.notIpsec) {
-        flags[packet] = 0;
-      } else {
+        flags[packet] |= PacketFlag.securityError;
+      } else if (verdict !== Verdict.notIpsec) {
         this.#drop(i, packet, NetCounter.rxIpsec);
       }
     }
@@ -275,21 +316,33 @@ export class Receiver implements FrameSink {
     backlog.count++;
   }
 
+  /** hot: marks a frame whose checksum is right; counts a wrong one, which is passed on without the mark (5.1.9.4). */
+  #verify(packet: number, queue: number): void {
+    const pool = this.#pool;
+    if ((pool.flags[packet] & (PacketFlag.needsChecksum | PacketFlag.securityError)) !== 0) return;
+    const state = transportChecksum(pool, pool.offset[packet], pool.length[packet]);
+    if (state === ChecksumState.valid) pool.flags[packet] |= PacketFlag.checksumValid;
+    else if (state === ChecksumState.wrong) this.#options.statistics.add(queue, Stat.rxChecksumBad, 1);
+  }
+
   /**
-   * hot: moves waiting frames into the buffers of one queue; returns how many left the backlog. The caller publishes.
+   * hot: moves waiting frames into the buffers of one queue; returns how many left the backlog, or went past it. The caller publishes.
    */
   poll(pair: number): number {
     const queue = this.#queues[pair];
     const backlog = this.#backlogs[pair];
-    const layout = this.#layout;
-    if (queue === null || layout === null || backlog.count === 0) return 0;
+    if (queue === null || !this.#isStarted) return 0;
+    const direct = this.#direct[pair];
+    this.#direct[pair] = 0;
+    if (backlog.count === 0) return direct;
     let moved = 0;
+    const placer = this.#placer;
     const packetsBefore = this.#counters[NetCounter.rxPackets];
     const bytesBefore = this.#counters[NetCounter.rxBytes];
+    const checksummedBefore = placer.checksummed;
     while (moved < BURST && backlog.count > 0) {
       const packet = backlog.packets[backlog.head];
-      this.#tooFew[pair] = 0;
-      if (!this.#place(queue, layout, packet, pair)) break;
+      if (!placer.place(queue, packet, pair, null)) break;
       backlog.head = (backlog.head + 1) & (BACKLOG - 1);
       backlog.count--;
       this.#done[moved++] = packet;
@@ -299,140 +352,29 @@ export class Receiver implements FrameSink {
     const delivered = this.#counters[NetCounter.rxPackets] - packetsBefore;
     statistics.add(queue.index, Stat.packets, delivered);
     statistics.add(queue.index, Stat.bytes, this.#counters[NetCounter.rxBytes] - bytesBefore);
-    statistics.add(queue.index, Stat.rxChecksumNone, delivered);
+    statistics.add(queue.index, Stat.rxChecksumNone, delivered - (placer.checksummed - checksummedBefore));
     statistics.add(queue.index, Stat.drops, moved - delivered);
-    return moved;
+    return direct + moved;
   }
 
-  /**
-   * hot: puts a frame into the next buffers; false when there are none, or the queue is broken. True also when it had
-   * to be dropped.
-   */
-  #place(queue: DeviceQueue, layout: NetHeaderLayout, packet: number, pair: number): boolean {
+  /** Takes out of a backlog what the driver does not take any more, and fills checksums that it does not fill. */
+  #finish(backlog: Backlog): void {
     const pool = this.#pool;
-    const length = pool.length[packet];
-    const total = layout.length + length;
-    if (this.#limitMtu && length > this.#largest(packet)) return this.#refuse(NetCounter.rxTooLong);
-    const at = pool.offset[packet] - layout.length;
-    if (at < pool.slot(packet)) return this.#refuse(NetCounter.rxNoRoom);
-    const first = queue.take();
-    if (first === NO_BUFFER) return false;
-    if (queue.writableBytes >= total) {
-      this.#writeHeader(layout, packet, at, 1);
-      if (queue.scatter(0, total, at) !== total) return false;
-      queue.complete(first, this.#options.faults.has('rx-runt') ? 4 : total);
-      this.#count(length);
-      return true;
-    }
-    if (this.#mergeable) return this.#placeMerged(queue, layout, packet, pair, at, total);
-    queue.putBack(1);
-    return this.#refuse(NetCounter.rxTooLong);
-  }
-
-  /** hot: spreads a frame over several buffers (MRG_RXBUF, 5.1.9.4); one has been taken and is too small. */
-  #placeMerged(
-    queue: DeviceQueue,
-    layout: NetHeaderLayout,
-    packet: number,
-    pair: number,
-    at: number,
-    total: number,
-  ): boolean {
-    // Their number must be in the header, which is in the first one: count, put back, and take them again.
-    let room = queue.writableBytes;
-    let count = 1;
-    // "each buffer MUST be at least the size of the header" (5.1.9.3.1).
-    if (room < layout.length) {
-      queue.putBack(1);
-      return this.#refuse(NetCounter.rxTooLong);
-    }
-    while (room < total) {
-      if (count === MAX_BUFFERS) {
-        queue.putBack(count);
-        return this.#refuse(NetCounter.rxTooLong);
+    for (let left = backlog.count; left > 0; left--) {
+      const packet = backlog.packets[backlog.head];
+      backlog.head = (backlog.head + 1) & (BACKLOG - 1);
+      backlog.count--;
+      const flags = pool.flags[packet];
+      if ((flags & PacketFlag.segmented) !== 0) {
+        this.#single[0] = packet;
+        pool.free(this.#single, 1);
+        this.#counters[NetCounter.rxTooLong]++;
+        continue;
       }
-      if (queue.take() === NO_BUFFER) {
-        queue.putBack(count);
-        this.#tooFew[pair] = count;
-        return false;
-      }
-      room += queue.writableBytes;
-      count++;
+      if ((flags & UNFINISHED) !== 0 && (this.#taken & Unfinished.checksum) === 0) fillChecksum(pool, packet);
+      backlog.packets[(backlog.head + backlog.count) & (BACKLOG - 1)] = packet;
+      backlog.count++;
     }
-    queue.putBack(count);
-    this.#writeHeader(layout, packet, at, count);
-    let done = 0;
-    for (let i = 0; i < count; i++) {
-      const id = queue.take();
-      if (id === NO_BUFFER) return false;
-      const n = queue.scatter(0, total - done, at + done);
-      if (n < 0) return false;
-      queue.complete(id, n);
-      done += n;
-    }
-    this.#count(total - layout.length);
-    return true;
-  }
-
-  /** hot: */
-  #writeHeader(layout: NetHeaderLayout, packet: number, at: number, buffers: number): void {
-    const pool = this.#pool;
-    const header = this.#header;
-    const flags = pool.flags[packet];
-    if (flags === 0 && !this.#reportsHash && ((at | layout.length) & 3) === 0 && this.#faults === null) {
-      // Nothing to say but the number of buffers, which is the upper half of the third word, and where the IP header is.
-      const u32 = pool.u32;
-      for (let w = at >>> 2; w < (at + layout.length) >>> 2; w++) u32[w] = 0;
-      u32[(at + NetHeaderField.csumOffset) >>> 2] = buffers << 16;
-      if (layout.outerNhOffset >= 0) pool.u8[at + layout.outerNhOffset] = this.#networkHeader(packet);
-      return;
-    }
-    let wire = 0;
-    header.resourceId = 0;
-    header.resourceType = 0;
-    const { ipsec } = this.#options;
-    if ((flags & PacketFlag.secured) !== 0 && ipsec !== null) {
-      wire = NetHeaderFlag.SECURITY;
-      if ((flags & PacketFlag.softExpiry) !== 0) wire |= NetHeaderFlag.SECURITY_SA_SOFT_EXPIRY_WARN;
-      header.resourceId = ipsec.resourceId(pool.sa[packet]);
-      header.resourceType = ResourceType.NET_IPSEC_INB_SA;
-    } else if ((flags & PacketFlag.securityError) !== 0) {
-      wire = NetHeaderFlag.SECURITY | NetHeaderFlag.SECURITY_ERR;
-    }
-    header.flags = wire;
-    header.gsoType = GsoType.NONE;
-    header.numBuffers = buffers;
-    header.hashValue = pool.hash[packet];
-    header.hashReport = pool.hashReport[packet];
-    header.outerNhOffset = layout.outerNhOffset >= 0 ? this.#networkHeader(packet) : 0;
-    this.#faults?.received(header);
-    encodeNetHeader(layout, header, pool.u8, at);
-    this.#faults?.written(layout, pool.u8, at);
-  }
-
-  /** hot: where the IP header of a frame is, or 0. */
-  #networkHeader(packet: number): number {
-    const { u8, offset, length } = this.#pool;
-    const at = networkHeaderOffset(u8, offset[packet]);
-    return at < length[packet] ? at : 0;
-  }
-
-  /** hot: bytes of the largest frame that may be passed to the driver. */
-  #largest(packet: number): number {
-    const tagged = etherTypeOf(this.#pool.u8, this.#pool.offset[packet]) === EtherType.vlan;
-    return this.#options.mtu + Ethernet.length + (tagged ? Vlan.length : 0);
-  }
-
-  /** hot: */
-  #refuse(counter: number): true {
-    this.#counters[counter]++;
-    return true;
-  }
-
-  /** hot: */
-  #count(bytes: number): void {
-    this.#counters[NetCounter.rxPackets]++;
-    this.#counters[NetCounter.rxBytes] += bytes;
   }
 
   #empty(backlog: Backlog): void {

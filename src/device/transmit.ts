@@ -4,12 +4,15 @@
  * A buffer is copied once, header and frame together, into a packet of the pool; everything after that looks at the
  * copy, which the driver cannot change. A frame that asked for SECURITY goes out protected or not at all.
  *
- * A packet that the driver wants segmented is gathered into a place of its own and cut from there (`packet/segment.ts`).
+ * A packet that the driver wants segmented, or that has a checksum to fill, goes on as it is when the other end takes such
+ * (`unfinished.ts`), a large one straight from buffer to buffer if that can be. Else the device fills the checksum, and cuts
+ * the packet from a place of its own (`packet/segment.ts`). What asked for SECURITY is always finished first: segments are protected one by one.
  */
 import { Verdict } from '../fallback/verdict.ts';
 import { addBytes, finish } from '../packet/checksum.ts';
 import { Ethernet } from '../packet/fields.ts';
-import type { PacketPool } from '../packet/pool.ts';
+import { GSO_TUNNEL, GsoSet } from '../packet/gso.ts';
+import { PacketFlag } from '../packet/pool.ts';
 import { MAX_LARGE_FRAME, MAX_SEGMENTS, Segmenter } from '../packet/segment.ts';
 import { ResourceType } from '../virtio/admin-wire.ts';
 import { Feature, type FeatureSet } from '../virtio/features.ts';
@@ -28,23 +31,27 @@ import type { Arena } from './arena.ts';
 import { NetCounter } from './counters.ts';
 import { type FrameFaults, frameFaults } from './fault-frames.ts';
 import type { FaultSet } from './faults.ts';
+import type { FramePool } from './frame-pool.ts';
 import { isIpFrame } from './frames.ts';
 import type { DeviceIpsec } from './ipsec.ts';
 import type { Link } from './links/link.ts';
 import { type QueueStatistics, Stat } from './queue-statistics.ts';
 import { type DeviceQueue, NO_BUFFER } from './queues.ts';
 import type { Steering } from './steering.ts';
+import { takesLarge, Unfinished } from './unfinished.ts';
 
 /** Most frames that one poll takes from a queue. */
 const BURST = 64;
 /** Private bytes for one packet that is to be segmented, its header in front; and for what is read of a short one. */
 const Large = { headroom: 64, size: 0x11000 } as const;
+/** Bytes of a large packet that are looked at before anything else: header and all headers. */
+const HEAD = 1024;
 /** What becomes of a buffer, if not a number of segments. */
-const Fate = { dropped: 0, whole: -1 } as const;
+const Fate = { dropped: 0, whole: -1, passed: -2 } as const;
 
 export interface TransmitterOptions {
   readonly arena: Arena;
-  readonly pool: PacketPool;
+  readonly pool: FramePool;
   readonly ipsec: DeviceIpsec | null;
   readonly link: Link;
   readonly counters: Float64Array;
@@ -59,7 +66,7 @@ export class Transmitter {
   /** Set when frames were left in a queue because the link has no room, or the pool no packet. */
   blocked = false;
   readonly #options: TransmitterOptions;
-  readonly #pool: PacketPool;
+  readonly #pool: FramePool;
   readonly #counters: Float64Array;
   readonly #header = new NetHeader();
   readonly #fresh = new Uint32Array(BURST);
@@ -75,8 +82,12 @@ export class Transmitter {
   readonly #refused = new Uint32Array(BURST);
   readonly #verdicts = new Uint8Array(BURST);
   readonly #faults: FrameFaults | null;
+  /** The large packet that was taken last, as `sendDirect` is told of it. */
+  #source: { readonly queue: DeviceQueue; readonly skip: number; head: number } | null = null;
   #layout: NetHeaderLayout | null = null;
   #checksums = false;
+  /** `Unfinished`: what the other end takes during this poll. */
+  #taken: number = Unfinished.nothing;
   #gsoTypes = 0;
   /** The queue that is polled, and its packets so far whose checksum was left to the device. */
   #queue = 0;
@@ -104,6 +115,7 @@ export class Transmitter {
 
   stop(): void {
     this.#layout = null;
+    this.#source = null;
     this.blocked = false;
   }
 
@@ -128,6 +140,7 @@ export class Transmitter {
     this.#ready = 0;
     this.#secured = false;
     let left = room;
+    this.#taken = this.#options.link.taken;
     const { statistics } = this.#options;
     const packetsBefore = this.#counters[NetCounter.txPackets];
     const bytesBefore = this.#counters[NetCounter.txBytes];
@@ -139,7 +152,8 @@ export class Transmitter {
       const id = queue.take();
       if (id === NO_BUFFER) break;
       const packet = this.#fresh[taken];
-      const count = this.#isLarge(queue, layout) ? this.#stage(queue, layout) : this.#receive(queue, layout, packet);
+      const large = this.#isLarge(queue, layout);
+      const count = large ? this.#stage(queue, layout, packet, pair) : this.#receive(queue, layout, packet);
       if (queue.broken !== null) break;
       if (count > left || count > this.#pool.available) {
         queue.putBack(1);
@@ -151,7 +165,7 @@ export class Transmitter {
       else this.#dropped[drops++] = packet;
       if (count > 0) this.#segment(count, pair);
       if (count === Fate.dropped) lost++;
-      left -= Math.abs(count);
+      left -= count < 0 ? 1 : count;
     }
     for (let i = taken; i < got; i++) this.#fresh[i - taken] = this.#fresh[i];
     this.#pool.free(this.#fresh, got - taken);
@@ -172,16 +186,82 @@ export class Transmitter {
   }
 
   /**
-   * hot: copies the buffer that was taken last to where large packets are segmented, and checks it; returns how many
-   * segments it makes, 0 when it must be dropped.
+   * hot: looks at the headers of the buffer that was taken last and decides what becomes of it: `Fate`, or into how many segments
+   * it is to be cut; its bytes are copied when they are needed.
    */
-  #stage(queue: DeviceQueue, layout: NetHeaderLayout): number {
-    const frame = queue.readableBytes - layout.length;
+  #stage(queue: DeviceQueue, layout: NetHeaderLayout, packet: number, pair: number): number {
+    const bytes = queue.readableBytes;
+    const frame = bytes - layout.length;
     if (frame > MAX_LARGE_FRAME) return this.#refuse(NetCounter.txLength);
-    const at = this.#large + Large.headroom;
-    if (queue.gather(0, queue.readableBytes, at - layout.length) < 0) return Fate.dropped;
-    decodeNetHeader(layout, this.#pool.u8, at - layout.length, at, this.#header);
-    return this.#plan(at, frame);
+    const pool = this.#pool;
+    const attached = pool.attach(packet);
+    const at = attached ? pool.offset[packet] : this.#large + Large.headroom;
+    const head = Math.min(bytes, HEAD);
+    if (queue.gather(0, head, at - layout.length) < 0) return Fate.dropped;
+    const header = this.#header;
+    decodeNetHeader(layout, pool.u8, at - layout.length, at, header);
+    const count = this.#plan(at, frame, head - layout.length);
+    if (count === 0) return Fate.dropped;
+    const passes = attached && this.#passes();
+    if (passes) {
+      this.#describe(packet, frame);
+      if (this.#passDirect(queue, layout, packet, head, pair)) return Fate.passed;
+      if (queue.broken !== null) return Fate.dropped;
+    }
+    if (queue.gather(head, bytes - head, at - layout.length + head) < 0) return Fate.dropped;
+    if (!passes) return count;
+    this.#countWhole(frame);
+    return Fate.whole;
+  }
+
+  /** hot: whether the other end takes the packet that was planned as it is. */
+  #passes(): boolean {
+    const { flags, gsoType } = this.#header;
+    if ((flags & NetHeaderFlag.SECURITY) !== 0) return false;
+    const outerChecksum = (flags & NetHeaderFlag.UDP_TUNNEL_CSUM) !== 0;
+    return takesLarge(this.#taken, gsoType, this.#segmenter.isIpv6, outerChecksum);
+  }
+
+  /** hot: notes in `packet` what it stands for. */
+  #describe(packet: number, length: number): void {
+    const pool = this.#pool;
+    const header = this.#header;
+    const outer = (header.flags & NetHeaderFlag.UDP_TUNNEL_CSUM) !== 0 ? PacketFlag.outerChecksum : 0;
+    pool.flags[packet] = PacketFlag.needsChecksum | PacketFlag.segmented | outer;
+    pool.length[packet] = length;
+    pool.checksumStart[packet] = header.csumStart;
+    pool.checksumOffset[packet] = header.csumOffset;
+    pool.gsoType[packet] = header.gsoType;
+    pool.gsoSize[packet] = header.gsoSize;
+    pool.outerTransport[packet] = header.outerThOffset;
+    pool.innerNetwork[packet] = header.innerNhOffset;
+  }
+
+  /** hot: lets the other end copy the rest of a packet, of which `head` bytes were copied, from its buffer; false when it cannot. */
+  #passDirect(queue: DeviceQueue, layout: NetHeaderLayout, packet: number, head: number, pair: number): boolean {
+    const { link, steering } = this.#options;
+    const { u8, offset, length } = this.#pool;
+    // What came before it goes before it.
+    this.#flush();
+    if (this.#source?.queue !== queue) this.#source = { queue, skip: layout.length, head: 0 };
+    this.#source.head = head - layout.length;
+    if (!link.sendDirect(packet, this.#source)) return false;
+    steering.sent(u8, offset[packet], length[packet], pair);
+    this.#counters[NetCounter.txPackets]++;
+    this.#counters[NetCounter.txBytes] += length[packet];
+    this.#countWhole(length[packet]);
+    return true;
+  }
+
+  /** hot: a packet that goes on without having been segmented. */
+  #countWhole(bytes: number): void {
+    const { statistics } = this.#options;
+    this.#checksummed++;
+    this.#counters[NetCounter.txUnfinished]++;
+    statistics.add(this.#queue, Stat.txGsoPackets, 1);
+    statistics.add(this.#queue, Stat.txGsoBytes, bytes);
+    statistics.add(this.#queue, Stat.txGsoWholePackets, 1);
+    statistics.add(this.#queue, Stat.txGsoWholeBytes, bytes);
   }
 
   /** hot: */
@@ -190,13 +270,18 @@ export class Transmitter {
     return Fate.dropped;
   }
 
-  /** hot: how many segments the packet at `at`, whose header was decoded, makes; 0 when it must be dropped. */
-  #plan(at: number, frame: number): number {
-    const header = this.#header;
+  /**
+   * hot: how many segments the packet of `frame` bytes at `at`, whose header was decoded and of which `visible` bytes are there, makes; 0 when
+   * it must be dropped.
+   */
+  #plan(at: number, frame: number, visible: number): number {
+    const { flags, gsoType } = this.#header;
     const segmenter = this.#segmenter;
-    const isAsked = (header.flags & NetHeaderFlag.NEEDS_CSUM) !== 0 && isAmong(header.gsoType, this.#gsoTypes);
-    const isGood = isAsked && isAcceptable(header.flags, header.gsoType, true);
-    const count = isGood ? segmenter.plan(header, at, frame) : 0;
+    const types = this.#gsoTypes;
+    const isAsked = (flags & NetHeaderFlag.NEEDS_CSUM) !== 0 && isAmong(gsoType, types);
+    const outer = (flags & NetHeaderFlag.UDP_TUNNEL_CSUM) === 0 || (types & GsoSet.outerChecksum) !== 0;
+    const isGood = isAsked && outer && isAcceptable(flags, gsoType, true);
+    const count = isGood ? segmenter.plan(this.#header, at, frame, visible) : 0;
     if (count === 0) return this.#refuse(NetCounter.txHeader);
     if (segmenter.headers + Math.min(segmenter.size, frame) > this.#options.maxFrame) {
       return this.#refuse(NetCounter.txLength);
@@ -213,11 +298,14 @@ export class Transmitter {
     const handle = isSecured ? this.#outboundHandle() : 0;
     if (isSecured && handle === 0) return;
     pool.allocate(this.#segments, count);
+    // What is said of a checksum is said of the outermost one (5.1.9.4.1).
+    const isTunnel = (this.#header.gsoType & GSO_TUNNEL) !== 0;
     let segmentBytes = 0;
     for (let k = 0; k < count; k++) {
       const packet = this.#segments[k];
       pool.length[packet] = this.#segmenter.cut(k, pool.offset[packet]);
       pool.sa[packet] = handle;
+      if (!isTunnel) pool.flags[packet] = PacketFlag.checksumValid;
       segmentBytes += pool.length[packet];
       this.#emit(packet, pair);
     }
@@ -262,19 +350,44 @@ export class Transmitter {
     const header = this.#header;
     decodeNetHeader(layout, u8, headerAt, at, header);
     if (header.gsoType !== GsoType.NONE) {
-      const to = this.#large + Large.headroom;
-      u8.copyWithin(to, at, at + frame);
-      return this.#plan(to, frame);
+      const count = this.#plan(at, frame, frame);
+      if (count === 0) return Fate.dropped;
+      if (!this.#passes()) return this.#planAside(at, frame);
+      this.#describe(packet, frame);
+      this.#countWhole(frame);
+      return Fate.whole;
     }
     if (!isAcceptable(header.flags, header.gsoType, true)) return this.#refuse(NetCounter.txHeader);
-    if ((header.flags & NetHeaderFlag.NEEDS_CSUM) !== 0 && !this.#fillChecksum(at, frame)) {
-      return this.#refuse(NetCounter.txHeader);
+    if ((header.flags & NetHeaderFlag.NEEDS_CSUM) !== 0) {
+      if (!this.#leaveChecksum(packet, frame) && !this.#fillChecksum(at, frame)) {
+        return this.#refuse(NetCounter.txHeader);
+      }
     }
     if ((header.flags & NetHeaderFlag.SECURITY) === 0) return Fate.whole;
     if (!isIpFrame(u8, at)) return this.#refuse(NetCounter.txIpsec);
     const handle = this.#outboundHandle();
     pool.sa[packet] = handle;
     return handle === 0 ? Fate.dropped : Fate.whole;
+  }
+
+  /** hot: plans again a packet that has to make place for its segments. */
+  #planAside(at: number, frame: number): number {
+    const to = this.#large + Large.headroom;
+    this.#pool.u8.copyWithin(to, at, at + frame);
+    return this.#plan(to, frame, frame);
+  }
+
+  /** hot: leaves a checksum to the driver at the other end, when it takes that and the frame goes out as it is. */
+  #leaveChecksum(packet: number, length: number): boolean {
+    const { flags, csumStart, csumOffset } = this.#header;
+    if ((this.#taken & Unfinished.checksum) === 0 || (flags & NetHeaderFlag.SECURITY) !== 0) return false;
+    if (!this.#checksums || csumStart >= length || csumStart + csumOffset + 2 > length) return false;
+    const pool = this.#pool;
+    this.#checksummed++;
+    pool.flags[packet] = PacketFlag.needsChecksum;
+    pool.checksumStart[packet] = csumStart;
+    pool.checksumOffset[packet] = csumOffset;
+    return true;
   }
 
   /** hot: computes the checksum that the driver left to the device (5.1.9.2.2). */
@@ -322,13 +435,12 @@ export class Transmitter {
 
   /** hot: */
   #send(n: number): void {
-    const { length, sa, flags } = this.#pool;
+    const { length, sa } = this.#pool;
     let bytes = 0;
     for (let i = 0; i < n; i++) {
       const packet = this.#out[i];
       bytes += length[packet];
       sa[packet] = 0;
-      flags[packet] = 0;
     }
     this.#counters[NetCounter.txPackets] += n;
     this.#counters[NetCounter.txBytes] += bytes;

@@ -2,6 +2,7 @@
  * What goes through the control virtqueue (Virtio 1.4, 5.1.9.5), for both sides: `struct virtio_net_ctrl` is a class, a command
  * and data from the driver; an `ack` and, for a few commands, a result from the device. All integers are little-endian.
  */
+import { Feature, type FeatureBit, FeatureSet } from '../virtio/features.ts';
 
 /** `struct virtio_net_ctrl`; `ack` and the result are a part of their own. */
 export const ControlField = { class: 0, command: 1, data: 2 } as const;
@@ -29,7 +30,7 @@ export const VlanCommand = { ADD: 0, DEL: 1 } as const;
 export const AnnounceCommand = { ACK: 0 } as const;
 /** 5.1.9.5.5. */
 export const MqCommand = { VQ_PAIRS_SET: 0, RSS_CONFIG: 1, HASH_CONFIG: 2 } as const;
-/** 5.1.9.5.8: a u64 of offloads. */
+/** 5.1.9.5.8: a u64 of offloads, see `encodeOffloads`. */
 export const OffloadsCommand = { SET: 0 } as const;
 /** 5.1.9.5.9. */
 export const CoalescingCommand = { TX_SET: 0, RX_SET: 1, VQ_SET: 2, VQ_GET: 3 } as const;
@@ -171,6 +172,36 @@ export function encodeCoalescing(coalescing: Coalescing): Uint8Array {
 /** `at` is where the structure begins, all of it inside `bytes`. */
 export function decodeCoalescing(bytes: Uint8Array, at = 0): Coalescing {
   return { maxPackets: getLe(bytes, at, 4), maxMicroseconds: getLe(bytes, at + 4, 4) };
+}
+
+/** Receive offloads that can be switched while the device runs, and their bits in the command, of which two are not those of the features (5.1.9.5.8). */
+const OFFLOADS: readonly (readonly [feature: FeatureBit, bit: number])[] = [
+  [Feature.GUEST_CSUM, 1],
+  [Feature.GUEST_TSO4, 7],
+  [Feature.GUEST_TSO6, 8],
+  [Feature.GUEST_ECN, 9],
+  [Feature.GUEST_UFO, 10],
+  [Feature.GUEST_UDP_TUNNEL_GSO, 46],
+  [Feature.GUEST_UDP_TUNNEL_GSO_CSUM, 47],
+  [Feature.GUEST_USO4, 54],
+  [Feature.GUEST_USO6, 55],
+];
+export const SWITCHABLE_OFFLOADS: FeatureSet = FeatureSet.of(...OFFLOADS.map(([feature]) => feature));
+const OFFLOADS_LENGTH = 8;
+
+/** The `offloads` that are those among `active`; byte by byte, because a number does not hold 64 bits. */
+export function encodeOffloads(active: FeatureSet): Uint8Array {
+  const bytes = new Uint8Array(OFFLOADS_LENGTH);
+  for (const [feature, bit] of OFFLOADS) if (active.has(feature)) bytes[bit >>> 3] |= 1 << (bit & 7);
+  return bytes;
+}
+
+/** Null when they are too short, or have a bit that is none. */
+export function decodeOffloads(bytes: Uint8Array): FeatureSet | null {
+  if (bytes.length < OFFLOADS_LENGTH) return null;
+  const on = OFFLOADS.filter(([, bit]) => (bytes[bit >>> 3] & (1 << (bit & 7))) !== 0);
+  const active = FeatureSet.of(...on.map(([feature]) => feature));
+  return encodeOffloads(active).every((byte, i) => byte === bytes[i]) ? active : null;
 }
 
 /** The `width` low bytes of `value`, an exact integer, at `at`. */

@@ -7,7 +7,7 @@
  * closed; and with InputError `CONTROL_ARGUMENT`. Left out: RSS contexts and hashes of inner headers.
  */
 import { InputError, VirtioError } from '../errors.ts';
-import { Feature, type FeatureBit, type FeatureSet, featureName } from '../virtio/features.ts';
+import { Feature, type FeatureSet, featureName } from '../virtio/features.ts';
 import { MAC_LENGTH, type NetConfig } from './config.ts';
 import type { ControlQueue } from './control.ts';
 import {
@@ -20,6 +20,7 @@ import {
   encodeCoalescing,
   encodeHashConfig,
   encodeMacTables,
+  encodeOffloads,
   encodeRssConfig,
   getLe,
   type HashConfig,
@@ -30,6 +31,7 @@ import {
   type RssConfig,
   RxCommand,
   StatsCommand,
+  SWITCHABLE_OFFLOADS,
   VLAN_IDS,
   VlanCommand,
 } from './control-wire.ts';
@@ -43,19 +45,6 @@ import {
   statisticsBitmap,
   statisticsOf,
 } from './device-statistics.ts';
-
-/** Offloads that can be switched while the device runs, and their bits in the command, of which two are not those of the features. */
-const SWITCHABLE: readonly (readonly [feature: FeatureBit, bit: number])[] = [
-  [Feature.GUEST_CSUM, 1],
-  [Feature.GUEST_TSO4, 7],
-  [Feature.GUEST_TSO6, 8],
-  [Feature.GUEST_ECN, 9],
-  [Feature.GUEST_UFO, 10],
-  [Feature.GUEST_UDP_TUNNEL_GSO, 46],
-  [Feature.GUEST_UDP_TUNNEL_GSO_CSUM, 47],
-  [Feature.GUEST_USO4, 54],
-  [Feature.GUEST_USO6, 55],
-];
 
 /** Fields of `struct virtio_net_ctrl_coal_vq` (5.1.9.5.9). */
 const QueueCoalescing = { queue: 0, coalescing: 4, length: 12 } as const;
@@ -176,15 +165,10 @@ export class NetControl {
   /** Switches receive offloads (5.1.9.5.8): `wanted`, of those negotiated, are on, all others off. Needs CTRL_GUEST_OFFLOADS. */
   async setGuestOffloads(wanted: FeatureSet): Promise<void> {
     this.#need(Feature.CTRL_GUEST_OFFLOADS);
-    const unknown = SWITCHABLE.reduce((set, [feature]) => set.without(feature), wanted);
+    const unknown = wanted.minus(SWITCHABLE_OFFLOADS);
     check(unknown.isEmpty, unknown.names().join(', '));
-    let offloads = 0;
-    for (const [feature, bit] of SWITCHABLE) {
-      if (!wanted.has(feature)) continue;
-      this.#need(feature);
-      offloads += 2 ** bit;
-    }
-    await this.#queue.command(ControlClass.GUEST_OFFLOADS, OffloadsCommand.SET, le(8, offloads));
+    for (const feature of wanted.bits()) this.#need(feature);
+    await this.#queue.command(ControlClass.GUEST_OFFLOADS, OffloadsCommand.SET, encodeOffloads(wanted));
   }
 
   /** Holds back interrupts of all receive or all transmit queues (5.1.9.5.9). Needs NOTF_COAL. */

@@ -7,11 +7,14 @@ import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { startDevice } from '../../src/device/index.ts';
 import { Feature, FeatureSet } from '../../src/virtio/features.ts';
 import { NetHeaderFlag } from '../../src/virtio-net/header.ts';
-import { type Large, type LargeOptions, large } from '../device/helpers/large.ts';
+import { inTunnel, type Large, type LargeOptions, large, type TunnelOptions } from '../device/helpers/large.ts';
 import { NetDriver } from '../device/helpers/net-driver.ts';
 
 const { VERSION_1, CSUM, HOST_TSO4, HOST_TSO6, HOST_USO, HOST_ECN, GUEST_HDRLEN } = Feature;
-const FEATURES = FeatureSet.of(VERSION_1, CSUM, HOST_TSO4, HOST_TSO6, HOST_USO, HOST_ECN, GUEST_HDRLEN);
+const FEATURES = FeatureSet.of(
+  ...[VERSION_1, CSUM, HOST_TSO4, HOST_TSO6, HOST_USO, HOST_ECN, GUEST_HDRLEN],
+  ...[Feature.HOST_UDP_TUNNEL_GSO, Feature.HOST_UDP_TUNNEL_GSO_CSUM],
+);
 const FIELDS = [
   'ip.checksum.status',
   'tcp.checksum.status',
@@ -29,6 +32,8 @@ const FIELDS = [
   '_ws.malformed',
 ] as const;
 const GOOD = '1';
+/** A checksum of 0, which is none. */
+const NOT_CHECKED = '3';
 
 let folder = '';
 
@@ -114,6 +119,62 @@ describe('what the device segments, in the eyes of tshark', () => {
     }
     expect(rows.map((row) => row['udp.payload']).join('')).toBe(hex(packet.payload));
   });
+
+  it.each<{ name: string } & LargeOptions & TunnelOptions>([
+    { name: 'TSO4 in IPv4', version: 4, outer: 4, protocol: 'tcp', payload: 40000, size: 1398 },
+    {
+      name: 'TSO6 in IPv4 with a checksum',
+      version: 6,
+      outer: 4,
+      checksum: true,
+      protocol: 'tcp',
+      payload: 9001,
+      size: 1378,
+    },
+    {
+      name: 'TSO4 in IPv6 with a checksum',
+      version: 4,
+      outer: 6,
+      checksum: true,
+      protocol: 'tcp',
+      payload: 20000,
+      size: 1378,
+    },
+    {
+      name: 'USO6 in IPv6 with a checksum',
+      version: 6,
+      outer: 6,
+      checksum: true,
+      protocol: 'udp',
+      payload: 7000,
+      size: 1111,
+    },
+  ])(
+    'a VXLAN tunnel, $name: right checksums inside and outside, and lengths',
+    async ({ outer, checksum, ...options }) => {
+      const packet = inTunnel(large({ ...options, sequence: 0xfffff000 }), { outer, checksum: checksum ?? false });
+      const rows = await throughDevice([packet]);
+      expect(rows).toHaveLength(Math.ceil(options.payload / options.size));
+      // tshark gives both layers of a field, the outer one first.
+      const all = (row: Record<string, string>, field: string) => (row[field] === '' ? [] : row[field].split(','));
+      for (const [k, row] of rows.entries()) {
+        const bytes = Math.min(options.size, options.payload - k * options.size);
+        expect(row['_ws.malformed']).toBe('');
+        expect(row['tcp.analysis.flags']).toBe('');
+        const ip4s = [outer, options.version].filter((version) => version === 4).length;
+        expect(all(row, 'ip.checksum.status')).toEqual(new Array(ip4s).fill(GOOD));
+        expect(all(row, 'tcp.checksum.status')).toEqual(options.protocol === 'tcp' ? [GOOD] : []);
+        const udps = all(row, 'udp.checksum.status');
+        expect(udps[0]).toBe(checksum === true ? GOOD : NOT_CHECKED);
+        if (options.protocol === 'udp') expect(udps[1]).toBe(GOOD);
+        const inner = options.protocol === 'udp' ? 8 : 20;
+        const innerIp = options.version === 4 ? 20 : 40;
+        expect(all(row, 'udp.length')[0]).toBe(String(8 + 8 + 14 + innerIp + inner + bytes));
+      }
+      const field = options.protocol === 'tcp' ? 'tcp.payload' : 'udp.payload';
+      expect(rows.map((row) => all(row, field).at(-1)).join('')).toBe(hex(packet.payload));
+    },
+  );
 
   it('a checksum alone, of each protocol: right', async () => {
     const packets = ([4, 6] as const).flatMap((version) =>

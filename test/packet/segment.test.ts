@@ -1,10 +1,11 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
+import { GsoSet } from '../../src/packet/gso.ts';
 import { MAX_SEGMENTS, Segmenter } from '../../src/packet/segment.ts';
 import { isAmong, NetHeader, NetHeaderFlag } from '../../src/virtio-net/header.ts';
-import { type Large, type LargeOptions, large, sum } from '../device/helpers/large.ts';
+import { inTunnel, type Large, type LargeOptions, large, sum } from '../device/helpers/large.ts';
 
-const ALL = (1 << 1) | (1 << 4) | (1 << 5) | 0x80;
+const ALL = (1 << 1) | (1 << 4) | (1 << 5) | GsoSet.tunnel | GsoSet.ecn | GsoSet.outerChecksum;
 const AT = 64;
 const TO = 0x12000;
 
@@ -88,6 +89,63 @@ describe('a large packet', () => {
     );
   });
 
+  it('in a UDP tunnel becomes whole packets in the same tunnel', () => {
+    const options = fc.record({
+      version: fc.constantFrom<4 | 6>(4, 6),
+      outer: fc.constantFrom<4 | 6>(4, 6),
+      checksum: fc.boolean(),
+      protocol: fc.constantFrom<'tcp' | 'udp'>('tcp', 'udp'),
+      payload: fc.integer({ min: 1, max: 9000 }),
+      size: fc.integer({ min: 100, max: 9000 }),
+    });
+    fc.assert(
+      fc.property(options, ({ outer, checksum, ...one }) => {
+        const packet = inTunnel(large(one), { outer, checksum });
+        const segments = cut(packet);
+        expect(segments).toHaveLength(Math.ceil(one.payload / one.size));
+        const ipLength = outer === 4 ? 20 : 40;
+        const inner = 14 + ipLength + 16;
+        const payloads: number[] = [];
+        for (const [k, segment] of segments.entries()) {
+          const ip = segment.subarray(14);
+          if (outer === 4) {
+            expect(word(ip, 2)).toBe(ip.length);
+            expect(word(ip, 4)).toBe((0xfffe + k) & 0xffff);
+            expect(sum(ip.subarray(0, 20))).toBe(0xffff);
+          } else {
+            expect(word(ip, 4)).toBe(ip.length - 40);
+          }
+          const udp = ip.subarray(ipLength);
+          expect(word(udp, 4)).toBe(udp.length);
+          const addresses = outer === 4 ? ip.subarray(12, 20) : ip.subarray(8, 40);
+          if (checksum) expect(sum(udp, sum([...addresses, 0, 17], udp.length))).toBe(0xffff);
+          else expect(word(udp, 6)).toBe(0);
+          expect(udp.subarray(8, 16)).toEqual(packet.frame.subarray(inner - 8, inner));
+          payloads.push(...inspect(segment.subarray(inner), one).payload);
+        }
+        expect(payloads).toEqual([...packet.payload]);
+      }),
+      { numRuns: 100 },
+    );
+  });
+
+  it('may have its payload elsewhere: its headers are all that is looked at', () => {
+    const one: LargeOptions = { version: 6, protocol: 'tcp', payload: 5000, size: 1300, extension: 8 };
+    const packet = large(one);
+    const whole = cut(packet);
+    const memory = new Uint8Array(0x20000);
+    const segmenter = new Segmenter({ u8: memory, u16: new Uint16Array(memory.buffer) });
+    const headers = packet.header.hdrLen ?? 0;
+    memory.set(packet.frame.subarray(0, headers), AT);
+    const header = Object.assign(new NetHeader(), packet.header);
+    expect(segmenter.plan(header, AT, packet.frame.length, headers - 1)).toBe(0);
+    expect(segmenter.plan(header, AT, packet.frame.length, headers)).toBe(whole.length);
+    for (const [k, segment] of whole.entries()) {
+      memory.set(packet.payload.subarray(k * 1300, k * 1300 + segmenter.payload(k)), TO + headers);
+      expect(memory.slice(TO, TO + segmenter.seal(k, TO))).toEqual(segment);
+    }
+  });
+
   it('keeps what stands in front of and inside its headers otherwise', () => {
     const one: LargeOptions = { version: 4, protocol: 'tcp', payload: 3000, size: 1448, options: 12, tags: 1 };
     const packet = large(one);
@@ -160,9 +218,19 @@ describe('a packet that cannot or may not be segmented', () => {
   });
 
   it('is told from any bytes without an access outside of them', () => {
+    const types = fc.constantFrom(1, 4, 5, 0x21, 0x24, 0x45);
     fc.assert(
-      fc.property(fc.uint8Array({ maxLength: 200 }), fc.constantFrom(1, 4, 5), fc.nat(70), (bytes, gsoType, start) => {
-        const header = { flags: 1, gsoType, gsoSize: 10, csumStart: start, csumOffset: gsoType === 5 ? 6 : 16 };
+      fc.property(fc.uint8Array({ maxLength: 200 }), types, fc.nat(70), fc.nat(300), (bytes, gsoType, start, at) => {
+        const csumOffset = (gsoType & 7) === 5 ? 6 : 16;
+        const header = {
+          flags: 1,
+          gsoType,
+          gsoSize: 10,
+          csumStart: start,
+          csumOffset,
+          outerThOffset: 34,
+          innerNhOffset: at,
+        };
         const segments = cut({ frame: bytes, payload: bytes, header });
         expect(segments.reduce((total, segment) => total + segment.length, 0)).toBeLessThan(200 * 200);
       }),

@@ -2,8 +2,19 @@
  * Where frames go after IPsec processing, and come from before it.
  *
  * Frames are packet numbers of the process's one pool, so that a link between two functions of the process copies
- * nothing. Whoever is given packets owns them, and frees them when done.
+ * nothing. Whoever is given packets owns them, and frees them when done. Only a receiver that takes such frames is given unfinished ones
+ * (`unfinished.ts`).
  */
+import type { DeviceQueue } from '../queues.ts';
+
+/** Where the bytes of a frame are that are not in its packet: the buffer that was taken last from a transmit queue. */
+export interface FrameSource {
+  readonly queue: DeviceQueue;
+  /** Bytes of header in front of the frame. */
+  readonly skip: number;
+  /** Bytes of the frame that are in the packet, too: all of its headers. */
+  readonly head: number;
+}
 
 /** The receiving side of a function. */
 export interface FrameSink {
@@ -13,6 +24,13 @@ export interface FrameSink {
   room(): number;
   /** Whether there is a driver that takes frames. */
   readonly ready: boolean;
+  /** `Unfinished`: which frames that are not finished are taken now. */
+  readonly taken: number;
+  /**
+   * hot: puts a frame that is still in the buffer of another driver into the buffers of ours at once; false, with nothing done, when that cannot
+   * be. `packet` has its length and headers, and stays the caller's.
+   */
+  receiveDirect(packet: number, source: FrameSource): boolean;
 }
 
 /** What a link has counted. */
@@ -28,6 +46,12 @@ export interface Link {
   readonly counters: LinkCounters;
   /** Whether there is somebody at the other end: `VIRTIO_NET_S_LINK_UP`. */
   readonly up: boolean;
+  /** Whether the other end is outside of this device, so that nobody knows whether its frames are good. */
+  readonly isOutside: boolean;
+  /** `Unfinished`: which frames that are not finished the other end takes now. */
+  readonly taken: number;
+  /** hot: as `FrameSink.receiveDirect`, at the other end. */
+  sendDirect(packet: number, source: FrameSource): boolean;
   /** hot: takes over `n` frames. */
   send(packets: Uint32Array, n: number): void;
   /** hot: how many frames it takes now. The sender holds back the others. */

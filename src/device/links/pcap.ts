@@ -8,6 +8,7 @@ import { InputError } from '../../errors.ts';
 import { CaptureReader, CaptureWriter } from '../../packet/capture-file.ts';
 import { LinkType } from '../../packet/fields.ts';
 import type { PacketPool } from '../../packet/pool.ts';
+import { Unfinished } from '../unfinished.ts';
 import { ANY_ROOM, type FrameSink, LINK_BURST, type Link, type LinkCounters } from './link.ts';
 
 const MS = 1000;
@@ -15,6 +16,8 @@ const NS_PER_MS = 1_000_000;
 
 export class PcapLink implements Link {
   readonly counters: LinkCounters = { sent: 0, received: 0, dropped: 0 };
+  readonly isOutside = true;
+  readonly taken = Unfinished.nothing;
   readonly up = true;
   readonly #pool: PacketPool;
   readonly #maxFrame: number;
@@ -60,6 +63,11 @@ export class PcapLink implements Link {
       this.#dirty = true;
     }
     this.#pool.free(packets, n);
+  }
+
+  /** Nothing is outside. */
+  sendDirect(): boolean {
+    return false;
   }
 
   room(): number {

@@ -12,6 +12,7 @@ import { ffi, type Watch } from '../../sys/ffi/ffi.ts';
 import { MessageFlag, recvmsg, sendmsg } from '../../sys/libc.ts';
 import { type UnixListener, UnixSocket } from '../../sys/unix-socket.ts';
 import type { Arena } from '../arena.ts';
+import { Unfinished } from '../unfinished.ts';
 import { listen } from '../vfio-user-server.ts';
 import { ANY_ROOM, type FrameSink, LINK_BURST, type Link, type LinkCounters } from './link.ts';
 
@@ -42,6 +43,8 @@ export interface UnixLinkOptions {
 
 export class UnixLink implements Link {
   readonly counters: LinkCounters = { sent: 0, received: 0, dropped: 0 };
+  readonly isOutside = true;
+  readonly taken = Unfinished.nothing;
   readonly #options: UnixLinkOptions;
   readonly #pool: PacketPool;
   readonly #arena: Arena;
@@ -171,6 +174,11 @@ export class UnixLink implements Link {
       this.#count++;
     }
     this.#flush();
+  }
+
+  /** Nothing is outside. */
+  sendDirect(): boolean {
+    return false;
   }
 
   room(): number {

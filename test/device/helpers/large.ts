@@ -97,3 +97,44 @@ export function large(options: LargeOptions): Large {
     },
   };
 }
+
+export interface TunnelOptions {
+  /** Version of the outer IP header. */
+  readonly outer: 4 | 6;
+  /** Whether the outer UDP header has a checksum, which is left open too. */
+  readonly checksum?: boolean;
+}
+
+/** `inner` in a VXLAN tunnel (RFC 7348): Ethernet, IP, UDP and VXLAN in front of it. */
+export function inTunnel(inner: Large, { outer, checksum = false }: TunnelOptions): Large {
+  const udpLength = 8 + 8 + inner.frame.length;
+  const addresses =
+    outer === 4 ? [192, 0, 2, 1, 192, 0, 2, 2] : [0xfd, ...new Array(14).fill(0), 1, 0xfd, ...new Array(14).fill(0), 2];
+  const ip =
+    outer === 4
+      ? [0x45, 0, ...be16(20 + udpLength), 0xff, 0xfe, 0, 0, 64, 17, 0, 0, ...addresses]
+      : [0x60, 0, 0, 0, ...be16(udpLength), 17, 64, ...addresses];
+  const pseudo = sum([...addresses, 0, 17], udpLength);
+  const udp = [...be16(40000), ...be16(4789), ...be16(udpLength), ...be16(checksum ? pseudo : 0)];
+  const ethernet = [2, 0, 0, 0, 0, 4, 2, 0, 0, 0, 0, 3, ...(outer === 4 ? [8, 0] : [0x86, 0xdd])];
+  const headers = [...ethernet, ...ip, ...udp, 8, 0, 0, 0, 0, 0, 7, 0];
+  const frame = new Uint8Array(headers.length + inner.frame.length);
+  frame.set(headers);
+  frame.set(inner.frame, headers.length);
+  const { header } = inner;
+  const is4 =
+    header.gsoType === GsoType.UDP_L4 ? inner.frame[12] === 8 : ((header.gsoType ?? 0) & 0x7f) === GsoType.TCPV4;
+  return {
+    frame,
+    payload: inner.payload,
+    header: {
+      ...header,
+      flags: NetHeaderFlag.NEEDS_CSUM | (checksum ? NetHeaderFlag.UDP_TUNNEL_CSUM : 0),
+      gsoType: (header.gsoType ?? 0) | (is4 ? GsoType.UDP_TUNNEL_IPV4 : GsoType.UDP_TUNNEL_IPV6),
+      hdrLen: headers.length + (header.hdrLen ?? 0),
+      csumStart: headers.length + (header.csumStart ?? 0),
+      outerThOffset: ethernet.length + ip.length,
+      innerNhOffset: headers.length + 14,
+    },
+  };
+}
