@@ -1,14 +1,17 @@
 /**
- * `npm run bench:peers [-- --json] [--only PART] [--seconds N] [--rounds N] [--queue-size N]`: our driver over vhost-user and DPDK's virtio_user
- * against the same vhost device of testpmd, turn about: frames of 64 bytes sent, received and forwarded, over split and packed rings.
+ * `npm run bench:peers [-- --json] [--only PART] [--seconds N] [--rounds N] [--queue-size N] [--cores C,V,D,H]`: our driver over vhost-user
+ * and DPDK's virtio_user against the same vhost device of testpmd, turn about: frames of 64 bytes sent, received and forwarded, over split
+ * and packed rings.
  *
- * By hand, on a machine with nothing else to do and four cores: one for commands, one for the vhost device, and two for a driver, of which
+ * By hand, on a machine with little else to do and four cores: C for commands, V for the vhost device, D and H for a driver, of which
  * DPDK uses one and Node the other for its compiler and garbage collector. Rates are those that the vhost device counts, so both are
- * measured alike. In `forward` 256 frames circle: the vhost device sends back what it gets, the driver swaps the addresses. A run during
- * which either side did not have its core to itself is made again a few times, and marked when that does not help.
+ * measured alike. In `forward` 256 frames circle: the vhost device sends back what it gets, the driver swaps the addresses.
+ *
+ * A run is cut into short windows, of which those do not count in which the thread of either side had to wait for its core; a row is
+ * marked when hardly any are left.
  */
 import { spawn } from 'node:child_process';
-import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { cpus, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
@@ -17,7 +20,6 @@ import { parseArgs } from 'node:util';
 import Table from 'cli-table3';
 import { Testpmd } from './testpmd.ts';
 
-const CORES = { commands: 0, vhost: 1, driver: 2, helper: 3 } as const;
 const WARM_UP_MS = 1500;
 /** What issue is taken with: a driver in JavaScript may be so much slower than one in C. */
 const GOAL = 0.7;
@@ -29,7 +31,16 @@ type Mode = (typeof MODES)[number];
 type Ring = (typeof RINGS)[number];
 type Who = 'ours' | 'dpdk';
 
+/** Which core does what. */
+interface Cores {
+  readonly commands: number;
+  readonly vhost: number;
+  readonly driver: number;
+  readonly helper: number;
+}
+
 interface Settings {
+  readonly cores: Cores;
   readonly seconds: number;
   readonly rounds: number;
   readonly queueSize: number;
@@ -43,11 +54,12 @@ const DEVICE = {
 } as const;
 const DRIVER = { tx: 'txonly', rx: 'rxonly', forward: 'macswap' } as const;
 
-/** Share of a core that a busy side must have had for a run to count, and how often a run is tried. */
-const UNDISTURBED = 0.97;
-const ATTEMPTS = 4;
-/** Clock ticks a second in /proc (sysconf(_SC_CLK_TCK) on every Linux). */
-const TICKS = 100;
+/** Length of a window, the share of a core that both sides must have had for it to count, and how often a run may be prolonged. */
+const WINDOW_MS = 100;
+const UNDISTURBED = 0.98;
+const PATIENCE = 5;
+/** Fewer windows than this say little. */
+const MIN_WINDOWS = 3;
 
 /** A driver that runs until it is stopped. */
 interface Driver {
@@ -55,9 +67,9 @@ interface Driver {
   stop(): Promise<void>;
 }
 
-async function startOurs(path: string, mode: Mode, ring: Ring, { queueSize }: Settings): Promise<Driver> {
+async function startOurs(path: string, mode: Mode, ring: Ring, { cores: all, queueSize }: Settings): Promise<Driver> {
   const script = fileURLToPath(new URL('./peers-driver.js', import.meta.url));
-  const cores = `${CORES.driver},${CORES.helper}`;
+  const cores = `${all.driver},${all.helper}`;
   const args = ['-c', cores, process.execPath, script, `vhost-user:${path}`, mode, ring, String(queueSize)];
   const child = spawn('taskset', args, { stdio: ['pipe', 'pipe', 'inherit'] });
   const ended = new Promise<number | null>((resolve) => child.once('close', resolve));
@@ -83,38 +95,45 @@ async function startOurs(path: string, mode: Mode, ring: Ring, { queueSize }: Se
 
 async function startDpdk(path: string, mode: Mode, ring: Ring, settings: Settings, folder: string): Promise<Driver> {
   const packed = ring === 'packed' ? 1 : 0;
+  const { cores } = settings;
   const options = `queues=1,queue_size=${settings.queueSize},packed_vq=${packed},in_order=1,mrg_rxbuf=0`;
   const driver = await Testpmd.start({
     folder,
-    cores: `0@${CORES.commands},1@${CORES.driver}`,
+    cores: `0@${cores.commands},1@${cores.driver}`,
     devices: [`net_virtio_user0,path=${path},${options}`],
     args: [`--forward-mode=${DRIVER[mode]}`, '--auto-start', '--no-flush-rx'],
   });
   return { pid: driver.pid, stop: () => driver.quit() };
 }
 
-/** Seconds of processor time that a process has used (proc(5): utime and stime, behind a name in parentheses). */
-function processorTime(pid: number): number {
-  const fields = readFileSync(`/proc/${pid}/stat`, 'utf8')
-    .replace(/^.*\) /s, '')
-    .split(' ');
-  return (Number(fields[11]) + Number(fields[12])) / TICKS;
+/** Milliseconds that each thread of a process has run (proc(5), `/proc/[pid]/task/[tid]/schedstat`). */
+function runTimes(pid: number): Map<string, number> {
+  const times = new Map<string, number>();
+  for (const thread of readdirSync(`/proc/${pid}/task`)) {
+    times.set(thread, Number(readFileSync(`/proc/${pid}/task/${thread}/schedstat`, 'utf8').split(' ')[0]) / 1e6);
+  }
+  return times;
+}
+
+/** Milliseconds that the busiest thread has run from `before` to `after`. */
+function busiest(before: ReadonlyMap<string, number>, after: ReadonlyMap<string, number>): number {
+  return Math.max(...[...after].map(([thread, time]) => time - (before.get(thread) ?? 0)));
 }
 
 interface Run {
-  /** Mpps. */
-  readonly rate: number;
-  /** Smaller one of the shares of a core that the two sides had. */
-  readonly share: number;
+  /** Mpps in each window that counts. */
+  readonly rates: readonly number[];
+  /** Windows that did not count. */
+  readonly disturbed: number;
 }
 
 async function measure(who: Who, mode: Mode, ring: Ring, settings: Settings): Promise<Run> {
   const folder = mkdtempSync(join(tmpdir(), 'vipsec-peers-'));
   const path = join(folder, 'port.sock');
-  const { forward, start, counter } = DEVICE[mode];
+  const { forward, start } = DEVICE[mode];
   const device = await Testpmd.start({
     folder,
-    cores: `0@${CORES.commands},1@${CORES.vhost}`,
+    cores: `0@${settings.cores.commands},1@${settings.cores.vhost}`,
     devices: [`net_vhost0,iface=${path}`],
     args: [`--forward-mode=${forward}`, '--no-flush-rx'],
   });
@@ -125,15 +144,7 @@ async function measure(who: Who, mode: Mode, ring: Ring, settings: Settings): Pr
     try {
       await device.command(start, /forwards packets on/);
       await sleep(WARM_UP_MS);
-      const pids = [device.pid, driver.pid];
-      const busy = pids.map(processorTime);
-      const from = performance.now();
-      const before = await device.statistics();
-      await sleep(settings.seconds * 1000);
-      const after = await device.statistics();
-      const seconds = (performance.now() - from) / 1000;
-      const shares = pids.map((pid, i) => (processorTime(pid) - busy[i]) / seconds);
-      return { rate: (after[counter] - before[counter]) / seconds / 1e6, share: Math.min(...shares) };
+      return await watch(device, driver.pid, mode, settings);
     } finally {
       await driver.stop();
     }
@@ -143,24 +154,35 @@ async function measure(who: Who, mode: Mode, ring: Ring, settings: Settings): Pr
   }
 }
 
-/** The best of a few runs if all are disturbed; else the first that is not. */
-async function measureUndisturbed(who: Who, mode: Mode, ring: Ring, settings: Settings): Promise<Run> {
-  let best: Run | null = null;
-  for (let attempt = 0; attempt < ATTEMPTS; attempt++) {
-    const run = await measure(who, mode, ring, settings);
-    const percent = Math.round(run.share * 100);
-    process.stderr.write(`${ring} ${mode} ${who}: ${run.rate.toFixed(2)} Mpps with ${percent} % of a core\n`);
-    if (run.share >= UNDISTURBED) return run;
-    if (best === null || run.rate > best.rate) best = run;
+/** Looks at the device's counter in windows, until enough of them count or patience ends. */
+async function watch(device: Testpmd, driver: number, mode: Mode, { seconds }: Settings): Promise<Run> {
+  const { counter } = DEVICE[mode];
+  const pids = [device.pid, driver];
+  const wanted = Math.ceil((seconds * 1000) / WINDOW_MS);
+  const look = async () => {
+    const statistics = await device.statistics();
+    return { at: performance.now(), packets: statistics[counter], times: pids.map(runTimes) };
+  };
+  const rates: number[] = [];
+  let disturbed = 0;
+  let before = await look();
+  while (rates.length < wanted && rates.length + disturbed < PATIENCE * wanted) {
+    await sleep(WINDOW_MS);
+    const after = await look();
+    const elapsed = after.at - before.at;
+    const share = Math.min(...after.times.map((times, i) => busiest(before.times[i], times))) / elapsed;
+    if (share >= UNDISTURBED) rates.push((after.packets - before.packets) / elapsed / 1000);
+    else disturbed++;
+    before = after;
   }
-  return best ?? { rate: 0, share: 0 };
+  return { rates, disturbed };
 }
 
 interface Row {
   readonly ours: number;
   readonly dpdk: number;
   readonly ratio: number;
-  /** Some run did not have its cores to itself: the numbers say little. */
+  /** Hardly any window of some run counted: the numbers say little. */
   readonly disturbed: boolean;
 }
 
@@ -171,9 +193,12 @@ async function compare(mode: Mode, ring: Ring, settings: Settings): Promise<Row>
     // Turn about, and first the one, then the other.
     const order: readonly Who[] = round % 2 === 0 ? ['ours', 'dpdk'] : ['dpdk', 'ours'];
     for (const who of order) {
-      const { rate, share } = await measureUndisturbed(who, mode, ring, settings);
+      const run = await measure(who, mode, ring, settings);
+      const rate = run.rates.length === 0 ? 0 : median(run.rates);
+      process.stderr.write(`${ring} ${mode} ${who}: ${rate.toFixed(2)} Mpps (${run.rates.length} windows, `);
+      process.stderr.write(`${run.disturbed} disturbed)\n`);
       rates[who].push(rate);
-      disturbed ||= share < UNDISTURBED;
+      disturbed ||= run.rates.length < MIN_WINDOWS;
     }
   }
   const [ours, dpdk] = [median(rates.ours), median(rates.dpdk)];
@@ -192,6 +217,15 @@ function number(name: string, text: string, min: number): number {
   return value;
 }
 
+/** `C,V,D,H`. */
+function coresOf(text: string): Cores {
+  const numbers = text.split(',').map(Number);
+  const known = numbers.every((core) => Number.isInteger(core) && core >= 0 && core < cpus().length);
+  if (numbers.length !== 4 || !known || new Set(numbers).size !== 4) throw new Error('--cores must name four cores');
+  const [commands, vhost, driver, helper] = numbers;
+  return { commands, vhost, driver, helper };
+}
+
 async function main(): Promise<void> {
   const { values } = parseArgs({
     options: {
@@ -200,14 +234,16 @@ async function main(): Promise<void> {
       rounds: { type: 'string', default: '3' },
       'queue-size': { type: 'string', default: '256' },
       only: { type: 'string', default: '' },
+      cores: { type: 'string', default: '0,1,2,3' },
     },
   });
+  if (cpus().length < 4) throw new Error('bench:peers needs four cores');
   const settings = {
+    cores: coresOf(values.cores),
     seconds: number('seconds', values.seconds, 0.1),
     rounds: number('rounds', values.rounds, 1),
     queueSize: number('queue-size', values['queue-size'], 64),
   };
-  if (cpus().length < 4) throw new Error('bench:peers needs four cores');
   const metrics: Record<string, Row> = {};
   for (const ring of RINGS) {
     for (const mode of MODES) {

@@ -359,9 +359,12 @@ export function writeSegmentation(u8: Uint8Array, at: number, gsoType: number, h
 
 /** hot: the shortest header at a multiple of 4 of a packet that wants nothing. */
 export function writeBasicHeader(u32: Uint32Array, at: number): void {
-  u32[at >> 2] = 0;
-  u32[(at >> 2) + 1] = 0;
-  u32[(at >> 2) + 2] = 0;
+  const w = at >> 2;
+  // As it often is already: a cache line that is not written to stays with the device, which does not wait for it then.
+  if ((u32[w] | u32[w + 1] | u32[w + 2]) === 0) return;
+  u32[w] = 0;
+  u32[w + 1] = 0;
+  u32[w + 2] = 0;
 }
 
 /** hot: the full header at a multiple of 8 of a packet that wants nothing. */
