@@ -14,7 +14,9 @@ import { VirtioFunction } from './function.ts';
 import { GuestMemory } from './guest-memory.ts';
 import type { Link } from './links/link.ts';
 import { NetDevice } from './net.ts';
-import { type DeviceRings, offeredFeatures, pciLayout, QueueSize, requiredFeatures } from './personalities/standard.ts';
+import type { OctepFault } from './personalities/octep-faults.ts';
+import { type PersonalityName, personalityOf } from './personalities/personality.ts';
+import type { DeviceRings } from './personalities/standard.ts';
 
 /**
  * Space in a slot before and behind the largest frame: outer headers, ESP header and IV, link header; padding,
@@ -39,6 +41,9 @@ export interface FunctionOptions {
   readonly faults: FaultSet;
   /** Default `both`. */
   readonly rings?: DeviceRings;
+  /** Default `standard`. */
+  readonly personality?: PersonalityName;
+  readonly octepFaults?: ReadonlySet<OctepFault>;
   /** There may be work: poll the device. */
   readonly wake: () => void;
 }
@@ -64,23 +69,21 @@ export function makePool(arena: Arena, slots: number, maxFrame: number): FramePo
 
 export function makeFunction(options: FunctionOptions): AssembledFunction {
   const { arena, pool, link, queuePairs, wire, ipsec, faults, wake } = options;
-  const { rings = 'both' } = options;
-  const all = offeredFeatures({ queuePairs, ipsec, wire, rings });
-  const offered = withFeatureFaults(all, faults);
+  const { rings = 'both', personality: name = 'standard' } = options;
+  const personality = personalityOf(name, { queuePairs, ipsec, wire, rings }, options.octepFaults);
+  const { layout, required, window } = personality;
+  const offered = withFeatureFaults(personality.offered, faults);
   // 5.1.2: receive and transmit queues in turn, the control queue behind them, if there is one.
   const hasControl = offered.has(Feature.CTRL_VQ);
-  const data = 2 * queuePairs;
   const fn = new VirtioFunction(new GuestMemory(arena), {
-    layout: pciLayout({ queuePairs }),
+    layout,
     offered,
-    queues: data + (hasControl ? 1 : 0),
+    queues: 2 * queuePairs + (hasControl ? 1 : 0),
     adminQueues: ipsec ? 1 : 0,
-    maxQueueSize: (index) => {
-      if (index < data) return QueueSize.net;
-      return hasControl && index === data ? QueueSize.control : QueueSize.admin;
-    },
+    maxQueueSize: (index) => personality.maxQueueSize(index, offered),
     faults,
     wake,
+    ...(window === undefined ? {} : { window }),
   });
   const device = new NetDevice(fn, {
     arena,
@@ -90,7 +93,7 @@ export function makeFunction(options: FunctionOptions): AssembledFunction {
     mtu: options.mtu,
     maxFrame: maxFrameOf(options.mtu),
     offered,
-    required: requiredFeatures({ rings }),
+    required,
     revision: wire,
     wire: ipsec ? ipsecWire(wire) : null,
     link,

@@ -15,11 +15,15 @@ import type { VirtioFunction } from './function.ts';
 import type { Link } from './links/link.ts';
 import { makeLinks } from './links/parse.ts';
 import type { NetDevice } from './net.ts';
+import { isOctepFault, type OctepFault } from './personalities/octep-faults.ts';
+import { PERSONALITIES, type PersonalityName } from './personalities/personality.ts';
 import { DEVICE_RINGS, type DeviceRings, MAX_QUEUE_PAIRS } from './personalities/standard.ts';
 import { type Pollable, Pump } from './pump.ts';
 import { VfioUserServer } from './vfio-user-server.ts';
 
 export { FAULTS, type FaultName } from './faults.ts';
+export { OCTEP_FAULTS, type OctepFault } from './personalities/octep-faults.ts';
+export { PERSONALITIES, type PersonalityName } from './personalities/personality.ts';
 export { DEVICE_RINGS, type DeviceRings } from './personalities/standard.ts';
 
 export interface DeviceOptions {
@@ -30,6 +34,8 @@ export interface DeviceOptions {
   readonly wire?: WireRevision;
   /** Whether functions offer IPsec: all of them, or each. Default true. */
   readonly ipsec?: boolean | readonly boolean[];
+  /** Kind of function: `standard` (default), or `octep`, which has packed virtqueues only. */
+  readonly personality?: PersonalityName;
   /** Formats of virtqueues that drivers may use: `both` (default), `split`, or `packed`, like some hardware. */
   readonly rings?: DeviceRings;
   /** 1 (default) to 62. More than one needs the control virtqueue to be used. */
@@ -38,7 +44,7 @@ export interface DeviceOptions {
   readonly macs?: readonly string[];
   /** 68 to 9000; default 1500. */
   readonly mtu?: number;
-  /** Names from `FAULTS`, for all functions, or `NAME@2` for the second one alone. */
+  /** Names from `FAULTS`, with personality `octep` also `OCTEP_FAULTS`, for all functions, or `NAME@2` for the second one alone. */
   readonly faults?: readonly string[];
   /** Told of sessions that ended badly, and of faults of the device itself. */
   readonly onWarning?: (text: string) => void;
@@ -88,10 +94,12 @@ interface Resolved {
   readonly wire: WireRevision;
   readonly ipsec: readonly boolean[];
   readonly rings: DeviceRings;
+  readonly personality: PersonalityName;
   readonly queuePairs: number;
   readonly macs: readonly Uint8Array[];
   readonly mtu: number;
   readonly faults: readonly ReturnType<typeof faultSet>[];
+  readonly octepFaults: readonly ReadonlySet<OctepFault>[];
   readonly onWarning: (text: string) => void;
 }
 
@@ -103,6 +111,12 @@ function resolve(options: DeviceOptions): Resolved {
   if (!WIRE_REVISIONS.includes(wire)) throw invalid(`there is no wire revision ${wire}`);
   const rings = options.rings ?? 'both';
   if (!DEVICE_RINGS.includes(rings)) throw invalid(`there are no ${rings} rings`);
+  const personality = options.personality ?? 'standard';
+  if (!PERSONALITIES.includes(personality)) throw invalid(`there is no personality ${personality}`);
+  if (personality === 'octep' && rings === 'split') throw invalid('personality octep has packed virtqueues only');
+  const faults = sockets.map((_, i) => faultsOf(options.faults ?? [], i + 1));
+  // A standard function knows nothing of them.
+  const isOwn = (name: string): boolean => personality === 'octep' && isOctepFault(name);
   const each = <T>(value: T | readonly T[] | undefined, fallback: T): T[] =>
     sockets.map((_, i) => (isList(value) ? value[i] : value) ?? fallback);
   const macs = options.macs ?? [];
@@ -113,10 +127,12 @@ function resolve(options: DeviceOptions): Resolved {
     link: options.link ?? (count === 2 ? 'pair' : 'loopback'),
     ipsec: each(options.ipsec, true),
     rings,
+    personality,
     queuePairs: inRange('queue pairs', options.queuePairs ?? 1, 1, MAX_QUEUE_PAIRS),
     macs: sockets.map((path, i) => (macs[i] === undefined ? derivedMac(path) : parseMac(macs[i]))),
     mtu: inRange('MTU', options.mtu ?? DEFAULT_MTU, MTU_RANGE.min, MTU_RANGE.max),
-    faults: sockets.map((_, i) => faultSet(faultsOf(options.faults ?? [], i + 1))),
+    faults: faults.map((names) => faultSet(names.filter((name) => !isOwn(name)))),
+    octepFaults: faults.map((names) => new Set(names.filter(isOctepFault).filter(isOwn))),
     onWarning: options.onWarning ?? (() => {}),
   };
 }
@@ -206,6 +222,8 @@ class RunningDevice implements Device {
       link,
       queuePairs: options.queuePairs,
       rings: options.rings,
+      personality: options.personality,
+      octepFaults: options.octepFaults[i],
       wire: options.wire,
       ipsec,
       mac: options.macs[i],

@@ -2,14 +2,23 @@
  * `vipsec device`: the software virtio-net IPsec function behind vfio-user sockets, until SIGTERM or SIGINT.
  */
 import { Command, InvalidArgumentError, Option } from 'commander';
-import { DEVICE_RINGS, type Device, type DeviceRings, FAULTS, startDevice } from '../../src/device/index.ts';
+import {
+  DEVICE_RINGS,
+  type Device,
+  type DeviceRings,
+  FAULTS,
+  OCTEP_FAULTS,
+  PERSONALITIES,
+  type PersonalityName,
+  startDevice,
+} from '../../src/device/index.ts';
 import { InputError, WIRE_REVISIONS, type WireRevision } from '../../src/index.ts';
 import { note, print, printJson, warn } from '../cli.ts';
 
 interface Flags {
   readonly socket: string[];
   readonly link?: string;
-  readonly personality: string;
+  readonly personality: PersonalityName;
   readonly wire: WireRevision;
   readonly ipsec: boolean;
   readonly ipsecOff?: string[];
@@ -31,7 +40,10 @@ function integer(value: string): number {
 }
 
 export function command(): Command {
-  const faults = Object.entries(FAULTS).map(([name, effect]) => `  ${name.padEnd(26)}${effect}`);
+  const describe = (faults: Record<string, string>): string =>
+    Object.entries(faults)
+      .map(([name, effect]) => `  ${name.padEnd(26)}${effect}`)
+      .join('\n');
   return new Command('device')
     .description('run the software virtio-net IPsec function for a driver or for QEMU')
     .addOption(
@@ -43,9 +55,7 @@ export function command(): Command {
       '--link <link>',
       'where frames go: loopback, pair, pcap:IN,OUT, unix:PATH, unix-connect:PATH (default: loopback; pair for two sockets)',
     )
-    .addOption(
-      new Option('--personality <name>', 'kind of function').choices(['standard', 'octep']).default('standard'),
-    )
+    .addOption(new Option('--personality <name>', 'kind of function').choices([...PERSONALITIES]).default('standard'))
     .addOption(
       new Option('--wire <revision>', 'revision of headers and objects')
         .choices([...WIRE_REVISIONS])
@@ -67,19 +77,20 @@ export function command(): Command {
       ),
     )
     .option('--json', 'print one JSON document when ready')
-    .addHelpText('after', `\nFaults:\n${faults.join('\n')}\n\nSIGUSR1 prints counters to stderr.`)
+    .addHelpText(
+      'after',
+      `\nFaults:\n${describe(FAULTS)}\n\nFaults of --personality octep:\n${describe(OCTEP_FAULTS)}\n\nSIGUSR1 prints counters to stderr.`,
+    )
     .action(async (flags: Flags) => run(flags));
 }
 
 async function run(flags: Flags): Promise<void> {
-  if (flags.personality !== 'standard') {
-    throw new InputError('DEVICE_OPTION', `personality ${flags.personality} is not available yet`);
-  }
   const device = startDevice({
     sockets: flags.socket,
     ...(flags.link === undefined ? {} : { link: flags.link }),
     wire: flags.wire,
     ipsec: ipsecOf(flags),
+    personality: flags.personality,
     rings: flags.rings,
     queuePairs: flags.queuePairs,
     ...(flags.mac === undefined ? {} : { macs: flags.mac }),

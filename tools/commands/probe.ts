@@ -88,7 +88,8 @@ function printReport(report: ProbeReport): void {
   } else section('IPsec', 'in software: vhost-user carries 64 feature bits, and VIRTIO_NET_F_IPSEC is bit 70');
   const rows = report.problems.map(({ step, code, message }) => [step, code, message]);
   if (rows.length > 0) section('Problems', table(['step', 'code', 'what'], rows));
-  const hints = new Set(report.problems.flatMap(({ hint }) => hint ?? []));
+  const failed = report.octep?.steps.filter(({ ok }) => !ok) ?? [];
+  const hints = new Set([...failed, ...report.problems].flatMap(({ hint }) => hint ?? []));
   for (const hint of hints) print(`hint: ${hint}`);
 }
 
@@ -102,8 +103,8 @@ function printOctep({ model, virtualFunction, speaksVirtio, steps }: OctepReport
   section(
     title,
     table(
-      ['step', 'expected', 'read', ''],
-      steps.map(({ step, expected, read, ok }) => [step, expected, read, ok ? 'ok' : 'FAILED']),
+      ['', 'step', 'expected', 'read'],
+      steps.map(({ step, expected, read, ok }) => [ok ? 'ok' : 'FAILED', step, expected, read]),
     ),
   );
 }
