@@ -6,6 +6,7 @@ import { CommonCfgField, DeviceStatus, NO_VECTOR } from '../virtio/pci-layout.ts
 import { NetConfigField } from '../virtio-net/config.ts';
 import { expect, Failed, need, Untestable } from './check.ts';
 import { AdminConsole } from './console.ts';
+import { ControlConsole } from './control-console.ts';
 import { Driver } from './driver.ts';
 import { Network } from './network.ts';
 import { type Limits, offeredCapabilities, useCapabilities, useCommands } from './offer.ts';
@@ -23,6 +24,10 @@ export interface UpOptions {
   readonly admin?: boolean;
   /** IPSEC, and all commands and capabilities in use; or the limits that the driver sets. */
   readonly ipsec?: boolean | Limits;
+  /** A control queue. */
+  readonly control?: boolean;
+  /** Queue pairs with queues and receive buffers; not applicable when the device has fewer. Default 1. */
+  readonly pairs?: number;
   /** Descriptors of the receive and transmit queues. */
   readonly size?: number;
   /** MSI-X: vector 0 for configuration changes, 1 for receiving, 2 for sending. */
@@ -91,11 +96,13 @@ export class Bench {
     const withIpsec = options.ipsec !== undefined && options.ipsec !== false;
     if (withIpsec) required.push(Feature.IPSEC, Feature.ADMIN_VQ);
     if (options.admin === true) required.push(Feature.ADMIN_VQ);
+    if (options.control === true) required.push(Feature.CTRL_VQ);
     const missing = FeatureSet.of(...required).minus(offered);
     need(missing.isEmpty, `the device does not offer ${missing.names().join(', ')}`);
     const features = FeatureSet.of(...BASIC, ...(options.wanted ?? []))
       .and(offered)
       .with(...required);
+    if ((options.pairs ?? 1) > 1) this.#needPairs(target, offered, options.pairs ?? 1);
     expect(
       await Driver.negotiate(target, this.patience, features),
       () => `the device did not set FEATURES_OK for ${features.names().join(', ')}`,
@@ -110,11 +117,16 @@ export class Bench {
     const size = options.size ?? 64;
     driver.addQueue(0, { size, vector: vectors ? 1 : NO_VECTOR });
     driver.addQueue(1, { size, vector: vectors ? 2 : NO_VECTOR });
+    for (let index = 2; index < 2 * (options.pairs ?? 1); index++) driver.addQueue(index, { size });
     for (const index of options.queues ?? []) driver.addQueue(index, { size });
+    if (options.control === true) this.#addControl(driver);
     if (features.has(Feature.ADMIN_VQ)) this.addAdmin(driver);
     if (options.stopped === true) return driver;
     driver.start();
-    if (options.rx !== undefined) driver.fill(0, options.rx.count, options.rx.size, options.rx.split);
+    const { rx, pairs = 1 } = options;
+    if (rx !== undefined) {
+      for (let pair = 0; pair < pairs; pair++) driver.fill(2 * pair, rx.count, rx.size, rx.split);
+    }
     return driver;
   }
 
@@ -124,6 +136,29 @@ export class Bench {
     const refuses = format === 'split' && insists.has(Feature.RING_PACKED);
     need(!refuses, 'the device takes packed virtqueues only');
     return [...insists.bits(), ...(format === 'packed' ? [Feature.RING_PACKED] : [])];
+  }
+
+  #needPairs(target: Target, offered: FeatureSet, pairs: number): void {
+    const has = offered.hasAny(Feature.MQ, Feature.RSS)
+      ? target.structures.device.read16(NetConfigField.maxVirtqueuePairs)
+      : 1;
+    need(has >= pairs, `the device has ${has} queue pair${has === 1 ? '' : 's'}, the check needs ${pairs}`);
+  }
+
+  /** Enables the control queue, which stands behind the others (5.1.2). */
+  #addControl(driver: Driver): void {
+    const { features, target } = driver;
+    const many = features.hasAny(Feature.MQ, Feature.RSS);
+    const pairs = many ? target.structures.device.read16(NetConfigField.maxVirtqueuePairs) : 1;
+    const ring = driver.addQueue(2 * pairs, { size: 16 });
+    const log = (line: string) => this.log(line);
+    driver.control = new ControlConsole(target, ring, { patience: this.patience, log, kick: () => driver.kick(ring) });
+  }
+
+  /** The control queue of a driver that has one. */
+  control(driver: Driver): ControlConsole {
+    if (driver.control === null) throw new RangeError('the driver was brought up without a control queue');
+    return driver.control;
   }
 
   /** Enables the first administration queue. */
@@ -171,6 +206,7 @@ export class Bench {
       const mac = this.mac(this.target);
       return { driver, network: new Network(driver, driver, this.patience, [mac, mac]) };
     }
+    // A peer that filters would hide what the device sends.
     const other = await this.bringUp(this.peer, { rx: {} });
     return { driver, network: new Network(driver, other, this.patience, [this.mac(this.target), this.mac(this.peer)]) };
   }

@@ -21,6 +21,7 @@ export const AREAS = {
   FLT: 'Flow filter',
   IPS: 'IPsec',
   HDR: 'Packets and their headers',
+  CTL: 'Control virtqueue',
   RST: 'Reset',
 } as const;
 export type Area = keyof typeof AREAS;

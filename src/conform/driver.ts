@@ -14,6 +14,7 @@ import {
 import { Failed } from './check.ts';
 import type { AdminConsole } from './console.ts';
 import { pieces } from './console.ts';
+import type { ControlConsole } from './control-console.ts';
 import type { CheckRing, Piece } from './ring.ts';
 import { PackedRing } from './ring-packed.ts';
 import { SplitRing } from './ring-split.ts';
@@ -60,6 +61,7 @@ export class Driver {
   readonly layout: NetHeaderLayout;
   readonly rings = new Map<number, CheckRing>();
   admin: AdminConsole | null = null;
+  control: ControlConsole | null = null;
   readonly #notify: Window;
   readonly #multiplier: number;
   readonly #notifyOffsets = new Map<number, number>();
@@ -183,6 +185,11 @@ export class Driver {
     const ring = this.rings.get(index);
     if (ring === undefined) throw new RangeError(`there is no queue ${index}`);
     return ring;
+  }
+
+  /** Indices of the queues that have receive buffers. */
+  get receiveQueues(): readonly number[] {
+    return [...this.#posted.keys()];
   }
 
   /** Gives `count` receive buffers of `size` bytes, in `split` descriptors each, to queue `index`. */

@@ -70,6 +70,33 @@ export function udpFrame(options: FrameOptions): Uint8Array {
   return frame;
 }
 
+/** A frame that is not IP. */
+export function otherFrame({ destination, source }: FrameOptions, type: number): Uint8Array {
+  const frame = new Uint8Array(64);
+  frame.set(destination, Ethernet.destination);
+  frame.set(source, Ethernet.source);
+  put16(frame, Ethernet.type, type);
+  serial++;
+  put16(frame, Ethernet.length, serial);
+  return frame;
+}
+
+/** A UDP packet in an IPv4 tunnel over IPv4 (RFC 2003). */
+export function ipInIpFrame(options: FrameOptions): Uint8Array {
+  const inner = udpFrame(options);
+  const ip = Ethernet.length;
+  const frame = new Uint8Array(inner.length + Ipv4.minLength);
+  // The outer header is the inner one, between the ends of the tunnel.
+  frame.set(inner.subarray(0, ip + Ipv4.minLength));
+  frame.set(inner.subarray(ip), ip + Ipv4.minLength);
+  put16(frame, ip + Ipv4.totalLength, frame.length - ip);
+  frame[ip + Ipv4.protocol] = IpProtocol.ipv4;
+  frame.set(Address.tunnel4[0], ip + Ipv4.source);
+  frame.set(Address.tunnel4[1], ip + Ipv4.destination);
+  setIpv4Checksum(frame, ip, Ipv4.minLength);
+  return frame;
+}
+
 function udpChecksum(
   frame: Uint8Array,
   ip: number,

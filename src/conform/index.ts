@@ -7,6 +7,9 @@
 import type { Check } from './check.ts';
 import { adminChecks } from './checks/admin.ts';
 import { capabilityChecks } from './checks/capabilities.ts';
+import { controlCountingChecks } from './checks/control-counting.ts';
+import { controlReceiveChecks } from './checks/control-receive.ts';
+import { controlSteeringChecks } from './checks/control-steering.ts';
 import { flowFilterChecks } from './checks/flow-filter.ts';
 import { flowMatchingChecks } from './checks/flow-matching.ts';
 import { receivedChecks } from './checks/header.ts';
@@ -42,6 +45,9 @@ export const CHECKS: readonly Check[] = [
   ...resetChecks,
   ...queueChecks,
   ...packedQueueChecks,
+  ...controlReceiveChecks,
+  ...controlSteeringChecks,
+  ...controlCountingChecks,
   ...adminChecks,
   ...capabilityChecks,
   ...objectChecks,

@@ -150,6 +150,10 @@ export class PackedRing extends CheckRing {
     Atomics.store(u16, at + Event.flags, flags);
   }
 
+  suppressInterrupts(): void {
+    this.wantInterrupts(EventFlag.DISABLE);
+  }
+
   /** `flags` of the device event suppression structure, all 16 bits. */
   get deviceEventFlags(): number {
     return Atomics.load(this.memory.u16, (this.deviceArea >>> 1) + Event.flags);

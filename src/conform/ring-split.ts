@@ -86,6 +86,10 @@ export class SplitRing extends CheckRing {
     this.memory.u16[(this.driverArea >>> 1) + Ring.flags] = flags;
   }
 
+  suppressInterrupts(): void {
+    this.interruptFlags = 1;
+  }
+
   set usedEvent(index: number) {
     this.memory.u16[(this.driverArea >>> 1) + Ring.entries + this.size] = index;
   }

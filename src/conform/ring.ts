@@ -73,6 +73,8 @@ export abstract class CheckRing {
   abstract readonly pending: number;
   /** The next used buffer; null when there is none. Throws `Failed` when it is none that is out. */
   abstract take(): UsedEntry | null;
+  /** Advises the device not to notify of used buffers (2.7.7, 2.8.10). */
+  abstract suppressInterrupts(): void;
   /** Writes descriptor `d` of a table of indirect ones at offset `table`. */
   abstract describeIndirect(table: number, d: number, piece: Piece, next: number | null): void;
 

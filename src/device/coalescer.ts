@@ -6,6 +6,7 @@
  * notifications more often than asked for, and a packet never waits for the next one.
  */
 import type { Coalescing } from '../virtio-net/control-wire.ts';
+import type { FaultSet } from './faults.ts';
 
 const NONE: Coalescing = { maxPackets: 0, maxMicroseconds: 0 };
 
@@ -19,9 +20,11 @@ export class Coalescer {
   /** What was set for all receive and all transmit queues: a queue that is enabled again begins with it. */
   readonly #all: [Coalescing, Coalescing] = [NONE, NONE];
   #held = 0;
+  readonly #keeps: boolean;
 
-  constructor(queues: number, interrupt: (index: number) => void) {
+  constructor(queues: number, interrupt: (index: number) => void, faults: FaultSet) {
     this.#interrupt = interrupt;
+    this.#keeps = faults.has('coal-kept');
     this.#settings = new Array<Coalescing>(queues).fill(NONE);
     this.#packets = new Float64Array(queues);
     this.#deadline = new Float64Array(queues);
@@ -29,11 +32,12 @@ export class Coalescer {
 
   /** As after a reset. */
   clear(): void {
-    this.#settings.fill(NONE);
     this.#packets.fill(0);
     this.#deadline.fill(0);
-    this.#all.fill(NONE);
     this.#held = 0;
+    if (this.#keeps) return;
+    this.#settings.fill(NONE);
+    this.#all.fill(NONE);
   }
 
   /** Receive queues are the even ones. */
@@ -58,7 +62,7 @@ export class Coalescer {
     if (this.#deadline[index] !== 0) this.#held--;
     this.#deadline[index] = 0;
     this.#packets[index] = 0;
-    this.#settings[index] = this.#all[index & 1 ? 1 : 0];
+    if (!this.#keeps) this.#settings[index] = this.#all[index & 1 ? 1 : 0];
   }
 
   /** hot: `packets` more were used in queue `index`; `wanted` when the driver wants to be told of them. */

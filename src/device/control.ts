@@ -42,6 +42,8 @@ import {
 } from '../virtio-net/device-statistics.ts';
 import type { Arena } from './arena.ts';
 import type { Coalescer } from './coalescer.ts';
+import { type ControlExecute, withControlFaults } from './fault-control.ts';
+import type { FaultSet } from './faults.ts';
 import { type QueueStatistics, Stat } from './queue-statistics.ts';
 import { type DeviceQueue, NO_BUFFER } from './queues.ts';
 import type { ReceiveFilter } from './rx-filter.ts';
@@ -59,6 +61,7 @@ export interface ControlTarget {
   readonly filter: ReceiveFilter;
   readonly coalescer: Coalescer;
   readonly statistics: QueueStatistics;
+  readonly faults: FaultSet;
   /** Receive and transmit queues. */
   readonly dataQueues: number;
   /** The features that were negotiated. */
@@ -78,11 +81,14 @@ export class ControlProcessor {
   readonly #target: ControlTarget;
   readonly #scratch: number;
   #result: Uint8Array = NOTHING;
+  readonly #run: ControlExecute;
 
   constructor(arena: Arena, target: ControlTarget) {
     this.#arena = arena;
     this.#target = target;
     this.#scratch = arena.allocate(COMMAND_MAX);
+    const execute: ControlExecute = (command) => ({ ok: this.#execute(command), result: this.#result });
+    this.#run = withControlFaults(execute, target.faults);
   }
 
   close(): void {
@@ -104,9 +110,10 @@ export class ControlProcessor {
       statistics.add(queue.index, Stat.commands, 1);
       // The statistics of the control queue count the current command as done (5.1.9.5.10).
       statistics.add(queue.index, Stat.succeeded, 1);
-      const ok = queue.readableBytes <= COMMAND_MAX && this.#execute(command);
+      const answer = queue.readableBytes <= COMMAND_MAX ? this.#run(command) : { ok: false, result: NOTHING };
+      const { ok } = answer;
       if (!ok) statistics.add(queue.index, Stat.succeeded, -1);
-      const result = ok ? this.#result.subarray(0, REPLY_MAX - Ack.size) : NOTHING;
+      const result = ok ? answer.result.subarray(0, REPLY_MAX - Ack.size) : NOTHING;
       this.#arena.u8[this.#scratch] = ok ? Ack.OK : Ack.ERR;
       this.#arena.u8.set(result, this.#scratch + Ack.size);
       const written = queue.scatter(0, Ack.size + result.length, this.#scratch);

@@ -20,6 +20,8 @@ const CHANGES: Partial<Record<FaultName, (offered: FeatureSet) => FeatureSet>> =
   'no-out-net-header': (offered) => offered.without(Feature.OUT_NET_HEADER),
   'guest-tso-silent': (offered) => offered.with(Feature.GUEST_TSO4),
   'no-notification-data': (offered) => offered.without(Feature.NOTIFICATION_DATA),
+  'rss-contexts-none': (offered) => offered.with(Feature.RSS_CONTEXT),
+  'hash-tunnel-any': (offered) => offered.with(Feature.HASH_TUNNEL),
   'notification-data': (offered) => offered.with(Feature.NOTIFICATION_DATA),
 };
 

@@ -62,8 +62,8 @@ export class NetDevice implements DeviceModel {
   /** Executes administration commands; null without IPsec. */
   readonly admin: AdminProcessor | null;
   readonly #control: ControlProcessor;
-  readonly #steering = new Steering();
-  readonly #filter = new ReceiveFilter();
+  readonly #steering: Steering;
+  readonly #filter: ReceiveFilter;
   readonly #coalescer: Coalescer;
   readonly #statistics: QueueStatistics;
   readonly #receiver: Receiver;
@@ -84,7 +84,9 @@ export class NetDevice implements DeviceModel {
     this.#queues = new Array<DeviceQueue | null>(fn.common.queues.length).fill(null);
     this.#ipsec = wire === null ? null : new DeviceIpsec(pool, wire);
     this.#flowFilter = wire === null ? null : new FlowFilter(faults);
-    this.#coalescer = new Coalescer(PAIR * queuePairs, (index) => this.#interrupt(index));
+    this.#steering = new Steering(queuePairs, faults);
+    this.#filter = new ReceiveFilter(faults);
+    this.#coalescer = new Coalescer(PAIR * queuePairs, (index) => this.#interrupt(index), faults);
     this.#statistics = new QueueStatistics(this.#queues.length);
     this.#control = new ControlProcessor(arena, this.#controlTarget());
     const { counters } = this;
@@ -161,6 +163,7 @@ export class NetDevice implements DeviceModel {
     }
     // The event loop is about to look anyway.
     this.suppress();
+    if (this.#function.faults.has('announce-sticks')) this.announce();
     if (this.#function.faults.has('dies-after-start')) setTimeout(() => process.kill(process.pid, 'SIGKILL'), 50);
   }
 
@@ -202,6 +205,7 @@ export class NetDevice implements DeviceModel {
     this.#coalescer.forget(queue.index);
     this.#queues[queue.index]?.close();
     this.#queues[queue.index] = queue;
+    if (this.#isReceive(queue.index)) this.#steering.setUsable(queue.index / PAIR, true);
     if (this.#features !== null && this.#isReceive(queue.index)) this.#receiver.attach(queue.index / PAIR, queue);
   }
 
@@ -209,7 +213,9 @@ export class NetDevice implements DeviceModel {
     this.#coalescer.forget(index);
     this.#queues[index]?.close();
     this.#queues[index] = null;
-    if (this.#isReceive(index)) this.#receiver.attach(index / PAIR, null);
+    if (!this.#isReceive(index)) return;
+    this.#steering.setUsable(index / PAIR, false);
+    this.#receiver.attach(index / PAIR, null);
   }
 
   readConfig(offset: number, width: number): number {
@@ -302,6 +308,7 @@ export class NetDevice implements DeviceModel {
       filter: this.#filter,
       coalescer: this.#coalescer,
       statistics: this.#statistics,
+      faults: this.#function.faults,
       get features() {
         return device.#features ?? FeatureSet.empty;
       },

@@ -7,6 +7,7 @@
 import { Ethernet, EtherType, Vlan } from '../packet/fields.ts';
 import { Feature, type FeatureSet } from '../virtio/features.ts';
 import { type MacTables, RxCommand, VLAN_IDS } from '../virtio-net/control-wire.ts';
+import type { FaultSet } from './faults.ts';
 
 const MAC_LENGTH = 6;
 /** Addresses of each table that are kept. */
@@ -24,13 +25,19 @@ export class ReceiveFilter {
   readonly #vlans = new Uint8Array(VLAN_IDS);
   #byMac = false;
   #byVlan = false;
+  readonly #faults: FaultSet;
+
+  constructor(faults: FaultSet) {
+    this.#faults = faults;
+  }
 
   /** As after a reset, for what was negotiated. */
   start(features: FeatureSet, mac: Uint8Array): void {
-    this.#byMac = features.has(Feature.CTRL_RX);
-    this.#byVlan = features.has(Feature.CTRL_VLAN);
+    const faults = this.#faults;
+    this.#byMac = features.has(Feature.CTRL_RX) && !faults.has('rx-filter-open');
+    this.#byVlan = (features.has(Feature.CTRL_VLAN) || faults.has('vlan-always')) && !faults.has('rx-filter-open');
     this.#modes.fill(0);
-    this.#entries.fill(0);
+    if (!faults.has('mac-table-kept')) this.#entries.fill(0);
     this.#vlans.fill(0);
     this.#mac.set(mac);
   }

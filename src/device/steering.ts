@@ -10,6 +10,7 @@ import { Ethernet, EtherType, IpProtocol, Ipv4, Ipv4Fragment, Ipv6 } from '../pa
 import type { PacketPool } from '../packet/pool.ts';
 import type { HashConfig, RssConfig } from '../virtio-net/control-wire.ts';
 import { RssHash } from '../virtio-net/toeplitz.ts';
+import type { FaultSet } from './faults.ts';
 
 const ENTRIES = 4096;
 const NONE = 0xff;
@@ -23,10 +24,28 @@ export class Steering {
   /** Whether frames are hashed; and by what they are steered, null for automatically. */
   #hashes = false;
   #rss: RssConfig | null = null;
+  /** By queue pair: whether its receive queue is enabled and not reset. */
+  readonly #usable: Uint8Array;
+  /** Faults, looked up once. */
+  readonly #early: boolean;
+  readonly #forgets: boolean;
+  readonly #dropsAtReset: boolean;
+  readonly #steersAtReset: boolean;
+  readonly #hashFault: number;
+
+  constructor(queuePairs: number, faults: FaultSet) {
+    this.#usable = new Uint8Array(queuePairs);
+    this.#early = faults.has('mq-early');
+    this.#forgets = faults.has('mq-flow-forgotten');
+    this.#dropsAtReset = faults.has('mq-reset-queue-drops');
+    this.#steersAtReset = faults.has('flow-reset-queue-steers');
+    this.#hashFault = faults.has('hash-wrong') ? 1 : 0;
+    this.clear();
+  }
 
   /** As after a reset. */
   clear(): void {
-    this.pairs = 1;
+    this.pairs = this.#early ? this.#usable.length : 1;
     this.#hashes = false;
   }
 
@@ -43,6 +62,11 @@ export class Steering {
     this.#hashes = true;
   }
 
+  /** The receive queue of `pair` can be used from now on, or cannot. */
+  setUsable(pair: number, usable: boolean): void {
+    this.#usable[pair] = usable ? 1 : 0;
+  }
+
   /** Queue pairs in use: 1 after a reset (5.1.9.5.6). */
   get pairs(): number {
     return this.#inUse;
@@ -56,7 +80,8 @@ export class Steering {
 
   /** hot: a frame of this flow went out on transmit queue `pair`. */
   sent(u8: Uint8Array, at: number, length: number, pair: number): void {
-    if (this.#inUse > 1) this.#pairs[flowHash(u8, at, length) & (ENTRIES - 1)] = pair;
+    if (this.#inUse > 1 && !this.#forgets)
+      this.#pairs[flowHash(u8, at, length) & (ENTRIES - 1)] = pair;
   }
 
   /** Whether `pick` needs the hash of each frame. */
@@ -69,19 +94,27 @@ export class Steering {
     const rss = this.#rss;
     if (rss !== null) {
       const table = rss.indirectionTable;
-      if (this.#hash.report === 0) return rss.unclassifiedQueue;
-      return table[this.#hash.value & (table.length - 1)];
+      const queue = this.#hash.report === 0 ? rss.unclassifiedQueue : table[this.#hash.value & (table.length - 1)];
+      return this.#steersAtReset ? this.#instead(queue) : queue;
     }
     if (this.#inUse === 1) return 0;
     const hash = flowHash(pool.u8, pool.offset[packet], pool.length[packet]);
     const pair = this.#pairs[hash & (ENTRIES - 1)];
-    return pair < this.#inUse ? pair : hash % this.#inUse;
+    const queue = pair < this.#inUse ? pair : hash % this.#inUse;
+    return this.#dropsAtReset ? queue : this.#instead(queue);
+  }
+
+  /** hot: `pair`, or another one in use when its queue is reset (5.1.9.5.6.2). */
+  #instead(pair: number): number {
+    if (this.#usable[pair] !== 0) return pair;
+    for (let other = 0; other < this.#inUse; other++) if (this.#usable[other] !== 0) return other;
+    return pair;
   }
 
   /** hot: the hash of a frame, into the pool; none before the driver has said what to hash. */
   calculate(pool: PacketPool, packet: number): void {
     if (this.#hashes) this.#hash.hash(pool.u8, pool.offset[packet], pool.length[packet]);
-    pool.hash[packet] = this.#hashes ? this.#hash.value : 0;
+    pool.hash[packet] = this.#hashes ? this.#hash.value ^ this.#hashFault : 0;
     pool.hashReport[packet] = this.#hashes ? this.#hash.report : 0;
   }
 }

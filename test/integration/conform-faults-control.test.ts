@@ -1,3 +1,3 @@
 import { testFaults } from './conform-support.ts';
 
-testFaults(['PCI', 'INI', 'RST', 'ADM', 'CAP', 'OBJ']);
+testFaults(['PCI', 'INI', 'RST', 'ADM', 'CAP', 'OBJ', 'CTL']);

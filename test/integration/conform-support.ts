@@ -88,6 +88,14 @@ export function lines(results: readonly CheckResult[]): string[] {
 const SETUPS: Readonly<Record<string, Setup>> = {
   // Two receive queues, one of which is reset.
   'FLT-016': { queuePairs: 2 },
+  // Two receive queues to choose from.
+  'CTL-023': { queuePairs: 2, link: 'pair' },
+  'CTL-024': { queuePairs: 2, link: 'pair' },
+  'CTL-025': { queuePairs: 2, link: 'pair' },
+  'CTL-026': { queuePairs: 2, link: 'pair' },
+  'CTL-030': { queuePairs: 2 },
+  'CTL-031': { queuePairs: 2 },
+  'CTL-032': { queuePairs: 2 },
   // A sender that may send longer packets.
   'HDR-038': { link: 'pair' },
 };
