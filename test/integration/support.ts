@@ -8,7 +8,7 @@ import { createConnection, type Socket } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
-import type { DeviceRings, FaultName } from '../../src/device/index.ts';
+import type { DeviceRings, FaultName, OctepFault, PersonalityName } from '../../src/device/index.ts';
 import { type Nic, type NicOptions, openNic, type SaHandle, type SecurityAssociationInput } from '../../src/index.ts';
 import { CaptureReader } from '../../src/packet/capture-file.ts';
 
@@ -44,7 +44,8 @@ export interface DeviceSetup {
   /** `vipsec device --link`. */
   readonly link?: string;
   readonly ipsec?: boolean;
-  readonly faults?: readonly FaultName[];
+  readonly faults?: readonly (FaultName | OctepFault)[];
+  readonly personality?: PersonalityName;
   readonly queuePairs?: number;
   /** Virtqueues that drivers may use; default both. */
   readonly rings?: DeviceRings;
@@ -78,6 +79,7 @@ export async function startDevice(setup: DeviceSetup = {}): Promise<RunningDevic
   if (setup.link !== undefined) args.push('--link', setup.link);
   if (setup.ipsec === false) args.push('--no-ipsec');
   if (setup.queuePairs !== undefined) args.push('--queue-pairs', String(setup.queuePairs));
+  if (setup.personality !== undefined) args.push('--personality', setup.personality);
   if (setup.rings !== undefined) args.push('--rings', setup.rings);
   if (setup.wire !== undefined) args.push('--wire', setup.wire);
   if (setup.mac !== undefined) args.push('--mac', setup.mac);
