@@ -151,7 +151,7 @@ export function featuresFor(
   const platform = platformFeatures(fn);
   let useful = genericFeatures(options)
     .with(Feature.MAC, Feature.STATUS, Feature.MTU, Feature.SPEED_DUPLEX, Feature.CSUM, Feature.GUEST_CSUM)
-    .or(offloadFeatures(options.offloads));
+    .or(offloadFeatures(options.offloads, options.wire));
   const inlineWanted = options.ipsec === 'auto' || options.ipsec === 'inline';
   // Only with IPsec, which makes the header longer anyway; the draft has no place for it.
   if (inlineWanted && options.wire !== 'rfc-2025-01') useful = useful.with(Feature.OUT_NET_HEADER);

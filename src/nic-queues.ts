@@ -2,7 +2,7 @@
  * The queues of an open NIC: the rings of `virtio-net/` with IPsec in front of them.
  *
  * Transmit: a packet whose SA runs in software is protected in place before it enters the ring, one whose SA runs inline is counted
- * and then tagged by the ring. A packet whose SA does not exist, or cannot carry it, is dropped and counted; it never
+ * and then tagged by the ring; what stands for several packets is cut into them first (`nic-segments.ts`). A packet whose SA does not exist, or cannot carry it, is dropped and counted; it never
  * leaves in the clear. Receive: what the device has processed is counted and held against the SA's selector; what is still ESP or
  * AH is offered to the software side. When there is no SA for it, a burst goes straight to the ring.
  */
@@ -14,16 +14,18 @@ import type { InlineIpsec } from './ipsec/inline.ts';
 import type { SoftwareSide } from './ipsec/manager.ts';
 import { SaPlace, type SaState } from './ipsec/sa-state.ts';
 import { burstsOf, type Sleeper, type WaitPolicy, waitForPackets } from './nic-interrupts.ts';
+import { SaSegments, Split } from './nic-segments.ts';
 import { Ethernet } from './packet/fields.ts';
 import { fillChecksum } from './packet/fill-checksum.ts';
-import { PacketFlag, type PacketPool } from './packet/pool.ts';
+import { NO_PACKET, PacketFlag, type PacketPool } from './packet/pool.ts';
+import { MAX_SEGMENTS } from './packet/segment.ts';
 import type { RxQueue } from './virtio-net/rx.ts';
 import type { TxQueue } from './virtio-net/tx.ts';
 
 /** What is used of the rings. */
 export type TxRing = Pick<
   TxQueue,
-  'burst' | 'reclaim' | 'room' | 'broken' | 'counters' | 'enableInterrupts' | 'disableInterrupts'
+  'burst' | 'reclaim' | 'size' | 'room' | 'broken' | 'counters' | 'enableInterrupts' | 'disableInterrupts'
 >;
 export type RxRing = Pick<
   RxQueue,
@@ -66,11 +68,16 @@ export class NicTxQueue {
   readonly #software = new Uint32Array(CHUNK);
   readonly #drop = new Uint32Array(CHUNK);
   readonly #verdicts = new Uint8Array(CHUNK);
+  readonly #segments: SaSegments;
+  /** Packets, and segments of those that were cut. */
+  readonly #cut = new Uint32Array(CHUNK + MAX_SEGMENTS);
+  readonly #single = new Uint32Array(1);
 
   constructor(ring: TxRing, pool: PacketPool, ipsec: DataPathIpsec, options: NicQueueOptions = {}) {
     this.#ring = ring;
     this.#pool = pool;
     this.#ipsec = ipsec;
+    this.#segments = new SaSegments(pool, ipsec.state);
     this.#onBroken = options.onBroken ?? (() => {});
     this.dropped = options.dropped ?? new Float64Array(VERDICTS);
   }
@@ -99,13 +106,47 @@ export class NicTxQueue {
     if (ring.room < n) ring.reclaim();
     const count = Math.min(n, ring.room, packets.length);
     if (count <= 0) return ring.burst(packets, n);
+    if (this.#segments.isAmong(packets, count)) return this.#burstCut(packets, count);
     for (let from = 0; from < count; from += CHUNK) this.#chunk(packets, from, Math.min(from + CHUNK, count));
     return count;
   }
 
+  /** hot: as `burst`, when there may be packets to cut; takes fewer when there is no room for all segments of the next one. */
+  #burstCut(packets: Uint32Array, count: number): number {
+    const ring = this.#ring;
+    const segments = this.#segments;
+    const list = this.#cut;
+    let filled = 0;
+    let taken = 0;
+    let room = ring.room;
+    for (; taken < count && room > 0; taken++) {
+      const p = packets[taken];
+      let made = 1;
+      if (segments.concerns(p)) made = segments.split(p, list, filled, room, ring.size);
+      else list[filled] = p;
+      if (made === Split.later) break;
+      if (made === Split.refused) {
+        this.#single[0] = this.#refuse(p, this.#pool.sa[p], Verdict.malformed);
+        this.#pool.freeChains(this.#single, 1);
+        continue;
+      }
+      filled += made;
+      room -= made;
+      if (filled >= CHUNK) filled = this.#chunks(filled);
+    }
+    this.#chunks(filled);
+    return taken;
+  }
+
+  /** hot: sends or drops the first `n` of what was cut. */
+  #chunks(n: number): 0 {
+    for (let from = 0; from < n; from += CHUNK) this.#chunk(this.#cut, from, Math.min(from + CHUNK, n));
+    return 0;
+  }
+
   /** hot: sends or drops `packets[from..to)`; the ring has room for them. */
   #chunk(packets: Uint32Array, from: number, to: number): void {
-    const { sa, length } = this.#pool;
+    const { sa, length, next } = this.#pool;
     const { state } = this.#ipsec;
     const { place } = state;
     const send = this.#send;
@@ -143,7 +184,7 @@ export class NicTxQueue {
         send[sending++] = p;
         continue;
       }
-      const bytes = length[p] - LINK_HEADER;
+      const bytes = (next[p] === NO_PACKET ? length[p] : this.#pool.chainLength(p)) - LINK_HEADER;
       let verdict: number = where === SaPlace.inlineOutbound ? Verdict.tooBig : state.whyUnknown(handle);
       if (bytes > 0 && bytes <= longest) {
         run++;
@@ -168,7 +209,7 @@ export class NicTxQueue {
       dropped += sending - kept;
       sending = kept;
     }
-    if (dropped !== 0) this.#pool.free(this.#drop, dropped);
+    if (dropped !== 0) this.#pool.freeChains(this.#drop, dropped);
     if (sending !== 0) this.#transmit(sending);
   }
 
@@ -210,7 +251,7 @@ export class NicTxQueue {
     if (taken === sending) return;
     // The ring has broken meanwhile. These packets are not what the caller gave, so they do not go back.
     send.copyWithin(0, taken, sending);
-    this.#pool.free(send, sending - taken);
+    this.#pool.freeChains(send, sending - taken);
     this.dropped[Verdict.engine] += sending - taken;
   }
 
@@ -300,7 +341,7 @@ export class NicRxQueue {
 
   /** hot: examines `out[from..to)` and moves what is delivered to `out[kept…)`. Returns the new `kept`. */
   #chunk(out: Uint32Array, from: number, to: number, kept: number): number {
-    const { sa, flags, length } = this.#pool;
+    const { sa, flags, length, next: chained } = this.#pool;
     const { state } = this.#ipsec;
     const { selective } = state;
     const candidates = this.#candidates;
@@ -330,7 +371,7 @@ export class NicRxQueue {
             runBytes = 0;
           }
           run++;
-          runBytes += length[p] - LINK_HEADER;
+          runBytes += (chained[p] === NO_PACKET ? length[p] : this.#pool.chainLength(p)) - LINK_HEADER;
           if ((flags[p] & PacketFlag.softExpiry) !== 0) state.deviceSoftExpiry(handle);
         } else {
           verdict = Verdict.selector;
@@ -340,7 +381,7 @@ export class NicRxQueue {
       else this.#drop[dropped++] = p;
     }
     if (run !== 0) state.countInbound(current, run, runBytes);
-    if (dropped !== 0) this.#pool.free(this.#drop, dropped);
+    if (dropped !== 0) this.#pool.freeChains(this.#drop, dropped);
     return end;
   }
 

@@ -21,6 +21,7 @@ class FakeRing implements TxRing, RxRing {
   readonly arriving: number[] = [];
   broken: VirtioError | null = null;
   room = 512;
+  size = 512;
   readonly #pool: PacketPool;
 
   constructor(pool: PacketPool) {

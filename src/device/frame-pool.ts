@@ -35,7 +35,7 @@ export class FramePool extends PacketPool {
   }
 
   /** hot: moves the place of `packet`, which holds nothing yet, to an area of its own; false when there is none. */
-  attach(packet: number): boolean {
+  enlarge(packet: number): boolean {
     if (this.#available === 0) return false;
     const area = this.#freeAreas[--this.#available];
     this.#area[packet] = area;

@@ -194,7 +194,7 @@ export class Transmitter {
     const frame = bytes - layout.length;
     if (frame > MAX_LARGE_FRAME) return this.#refuse(NetCounter.txLength);
     const pool = this.#pool;
-    const attached = pool.attach(packet);
+    const attached = pool.enlarge(packet);
     const at = attached ? pool.offset[packet] : this.#large + Large.headroom;
     const head = Math.min(bytes, HEAD);
     if (queue.gather(0, head, at - layout.length) < 0) return Fate.dropped;

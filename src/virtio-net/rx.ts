@@ -5,15 +5,17 @@
  * What the device wrote into a header is not trusted: a packet counts as protected by an SA only when its flags
  * say so without an error and its resource is an inbound SA that the driver has created. A GSO type is accepted when its
  * feature was negotiated, else the packet is dropped and counted. `num_buffers` is not looked at: without MRG_RXBUF it has to
- * be 1 (5.1.9.4.1), and QEMU 7.2 leaves it 0. `rx-merge.ts` has the queue for MRG_RXBUF and HASH_REPORT. Left out: the
- * types of UDP tunnels, UFO and RSC, which are not negotiated.
+ * be 1 (5.1.9.4.1), and QEMU 7.2 leaves it 0. `rx-merge.ts` has the queue for MRG_RXBUF and HASH_REPORT. Left out: UFO and RSC,
+ * which are not negotiated.
  */
 import type { VirtioError } from '../errors.ts';
+import { Udp } from '../packet/fields.ts';
+import { GSO_TUNNEL, GsoSet, GsoType, isAmong } from '../packet/gso.ts';
 import { PacketFlag, type PacketPool } from '../packet/pool.ts';
 import { ResourceType } from '../virtio/admin-wire.ts';
 import type { QueueNotifier } from '../virtio/transport.ts';
 import type { Virtqueue } from '../virtqueue/virtqueue.ts';
-import { GsoType, isAmong, NetHeaderField, NetHeaderFlag, type NetHeaderLayout } from './header.ts';
+import { NetHeaderField, NetHeaderFlag, type NetHeaderLayout } from './header.ts';
 import type { SaTable } from './sa-table.ts';
 
 export interface RxQueueOptions {
@@ -25,7 +27,7 @@ export interface RxQueueOptions {
   readonly sas: SaTable;
   /** True when GUEST_CSUM was negotiated. */
   readonly guestChecksum?: boolean;
-  /** Bit t is set when packets of `GsoType` t may come; bit 7 when with ECN: see `receivedGsoTypes`. Default none. */
+  /** The set of types that may come: see `receivedGsoTypes`. Default none. */
   readonly gsoTypes?: number;
   /** By `RxCounter`: where to count, for others to see. Default an array of its own. */
   readonly counters?: Float64Array;
@@ -71,6 +73,7 @@ export class RxQueue {
   protected readonly headerStart: number;
   protected readonly refillAt: number;
   readonly #gsoTypes: number;
+  readonly #hasOuterChecksum: boolean;
   /** By packet, always the same: bytes from the packet's place to the end of the slot. */
   readonly #room: Uint32Array;
   protected readonly taken: Uint32Array;
@@ -86,10 +89,12 @@ export class RxQueue {
     this.layout = layout;
     this.#sas = options.sas;
     const checksum = options.guestChecksum === true ? NetHeaderFlag.NEEDS_CSUM | NetHeaderFlag.DATA_VALID : 0;
-    this.#knownFlags = checksum | layout.security | layout.securityErr | layout.softExpiryWarn;
+    this.#gsoTypes = options.gsoTypes ?? 0;
+    this.#hasOuterChecksum = (this.#gsoTypes & GsoSet.outerChecksum) !== 0;
+    const outer = this.#hasOuterChecksum ? NetHeaderFlag.UDP_TUNNEL_CSUM : 0;
+    this.#knownFlags = checksum | outer | layout.security | layout.securityErr | layout.softExpiryWarn;
     // Any `gso_type`, and any flag but SECURITY; DATA_VALID too, because it must reach the packet.
     this.#unusual = 0xff00 | (this.#knownFlags & ~layout.security);
-    this.#gsoTypes = options.gsoTypes ?? 0;
     this.headerStart = pool.headroom - layout.length;
     this.refillAt = Math.max(1, Math.min(REFILL_BURST, queue.size >>> 2));
     this.#room = new Uint32Array(pool.count).fill(pool.stride - pool.headroom);
@@ -239,6 +244,11 @@ export class RxQueue {
     if (gsoType !== GsoType.NONE && !this.#acceptGso(p, at, wire, gsoType)) return false;
 
     let flags = gsoType === GsoType.NONE ? 0 : PacketFlag.segmented;
+    if (this.#hasOuterChecksum && (wire & NetHeaderFlag.UDP_TUNNEL_CSUM) !== 0) {
+      if ((gsoType & GSO_TUNNEL) !== 0) flags |= PacketFlag.outerChecksum;
+      // 5.1.9.4.2.
+      else if ((wire & NetHeaderFlag.NEEDS_CSUM) !== 0) return false;
+    }
     if ((wire & layout.securityErr) !== 0) {
       flags |= PacketFlag.securityError;
       this.counters[RxCounter.securityError]++;
@@ -278,8 +288,21 @@ export class RxQueue {
     const { pool } = this;
     const size = pool.u16[(at + NetHeaderField.gsoSize) >>> 1];
     if (!isAmong(gsoType, this.#gsoTypes) || size === 0 || (wire & NetHeaderFlag.NEEDS_CSUM) === 0) return false;
+    if ((gsoType & GSO_TUNNEL) !== 0 && !this.#acceptTunnel(p, at, wire)) return false;
     pool.gsoType[p] = gsoType;
     pool.gsoSize[p] = size;
+    return true;
+  }
+
+  /** A packet inside a UDP tunnel (5.1.9.4.2): its headers follow each other, and nothing is said of a checksum that was validated. */
+  #acceptTunnel(p: number, at: number, wire: number): boolean {
+    const { pool, layout } = this;
+    const outer = pool.u16[(at + layout.outerThOffset) >>> 1];
+    const inner = pool.u16[(at + layout.innerNhOffset) >>> 1];
+    const start = pool.u16[(at + NetHeaderField.csumStart) >>> 1];
+    if ((wire & NetHeaderFlag.DATA_VALID) !== 0 || inner < outer + Udp.length || inner >= start) return false;
+    pool.outerTransport[p] = outer;
+    pool.innerNetwork[p] = inner;
     return true;
   }
 

@@ -5,19 +5,19 @@
  * A packet with `pool.sa[p]` not 0 asks for IPsec: its header carries SECURITY and the SA's resource. When that SA is
  * not on the device the packet is dropped and counted; it is never sent in the clear. A packet with `PacketFlag.segmented`
  * is cut into segments by the device (HOST_TSO4, HOST_TSO6, HOST_USO). A chain of slots is one buffer of several
- * descriptors; its header stands in the first slot, and all headers of the packet must be there. Left out: UFO and UDP tunnels.
+ * descriptors; its header stands in the first slot, and all headers of the packet must be there. The packet may be inside a UDP tunnel
+ * (HOST_UDP_TUNNEL_GSO), and leave the outer checksum to the device too (HOST_UDP_TUNNEL_GSO_CSUM). Left out: UFO.
  */
 import type { VirtioError } from '../errors.ts';
 import { Ethernet, Tcp, Udp, Vlan } from '../packet/fields.ts';
+import { baseType, GSO_TUNNEL, GsoSet, GsoType, isAmong } from '../packet/gso.ts';
 import { NO_PACKET, PacketFlag, type PacketPool } from '../packet/pool.ts';
 import { ResourceType } from '../virtio/admin-wire.ts';
 import type { QueueNotifier } from '../virtio/transport.ts';
 import type { Virtqueue } from '../virtqueue/virtqueue.ts';
 import {
-  GsoType,
   type HeaderMemory,
   headerMemory,
-  isAmong,
   NET_HEADER_MAX,
   NET_HEADER_MIN,
   NetHeaderFlag,
@@ -28,6 +28,7 @@ import {
   writeSecurityHeader,
   writeSegmentation,
   writeTransmitHeader,
+  writeTunnel,
 } from './header.ts';
 import { NOT_INLINE, type SaTable } from './sa-table.ts';
 
@@ -40,7 +41,7 @@ export interface TxQueueOptions {
   readonly sas: SaTable;
   /** True when CSUM was negotiated. */
   readonly checksum?: boolean;
-  /** Bit t is set when packets of `GsoType` t may be sent: see `sentGsoTypes`. Default none. */
+  /** The set of types that may be sent: see `sentGsoTypes`. Default none. */
   readonly gsoTypes?: number;
   /** Bytes of the longest packet that is not to be segmented, link header included: with MTU negotiated, the MTU + 14. Default: what a slot holds. */
   readonly maxLength?: number;
@@ -113,6 +114,11 @@ export class TxQueue {
   /** Why the queue is closed, or null. */
   get broken(): VirtioError | null {
     return this.#queue.broken;
+  }
+
+  /** Packets that the ring has room for when it is empty. */
+  get size(): number {
+    return this.#queue.size;
   }
 
   /** Packets that `burst` would take now without waiting for the device. */
@@ -317,6 +323,11 @@ export class TxQueue {
     }
     const headers = isSegmented ? this.#headersOf(p, flags, size) : 0;
     if (isSegmented && (headers === 0 || headers >= total)) return TxCounter.droppedInvalid;
+    const isTunnel = isSegmented && (pool.gsoType[p] & GSO_TUNNEL) !== 0;
+    if ((pool.flags[p] & PacketFlag.outerChecksum) !== 0) {
+      if (!isTunnel || (this.#gsoTypes & GsoSet.outerChecksum) === 0) return TxCounter.droppedInvalid;
+      flags |= NetHeaderFlag.UDP_TUNNEL_CSUM;
+    }
     let resource = 0;
     let type = 0;
     const handle = pool.sa[p];
@@ -329,6 +340,7 @@ export class TxQueue {
     }
     writeTransmitHeader(this.#memory, at, layout, flags, csumStart, csumOffset, resource, type);
     if (isSegmented) writeSegmentation(this.#memory.u8, at, pool.gsoType[p], headers, pool.gsoSize[p]);
+    if (isTunnel) writeTunnel(this.#memory.u8, at, layout, pool.outerTransport[p], pool.innerNetwork[p]);
     if (layout.outerNhOffset >= 0) this.#markNetworkHeader(p);
     return isChain ? Prepared.chain : Prepared.single;
   }
@@ -367,7 +379,9 @@ export class TxQueue {
     const type = pool.gsoType[p];
     if (flags === 0 || pool.gsoSize[p] === 0 || !isAmong(type, this.#gsoTypes)) return 0;
     const start = pool.checksumStart[p];
-    const isUdp = (type & ~GsoType.ECN) === GsoType.UDP_L4;
+    const inner = pool.innerNetwork[p];
+    if ((type & GSO_TUNNEL) !== 0 && (inner < pool.outerTransport[p] + Udp.length || inner >= start)) return 0;
+    const isUdp = baseType(type) === GsoType.UDP_L4;
     if (start + (isUdp ? Udp.length : Tcp.minLength) > size) return 0;
     const transport = isUdp ? Udp.length : (pool.u8[pool.offset[p] + start + Tcp.dataOffset] >>> 4) * 4;
     if (!isUdp && transport < Tcp.minLength) return 0;

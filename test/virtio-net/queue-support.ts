@@ -74,7 +74,7 @@ export function queues(options: Options = {}) {
     mergeable: negotiated.has(Feature.MRG_RXBUF),
   });
   const txDevice = new NaiveSplitDevice(memory, setupOf(txRing));
-  const rxDevice = new NaiveSplitDevice(memory, setupOf(rxRing));
+  let rxDevice = new NaiveSplitDevice(memory, setupOf(rxRing));
 
   /** New packets with this content each, at `shift` bytes behind the usual place. */
   const make = (contents: Uint8Array[], shift = 0): Uint32Array => {
@@ -114,7 +114,28 @@ export function queues(options: Options = {}) {
     rxDevice.complete(chain.head, usedLength);
   };
 
-  return { memory, pool, layout, sas, tx, rx, txRing, rxRing, txDevice, rxDevice, notified, make, sent, receive };
+  /** The device forgets the receive queue, as in a reset of it. */
+  const restartDevice = (): void => {
+    rxDevice = new NaiveSplitDevice(memory, setupOf(rxRing));
+  };
+
+  return {
+    restartDevice,
+    memory,
+    pool,
+    layout,
+    sas,
+    tx,
+    rx,
+    txRing,
+    rxRing,
+    txDevice,
+    rxDevice,
+    notified,
+    make,
+    sent,
+    receive,
+  };
 }
 
 /** `n` different bytes. */

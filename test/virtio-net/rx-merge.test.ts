@@ -192,6 +192,104 @@ describe('a packet that stands for segments', () => {
   });
 });
 
+describe('a packet that stands for segments and was opened by the device', () => {
+  it('has the SA that it came with, all its bytes and what it stands for', () => {
+    const features = [Feature.GUEST_CSUM, Feature.GUEST_TSO4, Feature.MRG_RXBUF, Feature.IPSEC];
+    const q = open({ features, checksum: true });
+    q.sas.handle[7] = 70;
+    const security = { resourceId: 7, resourceType: 0x204 };
+    const tso = { flags: NEEDS_CSUM | SECURITY, gsoType: GsoType.TCPV4, gsoSize: 1448, csumStart: 34, csumOffset: 16 };
+    q.deliver(content(900), { ...tso, ...security });
+    // An SA that nobody made, and one that failed.
+    q.deliver(content(901), { ...tso, ...security, resourceId: 8 });
+    q.deliver(content(902), { ...tso, ...security, flags: tso.flags | NetHeaderFlag.SECURITY_ERR });
+    const packets = q.burst();
+    expect(packets.map((p) => q.pool.chainLength(p))).toEqual([900, 901, 902]);
+    expect(packets.map((p) => q.pool.sa[p])).toEqual([70, 0, 0]);
+    const large = PacketFlag.needsChecksum | PacketFlag.segmented;
+    const { secured, securityError } = PacketFlag;
+    expect(packets.map((p) => q.pool.flags[p])).toEqual([
+      large | secured,
+      large | securityError,
+      large | securityError,
+    ]);
+  });
+});
+
+describe('a packet inside a UDP tunnel', () => {
+  const BOTH = [Feature.GUEST_UDP_TUNNEL_GSO, Feature.GUEST_UDP_TUNNEL_GSO_CSUM];
+  const features = [Feature.GUEST_CSUM, Feature.GUEST_TSO4, Feature.GUEST_TSO6, ...BOTH];
+  const { UDP_TUNNEL_CSUM, DATA_VALID } = NetHeaderFlag;
+  const tunnel: Partial<NetHeader> = {
+    ...{ flags: NEEDS_CSUM | UDP_TUNNEL_CSUM, gsoType: GsoType.TCPV4 | GsoType.UDP_TUNNEL_IPV4, gsoSize: 1448 },
+    ...{ csumStart: 84, csumOffset: 16, outerThOffset: 34, innerNhOffset: 64 },
+  };
+
+  it('tells where its headers are', () => {
+    const q = open({ features, checksum: true });
+    q.deliver(content(128), tunnel);
+    q.deliver(content(127), { ...tunnel, flags: NEEDS_CSUM });
+    const packets = q.burst();
+    for (const p of packets) {
+      expect(q.pool.gsoType[p]).toBe(tunnel.gsoType);
+      expect([q.pool.outerTransport[p], q.pool.innerNetwork[p]]).toEqual([34, 64]);
+    }
+    const large = PacketFlag.needsChecksum | PacketFlag.segmented;
+    expect(packets.map((p) => q.pool.flags[p])).toEqual([large | PacketFlag.outerChecksum, large]);
+  });
+
+  it.each<{ name: string; fields: Partial<NetHeader>; without?: number[] }>([
+    { name: 'both tunnel types', fields: { gsoType: 0x61 } },
+    { name: 'a checksum that is said to be valid', fields: { flags: NEEDS_CSUM | DATA_VALID } },
+    { name: 'nothing inside', fields: { gsoType: GsoType.UDP_TUNNEL_IPV4 } },
+    { name: 'UFO inside', fields: { gsoType: GsoType.UDP | GsoType.UDP_TUNNEL_IPV4 } },
+    { name: 'an inner header in the outer one', fields: { innerNhOffset: 41 } },
+    { name: 'an inner header behind the checksum', fields: { innerNhOffset: 84 } },
+    { name: 'no tunnel but its checksum', fields: { gsoType: GsoType.TCPV4 } },
+    { name: 'no tunnel, no segments, but its checksum', fields: { gsoType: 0, gsoSize: 0 } },
+    { name: 'no feature for it', fields: {}, without: BOTH },
+  ])('is dropped with $name', ({ fields, without = [] }) => {
+    const q = open({ features: features.filter((bit) => !without.includes(bit)), checksum: true });
+    q.deliver(content(100), { ...tunnel, ...fields });
+    expect(q.read()).toEqual([]);
+    expect(q.rx.counters[RxCounter.droppedInvalid]).toBe(1);
+  });
+
+  it('may have both checksums validated when it is one packet', () => {
+    const q = open({ features, checksum: true });
+    q.deliver(content(100), { flags: UDP_TUNNEL_CSUM | DATA_VALID });
+    const [p] = q.burst();
+    expect(q.pool.flags[p]).toBe(PacketFlag.checksumValid);
+  });
+});
+
+describe('a queue that is reset in the middle of a packet', () => {
+  it('gives its buffers back, and begins with a new packet', () => {
+    const q = open();
+    const whole = new Uint8Array(12 + ROOM);
+    for (let round = 0; round < 3; round++) {
+      encodeNetHeader(q.layout, Object.assign(new NetHeader(), { numBuffers: 3 }), whole, 0);
+      q.receive(whole);
+      q.receive(content(ROOM + 12));
+      expect(q.burst()).toEqual([]);
+      // As `NicRing.reset` does it: nothing is touched meanwhile, then everything comes back.
+      q.rxRing.stop();
+      expect(q.burst()).toEqual([]);
+      q.rx.close();
+      expect(q.pool.available).toBe(64);
+      q.rxRing.restart();
+      q.restartDevice();
+      q.rx.refill(false);
+      // What would have been the third buffer of the old packet is the first of another.
+      q.deliver(content(60, round));
+      const packets = q.burst();
+      expect(packets.map((p) => [...q.pool.readChain(p)])).toEqual([[...content(60, round)]]);
+      q.free(packets);
+    }
+    expect(q.rx.counters[RxCounter.droppedInvalid]).toBe(0);
+  });
+});
+
 describe('the hash of a packet', () => {
   it.each([
     { name: 'without MRG_RXBUF', features: [Feature.HASH_REPORT] },

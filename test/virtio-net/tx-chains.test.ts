@@ -144,6 +144,35 @@ describe('a packet that the device is to segment', () => {
     }
   });
 
+  it('says where its headers are when it is inside a UDP tunnel', () => {
+    const tunnels = [Feature.HOST_UDP_TUNNEL_GSO, Feature.HOST_UDP_TUNNEL_GSO_CSUM];
+    for (const features of [
+      [...OFFLOADS, ...tunnels],
+      [...OFFLOADS, ...tunnels, Feature.IPSEC],
+    ]) {
+      const q = queues({ features, checksum: true, maxLength: 1514, stride: 0x4000 });
+      const bytes = content(9000);
+      bytes[84 + 12] = 0x50;
+      const packets = q.make([bytes, bytes]);
+      for (const [i, p] of packets.entries()) {
+        mark(q, p, GsoType.TCPV4 | GsoType.UDP_TUNNEL_IPV4, 1400);
+        if (i === 0) q.pool.flags[p] |= PacketFlag.outerChecksum;
+        q.pool.checksumStart[p] = 84;
+        q.pool.outerTransport[p] = 34;
+        q.pool.innerNetwork[p] = 64;
+      }
+      expect(q.tx.burst(packets, 2)).toBe(2);
+      const fields = { gsoType: 0x21, hdrLen: 104, gsoSize: 1400, csumStart: 84, outerThOffset: 34, innerNhOffset: 64 };
+      const [first, second] = q.sent();
+      expect(first.header).toMatchObject({
+        ...fields,
+        flags: NetHeaderFlag.NEEDS_CSUM | NetHeaderFlag.UDP_TUNNEL_CSUM,
+      });
+      expect(second.header).toMatchObject({ ...fields, flags: NetHeaderFlag.NEEDS_CSUM });
+      expect(first.bytes).toEqual(bytes);
+    }
+  });
+
   it('may be 64 KiB in slots of 2 KiB', () => {
     const q = queues({ features: OFFLOADS, checksum: true, maxLength: 1514, size: 64, indirectEntries: 40 });
     const parts = [tcp(1800), ...Array.from({ length: 32 }, (_, i) => content(1920, i))];
@@ -166,6 +195,30 @@ describe('a packet that the device is to segment', () => {
     },
     { name: 'the type of UFO', spoil: (q, p) => (q.pool.gsoType[p] = GsoType.UDP) },
     { name: 'the type of a UDP tunnel', spoil: (q, p) => (q.pool.gsoType[p] |= GsoType.UDP_TUNNEL_IPV4) },
+    {
+      name: 'an inner header inside the outer one of a tunnel',
+      features: [...OFFLOADS, Feature.HOST_UDP_TUNNEL_GSO],
+      spoil: (q, p) => {
+        q.pool.gsoType[p] |= GsoType.UDP_TUNNEL_IPV4;
+        q.pool.outerTransport[p] = 20;
+        q.pool.innerNetwork[p] = 27;
+      },
+    },
+    {
+      name: 'an outer checksum without the feature for it',
+      features: [...OFFLOADS, Feature.HOST_UDP_TUNNEL_GSO],
+      spoil: (q, p) => {
+        q.pool.gsoType[p] |= GsoType.UDP_TUNNEL_IPV4;
+        q.pool.flags[p] |= PacketFlag.outerChecksum;
+        q.pool.outerTransport[p] = 14;
+        q.pool.innerNetwork[p] = 30;
+      },
+    },
+    {
+      name: 'an outer checksum without a tunnel',
+      features: [...OFFLOADS, Feature.HOST_UDP_TUNNEL_GSO, Feature.HOST_UDP_TUNNEL_GSO_CSUM],
+      spoil: (q, p) => (q.pool.flags[p] |= PacketFlag.outerChecksum),
+    },
     { name: 'the type NONE', spoil: (q, p) => (q.pool.gsoType[p] = 0) },
     { name: 'no checksum to fill', spoil: (q, p) => (q.pool.flags[p] = PacketFlag.segmented) },
     { name: 'segments of nothing', spoil: (q, p) => (q.pool.gsoSize[p] = 0) },
