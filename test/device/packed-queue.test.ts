@@ -384,6 +384,82 @@ describe('the device side of a packed virtqueue', () => {
   });
 });
 
+describe('a packed virtqueue whose device knows of buffers from notifications alone', () => {
+  /** A position as a notification says it. */
+  const position = ({ at, wrap }: { at: number; wrap: boolean }) => at | (wrap ? 0x8000 : 0);
+
+  it('has none before the first notification, and no more than was notified of', () => {
+    const reach = { next: 0x8000 };
+    const { ring, queue } = make({ reach });
+    ring.offer(1, [[DATA, 100, 0]]);
+    expect([queue.available(), queue.take(), queue.arm(0)]).toEqual([0, NO_BUFFER, false]);
+    reach.next = position(ring.avail);
+    ring.offer(2, [[DATA, 100, 0]]);
+    expect(queue.available()).toBe(1);
+    expect([queue.take(), queue.take()]).toEqual([1, NO_BUFFER]);
+    reach.next = position(ring.avail);
+    expect(queue.take()).toBe(2);
+  });
+
+  it('does not wait for a list that was notified of in the middle', () => {
+    const reach = { next: 0x8001 };
+    const { ring, queue } = make({ reach });
+    ring.offer(1, [
+      [DATA, 10, 0],
+      [DATA + 100, 10, WRITE],
+    ]);
+    expect([queue.take(), queue.broken]).toEqual([NO_BUFFER, null]);
+    reach.next = 0x8002;
+    expect(queue.take()).toBe(1);
+  });
+
+  it('leaves the suppression structures alone: it always wants notifications, and tells the window of all that was used', () => {
+    const reach = { next: 0x8000 };
+    const { ring, queue } = make({ reach });
+    queue.suppress();
+    expect(ring.deviceEvent).toEqual({ flags: 0, at: 0, wrap: false });
+    ring.offer(1, [[DATA, 10, WRITE]]);
+    reach.next = position(ring.avail);
+    ring.driverEvent(1);
+    expect(queue.wantsInterrupts()).toBe(false);
+    queue.complete(queue.take(), 4);
+    expect(queue.publish()).toBe(true);
+    ring.driverEvent(0);
+    expect(queue.wantsInterrupts()).toBe(true);
+  });
+
+  it('never takes what is not available, wherever a notification points to', () => {
+    const numbers = fc.array(fc.tuple(fc.integer({ min: 0, max: 4 }), fc.integer({ min: 0, max: 0xffff })), {
+      maxLength: 40,
+    });
+    fc.assert(
+      fc.property(numbers, (steps) => {
+        const reach = { next: 0x8000 };
+        const { ring, queue } = make({ reach });
+        let id = 0;
+        let [offered, taken, done] = [0, 0, 0];
+        const held: number[] = [];
+        for (const [count, wild] of steps) {
+          for (let i = 0; i < count && offered - done < SIZE; i++, offered++)
+            ring.offer(id++ % 64, [[DATA, 10, WRITE]]);
+          // Now and then nonsense; the driver's own place otherwise.
+          reach.next = wild % 3 === 0 ? wild : position(ring.avail);
+          for (let got = queue.take(); got !== NO_BUFFER; got = queue.take(), taken++) held.push(got);
+          expect(taken).toBeLessThanOrEqual(offered);
+          if (wild % 3 !== 0) expect(taken).toBe(offered);
+          for (const one of held.splice(0, wild % 5)) {
+            queue.complete(one, 1);
+            done++;
+          }
+          queue.publish();
+          while (ring.take() !== null);
+        }
+        expect(queue.broken).toBeNull();
+      }),
+    );
+  });
+});
+
 describe.each(['split', 'packed'] as const)('driver and device on one %s ring', (format) => {
   it.each([
     { eventIdx: false, inOrder: false },
