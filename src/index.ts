@@ -124,6 +124,7 @@ export {
   Vlan,
 } from './packet/fields.ts';
 export { NO_PACKET, PacketFlag, PacketPool, type PacketPoolOptions } from './packet/pool.ts';
+export type { PacketArena } from './packet/references.ts';
 // The functions of this host, and what a device says about itself.
 export {
   type ModeReport,

@@ -30,7 +30,7 @@ const HEADROOM = 128;
 /** Bytes behind the longest packet: ESP padding and trailer, ICV, and what AH and ESN need for a moment. */
 const TAILROOM = 128;
 const SLOT_ALIGNMENT = 64;
-const MIN_STRIDE = 2048;
+const MIN_STRIDE = 2112;
 
 /** How long the packets of an SA that is removed may take to leave the transmit rings. */
 const QUIESCE_MS = 100;
@@ -60,6 +60,9 @@ export interface WorkerPair {
   readonly stride: number;
   readonly headroom: number;
 }
+
+/** Pieces of the application's memory that may be on their way at one time. */
+const REFERENCES = 1024;
 
 /** Packets of a NIC whose queue pairs are all for other threads: the control path has use for a few. */
 const FEW_PACKETS = 64;
@@ -117,7 +120,7 @@ export class NicRings {
       const { configVector } = this.interrupts;
       this.tellsOfChanges = configVector !== NO_VECTOR && mapConfigVector(transport, configVector);
       const packets = own === 0 ? FEW_PACKETS : own * share;
-      this.pool = new PacketPool(this.#allocate(packets * stride), { stride, headroom: HEADROOM });
+      this.pool = new PacketPool(this.#allocate(packets * stride), { stride, headroom: HEADROOM, references: REFERENCES });
       this.pairs = Array.from({ length: own }, (_, i) => this.#pair(i, transport, sas, queueSize));
       this.workerPairs = Array.from({ length: workerQueues }, (_, i) =>
         this.#workerPair(own + i, transport, share * stride, stride, queueSize),
@@ -126,6 +129,10 @@ export class NicRings {
         ? new ControlQueue(fn, transport, features, 2 * config.maxQueuePairs, options.commandTimeout)
         : null;
       this.control = this.#control === null ? null : new NetControl(this.#control, features, config, queuePairs);
+      this.pool.reserve = receiveReserve(
+        this.pool.count,
+        this.pairs.map(({ rxRing }) => rxRing.queue.size),
+      );
       for (const { rx } of this.pairs) {
         rx.refill(false);
         // Such a device asks only now, and never again.
@@ -277,10 +284,22 @@ function mapConfigVector(transport: VirtioTransport, vector: number): boolean {
   }
 }
 
-/** Slots that hold the longest packet with all that IPsec adds. */
+/**
+ * Slots that hold the longest packet with all that IPsec adds: an odd number of cache lines, so that the headers of all packets do not
+ * compete for the few places of a cache that have the same address bits.
+ */
 function strideFor(mtu: number): number {
-  const bytes = HEADROOM + Ethernet.length + mtu + TAILROOM;
-  return Math.max(MIN_STRIDE, Math.ceil(bytes / SLOT_ALIGNMENT) * SLOT_ALIGNMENT);
+  const lines = Math.ceil((HEADROOM + Ethernet.length + mtu + TAILROOM) / SLOT_ALIGNMENT);
+  return Math.max(MIN_STRIDE, (lines | 1) * SLOT_ALIGNMENT);
+}
+
+/**
+ * Packets that the application cannot allocate, besides those that fill the receive rings: as many again, so that they can be filled once
+ * more whatever it holds; but not more than half of what is left.
+ */
+function receiveReserve(packets: number, rings: readonly number[]): number {
+  const filled = rings.reduce((sum, size) => sum + size, 0);
+  return Math.max(0, Math.min(filled, (packets - filled) >>> 1));
 }
 
 function asVipsecError(error: unknown): VipsecError {

@@ -4,6 +4,7 @@
 import { VERDICTS } from './fallback/verdict.ts';
 import { namedCounters } from './ipsec/sa-state.ts';
 import type { NicRxQueue, NicTxQueue } from './nic-queues.ts';
+import type { PacketPool } from './packet/pool.ts';
 import { RxCounter } from './virtio-net/rx.ts';
 import { TxCounter } from './virtio-net/tx.ts';
 
@@ -18,7 +19,7 @@ export interface NicQueue {
   reset(which?: 'rx' | 'tx'): Promise<void>;
 }
 
-export interface NicStatistics {
+export interface QueueStatistics {
   readonly rx: {
     readonly packets: number;
     readonly bytes: number;
@@ -45,6 +46,24 @@ export interface NicStatistics {
   };
 }
 
+export interface NicStatistics extends QueueStatistics {
+  /** The packets of the thread that opened the NIC. */
+  readonly pool: {
+    readonly packets: number;
+    /** Neither in a ring nor with the application. */
+    readonly free: number;
+    /** As many of the free ones are for receive rings only. */
+    readonly reserve: number;
+    /** Times that `allocate` or `refer` gave less than what was asked for. */
+    readonly exhausted: number;
+  };
+}
+
+export function poolStatistics(pool: PacketPool): NicStatistics['pool'] {
+  const { count: packets, available: free, reserve, exhausted } = pool;
+  return { packets, free, reserve, exhausted };
+}
+
 /** What is counted of a queue pair, whichever thread has it. */
 export interface CountedQueue {
   readonly rx: Pick<NicRxQueue, 'counters' | 'dropped'>;
@@ -52,7 +71,7 @@ export interface CountedQueue {
 }
 
 /** Sums over `queues`. */
-export function sumStatistics(queues: readonly CountedQueue[]): NicStatistics {
+export function sumStatistics(queues: readonly CountedQueue[]): QueueStatistics {
   const rx = queues.map((queue) => queue.rx.counters);
   const tx = queues.map((queue) => queue.tx.counters);
   const txDropped = droppedBy(queues.map((queue) => queue.tx));

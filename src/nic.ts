@@ -18,14 +18,16 @@ import type { MutableSaTable } from './ipsec/inline.ts';
 import type { Ipsec } from './ipsec/ipsec.ts';
 import { IpsecManager } from './ipsec/manager.ts';
 import { NonceGuard } from './ipsec/nonce-guard.ts';
+import { NicArenas } from './nic-arenas.ts';
 import { type NicDevice, openDevice } from './nic-device.ts';
 import { openInline } from './nic-inline.ts';
 import { featuresFor, type NicOptions, type ResolvedOptions, resolveOptions } from './nic-options.ts';
 import { NicRxQueue, NicTxQueue } from './nic-queues.ts';
 import { NicRings } from './nic-rings.ts';
-import { type NicQueue, type NicStatistics, sumStatistics } from './nic-statistics.ts';
+import { type NicQueue, type NicStatistics, poolStatistics, sumStatistics } from './nic-statistics.ts';
 import { type OpenOptions, withRevision } from './nic-wire.ts';
 import type { PacketPool } from './packet/pool.ts';
+import type { PacketArena } from './packet/references.ts';
 import type { DeviceFunction } from './vfio/function.ts';
 import { AdminQueue } from './virtio/admin.ts';
 import { Feature, type FeatureSet } from './virtio/features.ts';
@@ -152,6 +154,7 @@ export class Nic implements AsyncDisposable {
   /** Bytes of the longest IP packet. */
   readonly mtu: number;
   readonly #parts: NicParts;
+  readonly #arenas: NicArenas;
   #queues: readonly NicQueue[] = [];
   #ipsec: IpsecManager | null = null;
   #flowFilter: FlowFilter | null = null;
@@ -168,6 +171,7 @@ export class Nic implements AsyncDisposable {
     this.address = parts.fn.address;
     this.features = parts.features;
     this.packets = parts.rings.pool;
+    this.#arenas = new NicArenas(parts.fn, this.packets);
     this.mac = config.mac ?? parts.options.mac?.slice() ?? randomMac();
     this.mtu = parts.rings.mtu;
   }

@@ -1,6 +1,8 @@
 /**
  * Packets are numbers. A pool owns one piece of memory, cut into equal slots, and a few parallel typed arrays
- * indexed by packet number. Nothing here allocates after construction.
+ * indexed by packet number. Nothing here allocates after construction, and none of it throws because it is empty: whoever asks for
+ * more than there is gets less, which is counted. A part of the packets can be kept back for receive rings, so that an application
+ * that takes all it can get still hears from the network.
  *
  * ```
  *   slot p:  | headroom (>= 128) | packet bytes …             | tailroom |
@@ -8,6 +10,7 @@
  * ```
  */
 import type { DmaMemory, MappedMemory } from '../sys/memory.ts';
+import { type PacketArena, PacketReferences } from './references.ts';
 
 /** Offsets stay below 2^31, so that the data path computes with 32-bit integers. */
 const MAX_POOL_BYTES = 2 ** 31;
@@ -41,6 +44,8 @@ export interface PacketPoolOptions {
   readonly stride?: number;
   /** Bytes before the packet in a fresh slot; a multiple of 64, at least 128. Default 128. */
   readonly headroom?: number;
+  /** Numbers for bytes of the application's memory, besides the slots: see `refer`. Default 0. */
+  readonly references?: number;
 }
 
 export class PacketPool {
@@ -78,6 +83,13 @@ export class PacketPool {
   readonly hashReport: Uint16Array;
   readonly hash: Uint32Array;
 
+  /** Pieces of the application's memory in chains; their numbers follow those of the slots. */
+  readonly references: PacketReferences;
+  /** Packets that `allocate` leaves for receive rings; `allocateForReceive` has them too. */
+  reserve = 0;
+  /** Times that `allocate` gave less than what was asked for. */
+  exhausted = 0;
+
   readonly #free: Uint32Array;
   /** Packet numbers are tokens that callers give back: a set bit says who holds one, so that none is freed twice. */
   readonly #held: Uint8Array;
@@ -107,7 +119,8 @@ export class PacketPool {
     this.flags = new Uint32Array(count);
     this.checksumStart = new Uint16Array(count);
     this.checksumOffset = new Uint16Array(count);
-    this.next = new Uint32Array(count).fill(NO_PACKET);
+    this.references = new PacketReferences(count, options.references ?? 0);
+    this.next = new Uint32Array(count + this.references.count).fill(NO_PACKET);
     this.gsoType = new Uint8Array(count);
     this.gsoSize = new Uint16Array(count);
     this.outerTransport = new Uint16Array(count);
@@ -120,7 +133,7 @@ export class PacketPool {
     this.#available = count;
   }
 
-  /** Packets that `allocate` can still hand out. */
+  /** Packets that are free, those for receive rings included. */
   get available(): number {
     return this.#available;
   }
@@ -130,8 +143,17 @@ export class PacketPool {
     return packet * this.stride;
   }
 
-  /** Takes up to `n` packets, empty and in the clear, into `out`; returns how many there were. */
+  /** Takes up to `n` packets, empty and in the clear, into `out`; returns how many there were, beside the `reserve`. */
   allocate(out: Uint32Array, n: number): number {
+    // hot:
+    const room = (this.#available - this.reserve) | 0;
+    if (n <= room) return this.allocateForReceive(out, n);
+    this.exhausted++;
+    return room <= 0 ? 0 : this.allocateForReceive(out, room);
+  }
+
+  /** As `allocate`, for a receive ring: without leaving a reserve. */
+  allocateForReceive(out: Uint32Array, n: number): number {
     // hot:
     const free = this.#free;
     const held = this.#held;
@@ -246,19 +268,21 @@ export class PacketPool {
    */
   freeChains(packets: Uint32Array, n: number): void {
     // hot:
-    const { next } = this;
+    const { next, references } = this;
     const free = this.#free;
     const held = this.#held;
     let top = this.#available | 0;
     for (let i = 0; i < n; i++) {
       let p = packets[i];
       do {
-        if (held[p] !== 1) {
+        const isSlot = held[p] === 1;
+        if (isSlot) {
+          held[p] = 0;
+          free[top++] = p;
+        } else if (!references.release(p)) {
           this.#available = top;
           throw new RangeError(`packet ${p} is not in use`);
         }
-        held[p] = 0;
-        free[top++] = p;
         p = next[p];
       } while (p !== NO_PACKET);
     }
@@ -268,11 +292,11 @@ export class PacketPool {
   /** Bytes of `packet` and all that follow it in its chain. */
   chainLength(packet: number): number {
     // hot:
-    const { length, next } = this;
+    const { length, next, references, count } = this;
     let bytes = 0;
-    let left = this.count;
+    let left = next.length;
     for (let p = packet; p !== NO_PACKET && left > 0; p = next[p]) {
-      bytes += length[p];
+      bytes += p < count ? length[p] : references.length[p - count];
       left--;
     }
     return bytes;
@@ -298,9 +322,30 @@ export class PacketPool {
     const bytes = new Uint8Array(this.chainLength(packet));
     let at = 0;
     for (let p = packet; at < bytes.length; p = this.next[p]) {
-      bytes.set(this.read(p), at);
-      at += this.length[p];
+      const piece = p < this.count ? this.read(p) : this.references.read(p);
+      bytes.set(piece, at);
+      at += piece.length;
     }
     return bytes;
+  }
+
+  /**
+   * Refers to `length` bytes of `arena` from `offset` on. Returns a packet number to stand in a chain behind a packet of the pool
+   * (`next[p]`), for transmit only; `NO_PACKET` when all references are in use or wait to be collected by `arena.reclaim`. The bytes must
+   * stay as they are until they come back. Throws RangeError when they are not in the arena.
+   */
+  refer(arena: PacketArena, offset: number, length: number): number {
+    // hot:
+    const inside = offset >>> 0 === offset && length >>> 0 === length && offset + length <= arena.memory.size;
+    if (!inside || length === 0 || !this.references.knows(arena)) {
+      throw new RangeError(`${length} bytes at ${offset} are not in an arena of this pool`);
+    }
+    const p = this.references.take(arena, offset, length);
+    if (p < 0) {
+      this.exhausted++;
+      return NO_PACKET;
+    }
+    this.next[p] = NO_PACKET;
+    return p;
   }
 }

@@ -28,7 +28,7 @@ export const MemfdFlag = { cloexec: 1, allowSealing: 2, hugeTlb: 4 } as const;
 /** fallocate(2). */
 export const FallocateMode = { allocate: 0, keepSize: 1, punchHole: 2 } as const;
 /** F_ADD_SEALS and its bits, fcntl(2). */
-export const Seal = { seal: 1, shrink: 2, grow: 4, write: 8 } as const;
+export const Seal = { seal: 1, shrink: 2, grow: 4, write: 8, futureWrite: 16 } as const;
 /** eventfd(2). */
 export const EventfdFlag = { semaphore: 1, nonblock: 0x800, cloexec: 0x80000 } as const;
 /** poll(2). */

@@ -1,10 +1,11 @@
 /**
  * DMA memory: where it comes from and which I/O virtual addresses it gets.
  *
- * Memory is cut from a memfd that grows as needed, so that a vfio-user server can map it; each allocation has its own
- * mapping here, and it can be unmapped alone. How an allocation is made known to the device is a callback: a
+ * Memory is cut from a memfd that grows as needed, so that a vfio-user server can map it, or is a part of one that the caller
+ * brought; each allocation has its own mapping here, and it can be unmapped alone. How an allocation is made known to the device is a callback: a
  * DMA_MAP message, or an ioctl of kernel VFIO.
  */
+import { fstatSync } from 'node:fs';
 import { SystemError, VfioError } from '../errors.ts';
 import * as libc from '../sys/libc.ts';
 import { type DmaMemory, type MappedMemory, mapShared, unmapMemory } from '../sys/memory.ts';
@@ -48,10 +49,18 @@ export interface DmaArenaOptions {
   readonly pageSize?: number;
 }
 
+/** Where memory comes from: a file of ours, or one that the caller brought. */
+interface Backing {
+  readonly fd: number;
+  /** The mapping at `offset` is gone. */
+  free(offset: number, size: number): void;
+  close(): void;
+}
+
 interface Allocation {
   readonly mapping: DmaMapping;
   readonly memory: MappedMemory;
-  readonly file: BackingFile;
+  readonly file: Backing;
 }
 
 export class DmaArena {
@@ -61,6 +70,8 @@ export class DmaArena {
   readonly #hugePages: boolean;
   readonly #live = new Map<DmaMemory, Allocation>();
   readonly #files = new Map<number, BackingFile>();
+  /** Files of the caller's; each has one mapping. */
+  readonly #imported = new Set<ImportedFile>();
   #closed = false;
 
   constructor(mapper: DmaMapper, iovaRanges: readonly IovaRange[], options: DmaArenaOptions = {}) {
@@ -98,12 +109,52 @@ export class DmaArena {
   #allocate(size: number, pageSize: number, hugeFlag: number): DmaMemory {
     const bytes = Math.ceil(size / pageSize) * pageSize;
     const file = this.#file(hugeFlag);
+    const offset = file.allocate(bytes, pageSize);
+    try {
+      return this.#map(file, offset, bytes, pageSize);
+    } catch (error) {
+      file.free(offset, bytes);
+      throw error;
+    }
+  }
+
+  /**
+   * Makes `size` bytes of a memfd of the caller's known to the device, from `offset` on; both are multiples of the page size of the device.
+   * The descriptor is duplicated and stays the caller's. The file must be sealed against shrinking, or it could end this process, and
+   * not against writing. Throws VfioError `DMA_RANGE`, `DMA_SEAL`, `DMA_OVERLAP` when some of it is known already; and as `allocate` does.
+   */
+  import(fd: number, offset: number, size: number): DmaMemory {
+    if (this.#closed) throw new VfioError('DMA_CLOSED', 'the function is closed: no more DMA memory');
+    const page = this.#pageSize;
+    const whole =
+      Number.isSafeInteger(offset) && Number.isSafeInteger(size) && offset % page === 0 && size % page === 0;
+    if (!whole || offset < 0 || size <= 0 || size > IOVA_BOUNDARY) {
+      throw new VfioError(
+        'DMA_RANGE',
+        `${size} bytes at ${offset}: not from 1 to 2^32 bytes in whole pages of ${page}`,
+      );
+    }
+    const file = new ImportedFile(fd, offset, size);
+    try {
+      for (const other of this.#imported) {
+        if (other.overlaps(file)) throw new VfioError('DMA_OVERLAP', 'a part of this memory is registered already');
+      }
+      const memory = this.#map(file, offset, size, page);
+      this.#imported.add(file);
+      file.onClose = () => this.#imported.delete(file);
+      return memory;
+    } catch (error) {
+      file.close();
+      throw error;
+    }
+  }
+
+  /** Gives the device `bytes` at `offset` of `file`; when that fails nothing has changed. */
+  #map(file: Backing, offset: number, bytes: number, pageSize: number): DmaMemory {
     const iova = this.#iovas.allocate(bytes, pageSize);
     if (iova < 0) throw new VfioError('IOVA_EXHAUSTED', `no free range of ${bytes} bytes of I/O virtual addresses`);
-    let offset = -1;
     let memory: MappedMemory | null = null;
     try {
-      offset = file.allocate(bytes, pageSize);
       memory = mapShared(file.fd, offset, bytes, { write: true, populate: true });
       const mapping = { iova, size: bytes, address: memory.address, fd: file.fd, offset };
       this.#mapper.map(mapping);
@@ -112,7 +163,6 @@ export class DmaArena {
       return dma;
     } catch (error) {
       if (memory !== null) unmapMemory(memory);
-      if (offset >= 0) file.free(offset, bytes);
       this.#iovas.free(iova, bytes);
       throw error;
     }
@@ -173,7 +223,7 @@ export class DmaArena {
       unmapMemory(memory);
     }
     this.#live.clear();
-    for (const file of this.#files.values()) file.close();
+    for (const file of [...this.#files.values(), ...this.#imported]) file.close();
     this.#files.clear();
   }
 
@@ -191,7 +241,7 @@ export class DmaArena {
  * A memfd whose pages are given out, and returned zeroed. Sealed against shrinking, so that the other side can map it
  * without fear.
  */
-class BackingFile {
+class BackingFile implements Backing {
   readonly fd: number;
   readonly #ranges = new RangeAllocator([{ start: 0, last: FILE_END - 1 }], FILE_END);
   #size = 0;
@@ -226,6 +276,55 @@ class BackingFile {
 
   close(): void {
     libc.close(this.fd);
+  }
+}
+
+/** A part of a memfd that the caller brought, by a descriptor of our own. */
+class ImportedFile implements Backing {
+  readonly fd: number;
+  onClose: () => void = () => {};
+  readonly #device: number;
+  readonly #inode: number;
+  readonly #start: number;
+  readonly #end: number;
+
+  constructor(fd: number, offset: number, size: number) {
+    checkSeals(fd);
+    const { dev, ino, size: end } = fstatSync(fd);
+    if (offset + size > end) throw new VfioError('DMA_RANGE', `the file ends at ${end}, before ${offset + size}`);
+    this.#device = dev;
+    this.#inode = ino;
+    this.#start = offset;
+    this.#end = offset + size;
+    this.fd = libc.fcntl(fd, libc.FcntlCommand.duplicate);
+  }
+
+  overlaps(other: ImportedFile): boolean {
+    const sameFile = this.#device === other.#device && this.#inode === other.#inode;
+    return sameFile && this.#start < other.#end && other.#start < this.#end;
+  }
+
+  free(): void {
+    this.close();
+  }
+
+  close(): void {
+    libc.close(this.fd);
+    this.onClose();
+  }
+}
+
+/** Throws VfioError `DMA_SEAL` unless `fd` is a memfd that keeps its size, and can be written to. */
+function checkSeals(fd: number): void {
+  let seals = 0;
+  try {
+    seals = libc.fcntl(fd, libc.FcntlCommand.getSeals);
+  } catch (cause) {
+    throw new VfioError('DMA_SEAL', 'this is not a memfd that can be sealed', { cause });
+  }
+  if ((seals & libc.Seal.shrink) === 0) throw new VfioError('DMA_SEAL', 'the memfd is not sealed against shrinking');
+  if ((seals & (libc.Seal.write | libc.Seal.futureWrite)) !== 0) {
+    throw new VfioError('DMA_SEAL', 'the memfd is sealed against writing');
   }
 }
 

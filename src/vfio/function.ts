@@ -68,6 +68,11 @@ export interface DeviceFunction {
    * Unmaps and frees memory of `allocateDma`. Views of it that are left read zeros, never foreign memory.
    */
   freeDma(memory: DmaMemory): void;
+  /**
+   * Maps `size` bytes of a memfd of the caller's for DMA, from `offset` on; to be given back by `freeDma`. Throws VfioError `DMA_RANGE`,
+   * `DMA_SEAL`, `DMA_OVERLAP` (see `DmaArena.import`), or when the device takes no more.
+   */
+  importDma?(fd: number, offset: number, size: number): DmaMemory;
   /** Where memory of `allocateDma` is, for a thread that maps it by itself. */
   shareDma?(memory: DmaMemory): SharedDma;
   /** Number of MSI-X vectors, or what stands for them; 0 without. */

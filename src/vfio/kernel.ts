@@ -153,6 +153,11 @@ class KernelFunction implements PciFunction, RegionOwner {
     return this.#arena.allocate(size);
   }
 
+  importDma(fd: number, offset: number, size: number): DmaMemory {
+    this.#check();
+    return this.#arena.import(fd, offset, size);
+  }
+
   freeDma(memory: DmaMemory): void {
     this.#arena.free(memory);
   }

@@ -265,6 +265,11 @@ class VfioUserFunction implements PciFunction {
     return this.#arena.allocate(size);
   }
 
+  importDma(fd: number, offset: number, size: number): DmaMemory {
+    this.#session.check();
+    return this.#arena.import(fd, offset, size);
+  }
+
   freeDma(memory: DmaMemory): void {
     this.#arena.free(memory);
   }

@@ -316,7 +316,7 @@ export class RxQueue {
     const want = queue.free;
     if (want === 0 || queue.broken !== null) return 0;
     const packets = this.taken;
-    const n = this.pool.allocate(packets, want);
+    const n = this.pool.allocateForReceive(packets, want);
     if (n < want) this.counters[RxCounter.poolExhausted]++;
     if (n === 0) return 0;
     queue.postBurst(packets, 0, n, this.pool.offset, this.#room, true);

@@ -291,7 +291,7 @@ export class TxQueue {
   #drop(p: number): void {
     const { next } = this.pool;
     let last = p;
-    for (let left = this.#maxChain; next[last] < this.pool.count && left > 0; left--) last = next[last];
+    for (let left = this.#maxChain; next[last] < next.length && left > 0; left--) last = next[last];
     next[last] = NO_PACKET;
     this.#returned[0] = p;
     this.pool.freeChains(this.#returned, 1);
@@ -348,23 +348,32 @@ export class TxQueue {
   /** Lists the pieces of a chain whose first slot is good; returns its length, or 0 when it is none that can be sent. */
   #describe(head: number): number {
     const { pool } = this;
+    const { references } = pool;
     const pieces = this.#pieces;
     const header = this.#layout.length;
     let total = 0;
     let count = 0;
     for (let p = head; p !== NO_PACKET; p = pool.next[p]) {
-      if (p >= pool.count || count === this.#maxChain) return 0;
-      const at = pool.offset[p];
-      const size = pool.length[p];
-      const slot = pool.slot(p);
-      if (at < slot || size === 0 || at + size > slot + pool.stride) return 0;
-      const front = count === 0 ? header : 0;
-      pieces[3 * count] = pool.iovaLow + at - front;
-      pieces[3 * count + 1] = pool.iovaHigh;
-      pieces[3 * count + 2] = size + front;
-      total += size;
+      if (count === this.#maxChain) return 0;
+      if (p >= pool.count) {
+        if (!references.has(p)) return 0;
+        pieces[3 * count] = references.iovaLow[p - pool.count];
+        pieces[3 * count + 1] = references.iovaHigh[p - pool.count];
+        pieces[3 * count + 2] = references.length[p - pool.count];
+      } else {
+        const at = pool.offset[p];
+        const size = pool.length[p];
+        const slot = pool.slot(p);
+        if (at < slot || size === 0 || at + size > slot + pool.stride) return 0;
+        const front = count === 0 ? header : 0;
+        pieces[3 * count] = pool.iovaLow + at - front;
+        pieces[3 * count + 1] = pool.iovaHigh;
+        pieces[3 * count + 2] = size + front;
+      }
+      total += pieces[3 * count + 2];
       count++;
     }
+    total -= header;
     this.#pieceCount = count;
     this.#chainBytes = total;
     return total;

@@ -48,6 +48,12 @@ export class VhostUserMemory implements DmaMapper {
     return this.#arena.allocate(size);
   }
 
+  /** As `allocate`, for a part of a file of the caller's: a region of its own. */
+  import(fd: number, offset: number, size: number): DmaMemory {
+    this.#session.check();
+    return this.#arena.import(fd, offset, size);
+  }
+
   free(memory: DmaMemory): void {
     this.#arena.free(memory);
   }

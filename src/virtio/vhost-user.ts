@@ -119,6 +119,10 @@ export class VhostUserDevice implements DeviceFunction, VirtioTransport {
     return this.#memory.allocate(size);
   }
 
+  importDma(fd: number, offset: number, size: number): DmaMemory {
+    return this.#memory.import(fd, offset, size);
+  }
+
   freeDma(memory: DmaMemory): void {
     this.#memory.free(memory);
   }
