@@ -307,7 +307,27 @@ export class Nic implements AsyncDisposable {
 
   /** Sums over all queues since the NIC was opened. */
   statistics(): NicStatistics {
-    return sumStatistics(this.#queues);
+    return { ...sumStatistics(this.#queues), pool: poolStatistics(this.packets) };
+  }
+  }
+
+  /**
+   * Makes `size` bytes of a memfd known to the device, from `offset` on, in whole pages: `packets.refer` puts pieces of it into chains that are
+   * sent, without a copy. The memfd must be sealed against shrinking; the descriptor stays the caller's. The device can write there, too, and the
+   * memory is not wiped when the NIC is closed. Throws VfioError `DMA_RANGE`, `DMA_SEAL`, `DMA_OVERLAP`, or when the device takes no more
+   * regions; VirtioError `ARENA_LIMIT`.
+   */
+  registerMemory(fd: number, offset: number, size: number): PacketArena {
+    if (this.#broken !== null) throw this.#broken;
+    return this.#arenas.register(fd, offset, size);
+  }
+
+  /**
+   * Takes memory from the device again: its views read zeros from now on. Throws VirtioError `ARENA_BUSY` while pieces of it are in packets.
+   * Idempotent.
+   */
+  unregisterMemory(arena: PacketArena): void {
+    this.#arenas.unregister(arena);
   }
 
   /**
