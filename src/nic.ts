@@ -309,7 +309,6 @@ export class Nic implements AsyncDisposable {
   statistics(): NicStatistics {
     return { ...sumStatistics(this.#queues), pool: poolStatistics(this.packets) };
   }
-  }
 
   /**
    * Makes `size` bytes of a memfd known to the device, from `offset` on, in whole pages: `packets.refer` puts pieces of it into chains that are
