@@ -2,12 +2,11 @@
  * The software device: bursts of 32 packets through the driver's queues into the device and, over its loopback, back;
  * everything in one thread, without event loop and socket. `plain` is copying; `inline` also protects each packet on
  * the way out and opens it on the way in (AES-128-GCM tunnel, a flow filter rule). A packet that came back counts
- * once; Gbit/s are of the inner frame.
+ * once; Gbit/s are of the inner frame. `tcp_stream` is a bulk transfer between two functions (`tcp-stream.ts`).
  */
 import { Arena } from '../../src/device/arena.ts';
 import { makeFunction, makePool, maxFrameOf } from '../../src/device/assemble.ts';
 import { NO_FAULTS } from '../../src/device/faults.ts';
-import type { VirtioFunction } from '../../src/device/function.ts';
 import { loopbackLink } from '../../src/device/links/pair.ts';
 import type { NetDevice } from '../../src/device/net.ts';
 import type { SaObject } from '../../src/ipsec/wire/codec.ts';
@@ -15,8 +14,6 @@ import { AeadAlgorithm, IpsecMode, SaDirection } from '../../src/ipsec/wire/numb
 import { ipsecWire } from '../../src/ipsec/wire/revisions.ts';
 import { Esp, Ethernet, EtherType, IpProtocol, Ipv4, Udp } from '../../src/packet/fields.ts';
 import { PacketPool } from '../../src/packet/pool.ts';
-import { ftruncate, memfdCreate } from '../../src/sys/libc.ts';
-import { type DmaMemory, type MappedMemory, mapShared, roundToPages, unmapMemory } from '../../src/sys/memory.ts';
 import {
   AdminOpcode,
   encodeAdminCommand,
@@ -26,7 +23,6 @@ import {
   ResourceType,
 } from '../../src/virtio/admin-wire.ts';
 import { Feature, FeatureSet } from '../../src/virtio/features.ts';
-import { CommonCfgField, DeviceStatus } from '../../src/virtio/pci-layout.ts';
 import {
   encodeClassifier,
   encodeGroup,
@@ -40,7 +36,9 @@ import { createSaTable } from '../../src/virtio-net/sa-table.ts';
 import { TxQueue } from '../../src/virtio-net/tx.ts';
 import { virtqueueBytes } from '../../src/virtqueue/create.ts';
 import { SplitVirtqueue } from '../../src/virtqueue/split.ts';
-import { type BenchSuite, rate, type Workload } from '../harness.ts';
+import { Guest, initialize } from '../device-guest.ts';
+import { type BenchSuite, rate, ratio, type Workload } from '../harness.ts';
+import { Slot, tcpStream } from '../tcp-stream.ts';
 
 const REVISION = 'virtio-1.4';
 const BURST = 32;
@@ -50,66 +48,10 @@ const SLOT = 2048;
 /** Bursts per call of `run`. */
 const BURSTS = 16;
 const MTU = 1700;
-const IOVA = 0x10_0000;
-const CONFIG_COMMAND = 4;
-const MEMORY_AND_MASTER = 6;
-const BAR = 0;
 const SA_HANDLE = 1;
 const OBJECT = 5;
 const FEATURES = FeatureSet.of(Feature.VERSION_1, Feature.IPSEC, Feature.ADMIN_VQ);
 const wire = ipsecWire(REVISION);
-
-/** Guest memory: files that the device has mapped, as they are with a driver in another process. */
-class Guest {
-  readonly #fn: VirtioFunction;
-  readonly #pieces: MappedMemory[] = [];
-  #top = IOVA;
-
-  constructor(fn: VirtioFunction) {
-    this.#fn = fn;
-  }
-
-  allocate(size: number): DmaMemory {
-    const bytes = roundToPages(size);
-    const fd = memfdCreate('bench');
-    ftruncate(fd, bytes);
-    const memory = mapShared(fd, 0, bytes, { write: true });
-    this.#pieces.push(memory);
-    const iova = this.#top;
-    this.#top += bytes;
-    // The device owns the descriptor from here on.
-    this.#fn.memory.map(iova, bytes, fd, 0, true);
-    return { ...memory, iova, iovaLow: iova, iovaHigh: 0 };
-  }
-
-  close(): void {
-    for (const memory of this.#pieces) unmapMemory(memory);
-  }
-}
-
-/** Steps 1 to 8 of the initialisation, without a socket. */
-function initialize(fn: VirtioFunction, rings: readonly SplitVirtqueue[]): void {
-  const F = CommonCfgField;
-  const write = (at: number, width: number, value: number) => fn.writeBar(BAR, at, width, value);
-  fn.writeConfig(CONFIG_COMMAND, Uint8Array.of(MEMORY_AND_MASTER, 0));
-  const { ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK } = DeviceStatus;
-  write(F.deviceStatus, 1, ACKNOWLEDGE | DRIVER);
-  for (const [word, bits] of FEATURES.words.entries()) {
-    write(F.driverFeatureSelect, 4, word);
-    write(F.driverFeature, 4, bits);
-  }
-  write(F.deviceStatus, 1, ACKNOWLEDGE | DRIVER | FEATURES_OK);
-  for (const ring of rings) {
-    write(F.queueSelect, 2, ring.index);
-    write(F.queueSize, 2, ring.size);
-    write(F.queueDesc, 4, ring.descriptorArea);
-    write(F.queueDriver, 4, ring.driverArea);
-    write(F.queueDevice, 4, ring.deviceArea);
-    write(F.queueEnable, 2, 1);
-  }
-  write(F.deviceStatus, 1, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
-  if (!fn.isLive) throw new Error('the function is not live');
-}
 
 function admin(device: NetDevice, opcode: number, data: Uint8Array): Uint8Array {
   const command = new Uint8Array(4096);
@@ -192,7 +134,7 @@ function workload(size: number, secured: boolean, unit: 'mpps' | 'gbps'): Worklo
     return new SplitVirtqueue(guest.allocate(virtqueueBytes('split', options)), options);
   };
   const [rxRing, txRing] = [make(0), make(1)];
-  initialize(fn, [rxRing, txRing]);
+  initialize(fn, FEATURES, [rxRing, txRing]);
   const sas = createSaTable(16, 16);
   if (secured) {
     secure(device);
@@ -243,5 +185,14 @@ export const suite: BenchSuite = {
     yield rate('device.plain.1400B.gbps', 'Gbit/s', () => workload(1400, false, 'gbps'));
     yield rate('device.inline.64B.mpps', 'Mpps', () => workload(64, true, 'mpps'));
     yield rate('device.inline.1400B.gbps', 'Gbit/s', () => workload(1400, true, 'gbps'));
+    yield rate('device.tcp_stream.gbps', 'Gbit/s', () => tcpStream(false, Slot.small));
+    yield rate('device.tcp_stream_tso.gbps', 'Gbit/s', () => tcpStream(true, Slot.large));
+    yield rate('device.tcp_stream_tso.small_slots.gbps', 'Gbit/s', () => tcpStream(true, Slot.small));
+    // Goal: 3.
+    yield ratio(
+      'device.tso.ratio',
+      () => tcpStream(true, Slot.large),
+      () => tcpStream(false, Slot.small),
+    );
   },
 };

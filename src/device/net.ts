@@ -105,7 +105,7 @@ export class NetDevice implements DeviceModel {
       },
       queuePairs,
     );
-    this.#transmitter = new Transmitter({ ...shared, arena, link, maxFrame: options.maxFrame });
+    this.#transmitter = new Transmitter({ ...shared, memory: fn.memory, arena, link, maxFrame: options.maxFrame });
     this.admin =
       wire === null || this.#ipsec === null || this.#flowFilter === null
         ? null

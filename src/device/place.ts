@@ -24,10 +24,10 @@ import {
 import { NetCounter } from './counters.ts';
 import { type FrameFaults, frameFaults } from './fault-frames.ts';
 import type { FaultSet } from './faults.ts';
+import type { FrameSource } from './frame-source.ts';
 import { etherTypeOf } from './frames.ts';
 import type { GuestMemory } from './guest-memory.ts';
 import type { DeviceIpsec } from './ipsec.ts';
-import type { FrameSource } from './links/link.ts';
 import { type QueueStatistics, Stat } from './queue-statistics.ts';
 import { type DeviceQueue, NO_BUFFER } from './queues.ts';
 import { Unfinished } from './unfinished.ts';
@@ -226,39 +226,32 @@ export class FramePlacer {
   /** hot: copies `n` bytes from byte `from` of header and frame on into the buffer that was taken last. The header begins at `at`. */
   #copy(queue: DeviceQueue, from: number, n: number, at: number, source: FrameSource | null): boolean {
     if (source === null) return queue.scatter(0, n, at + from) === n;
-    const header = at + from;
-    const own = this.#layout === null ? 0 : this.#layout.length + source.head;
+    const layout = this.#layout;
+    if (layout === null) return false;
+    const own = layout.length + source.head;
     const near = from < own ? Math.min(own - from, n) : 0;
-    if (near > 0 && queue.scatter(0, near, header) !== near) return false;
-    return near === n || this.#copyFrom(source, source.skip + source.head + from + near - own, queue, near, n - near);
+    if (near > 0 && queue.scatter(0, near, at + from) !== near) return false;
+    return near === n || this.#copyFrom(source, from + near - layout.length, queue, near, n - near);
   }
 
-  /** hot: copies `bytes` from byte `from` of a transmit buffer on to the buffer of `queue`, behind its first `over` bytes. */
+  /** hot: copies `bytes` from byte `from` of a frame on to the buffer of `queue`, behind its first `over` bytes. */
   #copyFrom(source: FrameSource, from: number, queue: DeviceQueue, over: number, bytes: number): boolean {
     const { memory } = this.#options;
     let skip = over;
     let left = bytes;
-    let next = from;
     for (let i = queue.readable; i < queue.segments && left > 0; i++) {
       const length = queue.length[i];
-      if (skip >= length) {
-        skip -= length;
-        continue;
-      }
-      let inPiece = Math.min(length - skip, left);
-      while (inPiece > 0) {
+      while (skip < length && left > 0) {
         const low = queue.low[i] + skip;
         const carry = low >= 0x100000000 ? 1 : 0;
         const to = memory.translate(low - carry * 0x100000000, queue.high[i] + carry, true);
         if (to < 0) return false;
-        const n = Math.min(inPiece, memory.run);
-        if (source.queue.gather(next, n, to) !== n) return false;
-        next += n;
+        const n = Math.min(length - skip, left, memory.run);
+        if (!source.copy(from + bytes - left, n, to)) return false;
         left -= n;
-        inPiece -= n;
         skip += n;
       }
-      skip = 0;
+      skip -= length;
     }
     return left === 0;
   }

@@ -32,7 +32,9 @@ import { NetCounter } from './counters.ts';
 import { type FrameFaults, frameFaults } from './fault-frames.ts';
 import type { FaultSet } from './faults.ts';
 import type { FramePool } from './frame-pool.ts';
+import { FrameSource } from './frame-source.ts';
 import { isIpFrame } from './frames.ts';
+import type { GuestMemory } from './guest-memory.ts';
 import type { DeviceIpsec } from './ipsec.ts';
 import type { Link } from './links/link.ts';
 import { type QueueStatistics, Stat } from './queue-statistics.ts';
@@ -52,6 +54,8 @@ const Fate = { dropped: 0, whole: -1, passed: -2 } as const;
 export interface TransmitterOptions {
   readonly arena: Arena;
   readonly pool: FramePool;
+  /** That of the driver that sends. */
+  readonly memory: GuestMemory;
   readonly ipsec: DeviceIpsec | null;
   readonly link: Link;
   readonly counters: Float64Array;
@@ -83,7 +87,7 @@ export class Transmitter {
   readonly #verdicts = new Uint8Array(BURST);
   readonly #faults: FrameFaults | null;
   /** The large packet that was taken last, as `sendDirect` is told of it. */
-  #source: { readonly queue: DeviceQueue; readonly skip: number; head: number } | null = null;
+  #source: FrameSource | null = null;
   #layout: NetHeaderLayout | null = null;
   #checksums = false;
   /** `Unfinished`: what the other end takes during this poll. */
@@ -243,8 +247,8 @@ export class Transmitter {
     const { u8, offset, length } = this.#pool;
     // What came before it goes before it.
     this.#flush();
-    if (this.#source?.queue !== queue) this.#source = { queue, skip: layout.length, head: 0 };
-    this.#source.head = head - layout.length;
+    if (this.#source?.queue !== queue) this.#source = new FrameSource(queue, this.#options.memory, layout.length);
+    this.#source.begin(head - layout.length);
     if (!link.sendDirect(packet, this.#source)) return false;
     steering.sent(u8, offset[packet], length[packet], pair);
     this.#counters[NetCounter.txPackets]++;

@@ -5,16 +5,7 @@
  * nothing. Whoever is given packets owns them, and frees them when done. Only a receiver that takes such frames is given unfinished ones
  * (`unfinished.ts`).
  */
-import type { DeviceQueue } from '../queues.ts';
-
-/** Where the bytes of a frame are that are not in its packet: the buffer that was taken last from a transmit queue. */
-export interface FrameSource {
-  readonly queue: DeviceQueue;
-  /** Bytes of header in front of the frame. */
-  readonly skip: number;
-  /** Bytes of the frame that are in the packet, too: all of its headers. */
-  readonly head: number;
-}
+import type { FrameSource } from '../frame-source.ts';
 
 /** The receiving side of a function. */
 export interface FrameSink {

@@ -5,8 +5,9 @@
  * ms, its driver has stopped, and frames are dropped as on a cable.
  */
 import type { PacketPool } from '../../packet/pool.ts';
+import type { FrameSource } from '../frame-source.ts';
 import { Unfinished } from '../unfinished.ts';
-import { ANY_ROOM, type FrameSink, type FrameSource, type Link, type LinkCounters } from './link.ts';
+import { ANY_ROOM, type FrameSink, type Link, type LinkCounters } from './link.ts';
 
 /** Milliseconds for which a sender waits for a receiver that does not move. */
 const STUCK_AFTER = 20;
