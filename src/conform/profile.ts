@@ -7,6 +7,7 @@
 import { VipsecError } from '../errors.ts';
 import { AdminOpcode, AdminOpcodeTable, AdminStatus, CapabilityId, ResourceType } from '../virtio/admin-wire.ts';
 import { Feature, FeatureSet } from '../virtio/features.ts';
+import { OCTEP_REQUIRED } from '../virtio/octep-layout.ts';
 import type { WireRevision } from '../virtio/revision.ts';
 import { encodeGroup } from '../virtio-net/flow-filter-wire.ts';
 import { Bench } from './bench.ts';
@@ -109,6 +110,8 @@ async function attempt<T>(target: Target, patience: Patience, find: () => Promis
 
 /** The fewest features that the device takes; none beside the basic ones when it takes nothing of what is tried. */
 async function findDemands(target: Target, patience: Patience): Promise<FeatureSet> {
+  // What takes anything and then does not work cannot be asked.
+  if (target.structures.isOctep) return OCTEP_REQUIRED.without(Feature.VERSION_1);
   const offered = target.offered();
   const basic = offered.and(FeatureSet.of(Feature.VERSION_1, Feature.ACCESS_PLATFORM, Feature.ORDER_PLATFORM));
   for (const more of DEMANDS) {

@@ -9,6 +9,7 @@ import type { PciFunction } from '../vfio/function.ts';
 import type { WireRevision } from '../virtio/revision.ts';
 import { Bench } from './bench.ts';
 import { type Check, type CheckResult, Failed, NotApplicable, Untestable, type Verdict } from './check.ts';
+import { notAboutOctep } from './octep.ts';
 import { findProfile, type Profile } from './profile.ts';
 import type { RingFormat } from './ring.ts';
 import { type FunctionDescription, Target } from './target.ts';
@@ -113,6 +114,8 @@ class Run {
     });
     if ('untestable' in check) return result('untestable', check.untestable);
     if (!(await this.#ready())) return result('untestable', `the device is gone: ${this.lost}`);
+    const elsewhere = notAboutOctep(section, this.#target.fn);
+    if (elsewhere !== null) return result('not-applicable', elsewhere);
     const bench = new Bench(this.#target, this.#peer, this.#patience, this.#profile);
     this.#patience.deadline = start + TIMEOUTS_PER_CHECK * this.#patience.timeout;
     try {

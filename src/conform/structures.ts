@@ -4,8 +4,10 @@
  * Checks read and write single registers, so nothing here hides one; but no access ever leaves a BAR, whatever the
  * capabilities say.
  */
+import { VirtioError } from '../errors.ts';
 import {
   type Capability,
+  readIdentity,
   readMsix,
   readVirtioCapabilities,
   type VirtioCapability,
@@ -13,6 +15,8 @@ import {
 } from '../vfio/config-space.ts';
 import type { PciFunction, Region } from '../vfio/function.ts';
 import { FEATURE_WORDS, FeatureSet } from '../virtio/features.ts';
+import { OctepBar, octepModel } from '../virtio/octep-layout.ts';
+import { AcknowledgedRegisters, readWindowCapabilities } from '../virtio/octep-registers.ts';
 import { CommonCfgField, VirtioCfgType } from '../virtio/pci-layout.ts';
 import { Failed, hex } from './check.ts';
 
@@ -60,6 +64,61 @@ export class Window {
   }
 }
 
+/** The common configuration of an octeon_ep class function, for checks that know of no acknowledgements (`virtio/octep.ts`). */
+class AcknowledgedWindow extends Window {
+  readonly #registers: AcknowledgedRegisters;
+  #featureWords = 0;
+  #featureWord = 0;
+
+  constructor(name: string, bar: Region, offset: number, length: number, address: string) {
+    super(name, bar, offset, length);
+    this.#registers = new AcknowledgedRegisters(address, bar, offset, ACKNOWLEDGE_MS);
+  }
+
+  override read32(at: number): number {
+    // A word that the firmware does not know reads as the one before.
+    const isUnknown = at === CommonCfgField.deviceFeature && this.#featureWord >= this.#featureWords;
+    return isUnknown ? 0 : super.read32(at);
+  }
+
+  override write8(at: number, value: number): void {
+    if (at !== CommonCfgField.deviceStatus || value !== 0) {
+      super.write8(at, value);
+      return;
+    }
+    this.#registers.startReset();
+    this.#acknowledged(() => this.#registers.awaitReset());
+  }
+
+  override write16(at: number, value: number): void {
+    if (at === CommonCfgField.queueSelect) this.#acknowledged(() => this.#registers.selectQueue(value));
+    else super.write16(at, value);
+  }
+
+  override write32(at: number, value: number): void {
+    if (at !== CommonCfgField.deviceFeatureSelect && at !== CommonCfgField.driverFeatureSelect) {
+      super.write32(at, value);
+      return;
+    }
+    this.#acknowledged(() => {
+      if (this.#featureWords === 0) this.#featureWords = this.#registers.readFeatureWords().length;
+      if (at === CommonCfgField.deviceFeatureSelect) this.#featureWord = value;
+      if (value < FEATURE_WORDS) this.#registers.selectFeatures(at, value);
+    });
+  }
+
+  #acknowledged(select: () => void): void {
+    try {
+      select();
+    } catch (error) {
+      throw error instanceof VirtioError ? new Failed(error.message) : error;
+    }
+  }
+}
+
+/** Firmware looks every 100 µs or so. */
+const ACKNOWLEDGE_MS = 500;
+
 const NAMES: Readonly<Record<number, string>> = {
   [VirtioCfgType.COMMON]: 'common configuration structure',
   [VirtioCfgType.NOTIFY]: 'notification structure',
@@ -72,14 +131,21 @@ export class Structures {
   readonly capabilities: readonly Capability[];
   readonly virtio: readonly VirtioCapability[];
   readonly msix: ReturnType<typeof readMsix>;
+  /** An octeon_ep class function, whose structures are in a window that configuration space does not tell of. */
+  readonly isOctep: boolean;
 
-  /** Throws VfioError when the capability list is broken. */
+  /** Throws VfioError when the capability list is broken, VirtioError for one in a window. */
   constructor(fn: PciFunction) {
     this.fn = fn;
+    this.isOctep = octepModel(readIdentity(fn.config)) !== null;
     this.capabilities = walkCapabilities(fn.config);
-    this.virtio = readVirtioCapabilities(fn.config, this.capabilities);
+    this.virtio = this.isOctep
+      ? readWindowCapabilities(fn.address, fn.bar(OctepBar.window))
+      : readVirtioCapabilities(fn.config, this.capabilities);
     this.msix = readMsix(fn.config, this.capabilities);
   }
+
+  #acknowledged: Window | null = null;
 
   /** The first capability of a type whose BAR exists (4.1.4: others are to be ignored). */
   capability(type: number): VirtioCapability | undefined {
@@ -91,7 +157,10 @@ export class Structures {
     const cap = this.capability(type);
     const name = NAMES[type] ?? `structure of type ${type}`;
     if (cap === undefined) throw new Failed(`the function has no ${name}`);
-    return new Window(name, this.fn.bar(cap.bar), cap.offset, cap.length);
+    const bar = this.fn.bar(cap.bar);
+    if (!this.isOctep || type !== VirtioCfgType.COMMON) return new Window(name, bar, cap.offset, cap.length);
+    this.#acknowledged ??= new AcknowledgedWindow(name, bar, cap.offset, cap.length, this.fn.address);
+    return this.#acknowledged;
   }
 
   get common(): Window {

@@ -6,11 +6,13 @@ import { VirtioError } from '../errors.ts';
 import type { VirtioCapability } from '../vfio/config-space.ts';
 import type { Region } from '../vfio/function.ts';
 import { get32 } from './little-endian.ts';
-import { OctepWindow, VendorData } from './octep-layout.ts';
-import { PCI_CAP_VENDOR, VirtioCapField, VirtioCapLength } from './pci-layout.ts';
+import { AcknowledgeBit, OctepWindow, VendorData } from './octep-layout.ts';
+import { CommonCfgField, PCI_CAP_VENDOR, VirtioCapField, VirtioCapLength } from './pci-layout.ts';
 
 /** Reads before the first pause, then pauses of growing length: the firmware looks every 100 µs or so. */
 const EAGER_READS = 4;
+/** Nobody gives up before so many reads, however long each took. */
+const LEAST_READS = 16;
 const PAUSE_MS = { first: 0.05, most: 2 } as const;
 
 const bell = new Int32Array(new SharedArrayBuffer(4));
@@ -19,16 +21,11 @@ const bell = new Int32Array(new SharedArrayBuffer(4));
  * Waits, without leaving the call, until `acknowledged`. Throws `VirtioError` ACKNOWLEDGE_TIMEOUT after `timeout` milliseconds: `what` the
  * firmware did not acknowledge.
  */
-export function awaitAcknowledgement(
-  address: string,
-  what: string,
-  timeout: number,
-  acknowledged: () => boolean,
-): void {
+function awaitAcknowledgement(address: string, what: string, timeout: number, acknowledged: () => boolean): void {
   const deadline = performance.now() + timeout;
   let pause: number = PAUSE_MS.first;
   for (let reads = 0; !acknowledged(); reads++) {
-    if (performance.now() >= deadline) {
+    if (performance.now() >= deadline && reads >= LEAST_READS) {
       throw new VirtioError(
         'ACKNOWLEDGE_TIMEOUT',
         `${address}: the firmware did not acknowledge ${what} in ${timeout} ms`,
@@ -40,6 +37,72 @@ export function awaitAcknowledgement(
     if (reads < EAGER_READS) continue;
     Atomics.wait(bell, 0, 0, pause);
     pause = Math.min(2 * pause, PAUSE_MS.most);
+  }
+}
+
+/** Words of features that every firmware has; the words beyond came with Virtio 1.4. */
+const OLD_FEATURE_WORDS = 2;
+
+/** The registers of the common configuration that want an acknowledgement. `offset` is where it is in the window. */
+export class AcknowledgedRegisters {
+  readonly #address: string;
+  readonly #window: Region;
+  readonly #offset: number;
+  /** Milliseconds for each acknowledgement. */
+  readonly #timeout: number;
+
+  constructor(address: string, window: Region, offset: number, timeout: number) {
+    this.#address = address;
+    this.#window = window;
+    this.#offset = offset;
+    this.#timeout = timeout;
+  }
+
+  /** Asks for a reset, which is over when `device_status` reads 0. */
+  startReset(): void {
+    this.#window.write8(this.#offset + CommonCfgField.deviceStatus, AcknowledgeBit.reset);
+  }
+
+  /** Waits for the reset that was asked for: a selection that is made meanwhile is lost. Throws `VirtioError` ACKNOWLEDGE_TIMEOUT. */
+  awaitReset(): void {
+    this.#await('a reset', () => this.#window.read8(this.#offset + CommonCfgField.deviceStatus) === 0);
+  }
+
+  /** `field` is `device_feature_select` or `driver_feature_select`. Throws `VirtioError` ACKNOWLEDGE_TIMEOUT. */
+  selectFeatures(field: number, word: number): void {
+    const at = this.#offset + field;
+    this.#window.write32(at, word | AcknowledgeBit.select);
+    this.#await(`the selection of feature word ${word}`, () => this.#window.read32(at) === word);
+  }
+
+  /** Throws `VirtioError` ACKNOWLEDGE_TIMEOUT, also for a queue that the firmware does not know. */
+  selectQueue(index: number): void {
+    const at = this.#offset + CommonCfgField.queueSelect;
+    this.#window.write16(at, index | AcknowledgeBit.select);
+    this.#await(`the selection of queue ${index}`, () => this.#window.read16(at) === index);
+  }
+
+  #await(what: string, acknowledged: () => boolean): void {
+    awaitAcknowledgement(this.#address, what, this.#timeout, acknowledged);
+  }
+
+  readFeatureWord(word: number): number {
+    this.selectFeatures(CommonCfgField.deviceFeatureSelect, word);
+    return this.#window.read32(this.#offset + CommonCfgField.deviceFeature);
+  }
+
+  /**
+   * The words that the device offers, as many as its firmware knows. Firmware of before Virtio 1.4 acknowledges the selection of words 2 and 3 and
+   * leaves the word before it in the register, where bit 38 would be taken for bit 70, which is IPsec. So word 2 is read behind word 0 and
+   * behind word 1: what is the same as either is no word of its own.
+   */
+  readFeatureWords(): number[] {
+    const first = this.readFeatureWord(0);
+    const third = this.readFeatureWord(2);
+    const second = this.readFeatureWord(1);
+    const again = this.readFeatureWord(2);
+    if (third === first && again === second) return [first, second];
+    return [first, second, third, this.readFeatureWord(OLD_FEATURE_WORDS + 1)];
   }
 }
 

@@ -13,14 +13,12 @@ import type { PciFunction, Region } from '../vfio/function.ts';
 import { FEATURE_WORDS, Feature, FeatureSet } from './features.ts';
 import { bringUpOctep, type OctepOptions, type OctepParts } from './octep-bring-up.ts';
 import { AcknowledgeBit, CAUSE_FLAG, OCTEP_REQUIRED } from './octep-layout.ts';
-import { awaitAcknowledgement } from './octep-registers.ts';
+import { AcknowledgedRegisters } from './octep-registers.ts';
 import { CommonCfgField, NO_VECTOR } from './pci-layout.ts';
 import { makeNotifier, notifyMultiplier, readAdminQueues, readUnchanged, type Structure } from './structures.ts';
 import type { ConfigReader, InterruptCauses, QueueNotifier, QueueSetup, VirtioTransport } from './transport.ts';
 
 const DEFAULT_ACKNOWLEDGE_TIMEOUT = 10_000;
-/** Words of features that every firmware has; the words beyond came with Virtio 1.4. */
-const OLD_FEATURE_WORDS = 2;
 /** No queue is selected. */
 const NONE = -1;
 
@@ -92,7 +90,7 @@ class OctepTransport implements VirtioTransport {
   readonly #fn: PciFunction;
   readonly #parts: OctepParts;
   readonly #config: ByteReader;
-  readonly #timeout: number;
+  readonly #registers: AcknowledgedRegisters;
   readonly #notifyMultiplier: number;
   #featureWords = FEATURE_WORDS;
   #features = FeatureSet.empty;
@@ -101,7 +99,7 @@ class OctepTransport implements VirtioTransport {
   constructor(fn: PciFunction, parts: OctepParts, timeout: number) {
     this.#fn = fn;
     this.#parts = parts;
-    this.#timeout = timeout;
+    this.#registers = new AcknowledgedRegisters(fn.address, parts.window, parts.common.offset, timeout);
     this.deviceType = parts.deviceType;
     this.interruptVectors = Math.min(parts.interrupts, fn.interruptVectors);
     this.#config = new ByteReader(parts.config);
@@ -141,36 +139,18 @@ class OctepTransport implements VirtioTransport {
   }
 
   writeStatus(status: number): void {
-    if (status === 0) this.#selected = NONE;
-    this.#parts.window.write8(this.#at(CommonCfgField.deviceStatus), status === 0 ? AcknowledgeBit.reset : status);
+    if (status !== 0) {
+      this.#parts.window.write8(this.#at(CommonCfgField.deviceStatus), status);
+      return;
+    }
+    this.#selected = NONE;
+    this.#registers.startReset();
   }
 
-  #selectFeatures(field: number, word: number): void {
-    const { window } = this.#parts;
-    const at = this.#at(field);
-    window.write32(at, word | AcknowledgeBit.select);
-    awaitAcknowledgement(this.address, `the selection of feature word ${word}`, this.#timeout, () => {
-      return window.read32(at) === word;
-    });
-  }
-
-  #readFeatureWord(word: number): number {
-    this.#selectFeatures(CommonCfgField.deviceFeatureSelect, word);
-    return this.#parts.window.read32(this.#at(CommonCfgField.deviceFeature));
-  }
-
-  /**
-   * Firmware of before Virtio 1.4 acknowledges the selection of words 2 and 3 and leaves the word before it in the register, where bit 38 would be
-   * taken for bit 70, which is IPsec. So word 2 is read behind word 0 and behind word 1: what is the same as either is no word of its own.
-   */
   readDeviceFeatures(): FeatureSet {
-    const first = this.#readFeatureWord(0);
-    const third = this.#readFeatureWord(2);
-    const second = this.#readFeatureWord(1);
-    const again = this.#readFeatureWord(2);
-    const stale = third === first && again === second;
-    this.#featureWords = stale ? OLD_FEATURE_WORDS : FEATURE_WORDS;
-    return FeatureSet.fromWords(stale ? [first, second, 0, 0] : [first, second, third, this.#readFeatureWord(3)]);
+    const words = this.#registers.readFeatureWords();
+    this.#featureWords = words.length;
+    return FeatureSet.fromWords(Array.from({ length: FEATURE_WORDS }, (_, i) => words[i] ?? 0));
   }
 
   /** Throws `VirtioError` FEATURES_REJECTED when the firmware has not taken what was written. */
@@ -179,11 +159,11 @@ class OctepTransport implements VirtioTransport {
     const { driverFeatureSelect, driverFeature } = CommonCfgField;
     this.#features = features;
     for (let word = 0; word < this.#featureWords; word++) {
-      this.#selectFeatures(driverFeatureSelect, word);
+      this.#registers.selectFeatures(driverFeatureSelect, word);
       window.write32(this.#at(driverFeature), features.words[word]);
     }
     for (let word = 0; word < this.#featureWords; word++) {
-      this.#selectFeatures(driverFeatureSelect, word);
+      this.#registers.selectFeatures(driverFeatureSelect, word);
       const kept = window.read32(this.#at(driverFeature));
       if (kept === features.words[word]) continue;
       const text = `feature word ${word} reads ${hex(kept)}, not the ${hex(features.words[word])} that was written`;
@@ -208,13 +188,8 @@ class OctepTransport implements VirtioTransport {
 
   #selectQueue(index: number): void {
     if (this.#selected === index) return;
-    const { window } = this.#parts;
-    const at = this.#at(CommonCfgField.queueSelect);
     this.#selected = NONE;
-    window.write16(at, index | AcknowledgeBit.select);
-    awaitAcknowledgement(this.address, `the selection of queue ${index}`, this.#timeout, () => {
-      return window.read16(at) === index;
-    });
+    this.#registers.selectQueue(index);
     this.#selected = index;
   }
 

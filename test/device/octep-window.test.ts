@@ -146,6 +146,16 @@ describe('the window of an octeon_ep class function', () => {
     expect(fn.common.features.has(Feature.MRG_RXBUF)).toBe(true);
   });
 
+  it('forgets what is selected while it is being reset', async () => {
+    const { fn, bar, start, selectFeatures, acknowledged } = make();
+    await start();
+    bar.write8(COMMON + F.deviceStatus, 0x80);
+    expect(selectFeatures(0)).toBeNull();
+    expect(acknowledged(F.deviceStatus, 1, 0)).toBe(0);
+    expect(selectFeatures(0)).not.toBeNull();
+    expect(fn.log.at(-1)).toBe('reset');
+  });
+
   it('keeps the registers of each queue', () => {
     const { get, bar, selectQueue } = make();
     expect(selectQueue(0)).toBeGreaterThan(1);
