@@ -45,7 +45,8 @@ export async function moveSa(
   sa: SecurityAssociation,
   options: MoveOptions,
 ): Promise<void> {
-  const sameKey = managed.keyId === keyId(sa);
+  // An SA may keep the key of its authenticator and get another one for its cipher, which has nonces of its own.
+  const sameKey = managed.keyId === keyId(sa) && managed.claim.covers(sa);
   const target: MoveTarget = where === 'inline' && options.deviceIvIsSequence === true ? 'inline-sequence' : where;
   const before = parts.traffic(managed);
   const plan = planned(parts, managed, sa, where, sameKey, before);

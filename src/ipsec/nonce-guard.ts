@@ -15,6 +15,9 @@ import { NonceFile } from './nonce-file.ts';
 import type { Where } from './placement.ts';
 import type { SecurityAssociation } from './sa.ts';
 
+/** L - 1, of a counter of L = 4 bytes. */
+const CCM_COUNTER_FLAGS = Uint8Array.of(3);
+const NO_PREFIX = new Uint8Array(0);
 /** IVs of counter modes are 8 bytes: one more than the last. */
 const IV_END = 1n << 64n;
 const SEQUENCE_END = 1n << 32n;
@@ -93,10 +96,13 @@ function nonceMaterial(sa: SecurityAssociation): Uint8Array | null {
     sa.aead ?? (sa.cipher?.name === 'aes-ctr' ? sa.cipher : sa.auth?.name === 'aes-gmac' ? sa.auth : null);
   if (counted === null) return null;
   const salt = counted.salt ?? new Uint8Array(0);
-  const material = new Uint8Array(1 + counted.key.length + salt.length);
+  // The counter blocks of CCM are those of GCM with this byte before the salt (RFC 3610, 2.3; RFC 4309, 4).
+  const prefix = counted.name === 'aes-ccm' ? CCM_COUNTER_FLAGS : NO_PREFIX;
+  const material = new Uint8Array(1 + counted.key.length + prefix.length + salt.length);
   material[0] = counted.key.length;
   material.set(counted.key, 1);
-  material.set(salt, 1 + counted.key.length);
+  material.set(prefix, 1 + counted.key.length);
+  material.set(salt, 1 + counted.key.length + prefix.length);
   return material;
 }
 
@@ -106,10 +112,10 @@ function hasCountedNonces(sa: SecurityAssociation): boolean {
   return material !== null;
 }
 
-/** The first explicit IV of a software SA, and how many it could use until its sequence numbers run out. */
-function plannedIvs(sa: SecurityAssociation): { first: bigint; room: bigint } {
+/** The first explicit IV of an SA, and how many it could use until its sequence numbers run out. */
+function plannedIvs(sa: SecurityAssociation, where: MoveTarget): { first: bigint; room: bigint } {
   let first = sa.initial.sequence;
-  if (sa.initial.iv !== undefined) {
+  if (where !== 'inline-sequence' && sa.initial.iv !== undefined) {
     first = 0n;
     for (const byte of sa.initial.iv) first = (first << 8n) | BigInt(byte);
   }
@@ -169,7 +175,7 @@ interface ClaimState {
 
 /** What the explicit IV is ahead of the sequence number; null when nobody counts. */
 function offsetOf(sa: SecurityAssociation, where: MoveTarget): bigint | null {
-  return where === 'software' ? plannedIvs(sa).first - sa.initial.sequence : null;
+  return where === 'software' ? plannedIvs(sa, where).first - sa.initial.sequence : null;
 }
 
 class Claim implements NonceClaim {
@@ -210,7 +216,7 @@ class Claim implements NonceClaim {
   }
 
   checkMove(sa: SecurityAssociation, where: MoveTarget, nextSequence: bigint | null): void {
-    const earlier = later(this.#before?.next ?? this.#fileBefore, this.#carried);
+    const earlier = later(later(this.#before?.next ?? 0n, this.#fileBefore), this.#carried);
     refuseOverlap(sa, where, nextSequence === null ? earlier : this.#usedUntil(nextSequence), false);
   }
 
@@ -249,7 +255,7 @@ function refuseOverlap(sa: SecurityAssociation, where: MoveTarget, next: bigint,
     const what = 'an outbound SA with this key and salt has sent packets: the device would repeat its nonces';
     throw new IpsecError('NONCE_REUSE', what, { hint });
   }
-  const { first, room } = plannedIvs(sa);
+  const { first, room } = plannedIvs(sa, where);
   if (first >= next && first + room <= IV_END) return;
   const what = 'an outbound SA with this key and salt has sent packets with these nonces';
   throw new IpsecError('NONCE_REUSE', what, { hint });

@@ -17,6 +17,13 @@ import { FlowFilter } from '../../src/virtio-net/flow-filter.ts';
 import type { FakeAdmin } from '../virtio-net/fake-admin.ts';
 import { ipsecDevice } from './fake-device.ts';
 
+/** A packet that went out: through the device, `bytes` are the object that it has; else they are the packet. */
+export interface Evidence {
+  readonly where: Where;
+  readonly iv: bigint;
+  readonly bytes: Uint8Array;
+}
+
 const IDS = [0x800, 0x801, 0x802, 0x803, 0x804];
 
 export interface MoveSetup {
@@ -45,7 +52,11 @@ export function closeMoves(): void {
   for (const end of endings.splice(0)) end();
 }
 
-export async function openForMoves(revision: WireRevision = 'virtio-1.4'): Promise<MoveSetup> {
+export async function openForMoves(
+  revision: WireRevision = 'virtio-1.4',
+  guard?: NonceGuard,
+  onSent: (evidence: Evidence) => void = () => {},
+): Promise<MoveSetup> {
   const pool = new PacketPool(packetMemory);
   const admin = ipsecDevice({ inbound: 8, outbound: 8 }, revision);
   const filter = await FlowFilter.open(admin, IDS);
@@ -64,7 +75,7 @@ export async function openForMoves(revision: WireRevision = 'virtio-1.4'): Promi
     inline,
     inlineObstacle: null,
     software: (onEvent) => new SoftwareIpsec(pool, { engine: 'noble', onEvent }),
-    guard: new NonceGuard({ memory }),
+    guard: guard ?? new NonceGuard({ memory }),
     mtu: 1500,
     handles: 8,
   });
@@ -80,7 +91,9 @@ export async function openForMoves(revision: WireRevision = 'virtio-1.4'): Promi
     if (verdicts[0] === Verdict.ok) {
       const bytes = Buffer.from(pool.read(p));
       const sequence = BigInt(bytes.readUInt32BE(24));
-      sent.push({ handle, where: 'software', sequence, iv: bytes.readBigUInt64BE(28) });
+      const iv = bytes.readBigUInt64BE(28);
+      sent.push({ handle, where: 'software', sequence, iv });
+      onSent({ where: 'software', iv, bytes });
     }
     pool.free(packets, 1);
     return verdicts[0];
@@ -97,6 +110,7 @@ export async function openForMoves(revision: WireRevision = 'virtio-1.4'): Promi
     const sequence = counters.get(object) ?? (esn === 0n ? 1n : esn);
     counters.set(object, sequence + 1n);
     sent.push({ handle, where: 'inline', sequence, iv: sequence });
+    onSent({ where: 'inline', iv: sequence, bytes: object.bytes });
     return verdict;
   };
   const one = (handle: number): number => {

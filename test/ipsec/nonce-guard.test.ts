@@ -49,6 +49,23 @@ describe('the nonce guard', () => {
     expect(() => guard.claim(starting(200n), 'software')).not.toThrow();
   });
 
+  it('knows that counter blocks of CCM are those of GCM with another salt', () => {
+    const name = (what: 'aes-ccm' | 'aes-gcm', salt: Uint8Array) =>
+      outbound({ aead: { name: what, key: key(16), salt, icvLength: 16 } });
+    guard.claim(name('aes-ccm', Uint8Array.of(7, 8, 9)), 'software').release(5n);
+    expect(() => guard.claim(name('aes-gcm', Uint8Array.of(3, 7, 8, 9)), 'software')).toThrow(reuse);
+    expect(() => guard.claim(name('aes-gcm', Uint8Array.of(4, 7, 8, 9)), 'software')).not.toThrow();
+  });
+
+  it('does not take an initial IV for the IVs of a device that uses sequence numbers', () => {
+    guard.claim(outbound(), 'software').release(100n);
+    const iv = Uint8Array.of(0, 0, 0, 0, 0, 0, 1, 0);
+    const again = outbound({ initial: { sequence: 1n, iv } });
+    const claim = guard.claim(again, 'software');
+    expect(() => claim.checkMove(again, 'inline-sequence', null)).toThrow(reuse);
+    expect(() => claim.checkMove(again, 'software', null)).not.toThrow();
+  });
+
   it('counts explicit IVs where an SA starts with one, and refuses a range that would wrap into used ones', () => {
     const iv = (last: number) => Uint8Array.of(0, 0, 0, 0, 0, 0, 1, last);
     const from = (bytes: Uint8Array, sequence = 1n) => outbound({ initial: { sequence, iv: bytes } });
