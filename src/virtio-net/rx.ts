@@ -344,8 +344,12 @@ export class RxQueue {
     if (this.queue.broken === null) this.#notifier.notify();
   }
 
-  /** Asks for an interrupt at the next packet; true when one is there already. */
+  /**
+   * Asks for an interrupt at the next packet; true when one is there already. Gives the device what the pool has got back: a ring that
+   * ran empty while the application held all packets would never interrupt.
+   */
   enableInterrupts(): boolean {
+    if (this.queue.free >= this.refillAt) this.refill();
     return this.queue.enableInterrupts();
   }
 

@@ -3,6 +3,7 @@ import { afterEach, describe, expect, it } from 'vitest';
 import { VfioError } from '../../src/errors.ts';
 import * as libc from '../../src/sys/libc.ts';
 import { mapShared, unmapMemory } from '../../src/sys/memory.ts';
+import { createMemoryFile } from '../../src/sys/memory-file.ts';
 import { DmaArena, type DmaArenaOptions, type DmaMapping } from '../../src/vfio/dma.ts';
 import { backing } from '../sys/backing.ts';
 
@@ -186,5 +187,113 @@ describe('DmaArena', () => {
     device.refuse = true;
     arena.close(true);
     expect(memories.map((memory) => backing(memory.address))).toEqual(['', '']);
+  });
+
+  describe('with a file of the caller', () => {
+    const files: number[] = [];
+    afterEach(() => {
+      for (const fd of files.splice(0)) libc.close(fd);
+    });
+    const file = (size = 0x10000) => {
+      const fd = createMemoryFile(size);
+      files.push(fd);
+      return fd;
+    };
+    const refusal = (code: string) => expect.objectContaining({ code });
+
+    it('gives the device that file, by a descriptor that outlives the one it was given', () => {
+      const device = new Device();
+      const arena = open(device);
+      const fd = createMemoryFile(0x10000);
+      const memory = arena.import(fd, 0x2000, 0x3000);
+      const own = mapShared(fd, 0x2000, 0x3000, { write: true });
+      libc.close(fd);
+      const mapping = device.mapped.get(memory.iova);
+      expect(mapping).toMatchObject({ size: 0x3000, offset: 0x2000, address: memory.address });
+      expect(mapping?.fd).not.toBe(fd);
+      own.u8[5] = 77;
+      expect(memory.u8[5]).toBe(77);
+      unmapMemory(own);
+      expect(arena.find(memory.iova + 0x2fff, 1)).toEqual({ memory, offset: 0x2fff });
+    });
+
+    it('leaves nothing behind when it is given back, and not the file without its content', () => {
+      const before = openDescriptors();
+      const device = new Device();
+      const arena = open(device);
+      const fd = file();
+      const memory = arena.import(fd, 0, 0x1000);
+      memory.u8[0] = 5;
+      arena.free(memory);
+      expect(device.mapped.size).toBe(0);
+      expect(openDescriptors()).toBe(before + 1);
+      expect(memory.u8[0]).toBe(0);
+      expect(arena.import(fd, 0, 0x1000).u8[0]).toBe(5);
+    });
+
+    it('closes its descriptor with everything else', () => {
+      const before = openDescriptors();
+      const arena = open(new Device());
+      arena.import(file(), 0, 0x1000);
+      arena.close(true);
+      expect(openDescriptors()).toBe(before + 1);
+      expect(() => arena.import(files[0], 0, 0x1000)).toThrow(refusal('DMA_CLOSED'));
+    });
+
+    it.each<[string, number, number]>([
+      ['begins inside of a page', 1, 0x1000],
+      ['ends inside of a page', 0, 0x1001],
+      ['ends behind the file', 0xf000, 0x2000],
+      ['begins behind the file', 0x20000, 0x1000],
+      ['begins before the file', -0x1000, 0x1000],
+      ['is empty', 0, 0],
+      ['is no number', 0, Number.NaN],
+      ['is more than 4 GiB', 0, 2 ** 32 + 0x1000],
+    ])('refuses a part that %s', (_, offset, size) => {
+      const before = openDescriptors();
+      const device = new Device();
+      expect(() => open(device).import(file(), offset, size)).toThrow(refusal('DMA_RANGE'));
+      expect(device.calls).toBe(0);
+      expect(openDescriptors()).toBe(before + 1);
+    });
+
+    it('refuses a part of which it has some already, until that is given back', () => {
+      const arena = open(new Device());
+      const fd = file();
+      const memory = arena.import(fd, 0x1000, 0x2000);
+      for (const offset of [0, 0x1000, 0x2000]) {
+        expect(() => arena.import(fd, offset, 0x2000)).toThrow(refusal('DMA_OVERLAP'));
+      }
+      arena.import(fd, 0x3000, 0x1000);
+      arena.import(file(), 0x1000, 0x2000);
+      arena.free(memory);
+      arena.import(fd, 0x1000, 0x2000);
+    });
+
+    it('refuses a file that may shrink, that cannot be written to, or that is none', () => {
+      const arena = open(new Device());
+      const unsealed = libc.memfdCreate('test', libc.MemfdFlag.allowSealing | libc.MemfdFlag.cloexec);
+      files.push(unsealed);
+      libc.ftruncate(unsealed, 0x1000);
+      expect(() => arena.import(unsealed, 0, 0x1000)).toThrow(refusal('DMA_SEAL'));
+      libc.fcntl(unsealed, libc.FcntlCommand.addSeals, libc.Seal.shrink | libc.Seal.futureWrite);
+      expect(() => arena.import(unsealed, 0, 0x1000)).toThrow(refusal('DMA_SEAL'));
+      expect(() => arena.import(1 << 20, 0, 0x1000)).toThrow(refusal('DMA_SEAL'));
+      const plain = libc.open('/dev/null', libc.OpenFlag.readWrite | libc.OpenFlag.cloexec);
+      files.push(plain);
+      expect(() => arena.import(plain, 0, 0x1000)).toThrow(refusal('DMA_SEAL'));
+    });
+
+    it('changes nothing when the device refuses', () => {
+      const before = openDescriptors();
+      const device = new Device();
+      const arena = open(device);
+      device.refuse = true;
+      const fd = file();
+      expect(() => arena.import(fd, 0, 0x1000)).toThrow(refusal('DEVICE_REFUSED'));
+      expect(openDescriptors()).toBe(before + 1);
+      device.refuse = false;
+      expect(arena.import(fd, 0, 0x1000).iova).toBe(0x10000);
+    });
   });
 });

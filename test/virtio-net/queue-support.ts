@@ -26,6 +26,8 @@ export interface Options {
   stride?: number;
   /** Entries of indirect tables of the transmit queue. */
   indirectEntries?: number;
+  /** Pieces of memory of the application. */
+  references?: number;
   /** Size of the table of inbound SAs. */
   inbound?: number;
 }
@@ -42,7 +44,7 @@ export function queues(options: Options = {}) {
   const { features = [70, 69], revision = 'virtio-1.4', size = 16, packets = 64, checksum = false } = options;
   const { stride = 2048, indirectEntries = 0 } = options;
   const memory = new TestMemory(0x3_2000_0000);
-  const pool = new PacketPool(memory.allocateDma(packets * stride), { stride });
+  const pool = new PacketPool(memory.allocateDma(packets * stride), { stride, references: options.references ?? 0 });
   const negotiated = FeatureSet.of(...features);
   const layout = netHeaderLayout(negotiated, revision);
   const sas = createSaTable(100, options.inbound ?? 50);
