@@ -136,6 +136,7 @@ export {
 export type { OctepReport } from './probe-octep.ts';
 export { type PortReport, probePort } from './probe-port.ts';
 export { type MappedMemory, mapAnonymous, unmapMemory } from './sys/memory.ts';
+export { createMemoryFile } from './sys/memory-file.ts';
 export { type BindOptions, type BindResult, bindFunction, unbindFunction } from './vfio/bind.ts';
 export type { DeviceFunction, PciFunction } from './vfio/function.ts';
 export { listFunctions, type PciDescription } from './vfio/sysfs.ts';
