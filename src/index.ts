@@ -165,3 +165,8 @@ export { GsoType, HashReport } from './virtio-net/header.ts';
 export type { NetControl, ReceiveMode } from './virtio-net/net-control.ts';
 export { RxCounter } from './virtio-net/rx.ts';
 export { TxCounter } from './virtio-net/tx.ts';
+// Queue pairs in worker threads.
+export type { QueueHandle } from './worker/handle.ts';
+export { openQueue } from './worker/open-queue.ts';
+export type { WorkerNicQueue } from './worker/worker-nic-queue.ts';
+export type { QueueEnd, WorkerQueue, WorkerQueueState } from './worker/worker-queue.ts';

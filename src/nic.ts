@@ -37,11 +37,15 @@ import type { VirtioTransport } from './virtio/transport.ts';
 import { type NetConfig, readNetConfig } from './virtio-net/config.ts';
 import type { FlowFilter } from './virtio-net/flow-filter.ts';
 import type { NetControl } from './virtio-net/net-control.ts';
+import type { WorkerQueue } from './worker/worker-queue.ts';
+import { WorkerQueues } from './worker/worker-queues.ts';
 
 /** Virtio device type of a network device (5). */
 const NETWORK_DEVICE = 1;
 /** How often the link is looked at when the device does not tell of changes. */
 const LINK_INTERVAL_MS = 1000;
+/** How long closing waits for worker threads. One that has not let go by then harms nobody: what it has mapped stays its own. */
+const WORKER_PATIENCE_MS = 2000;
 
 export interface NicLink {
   readonly up: boolean;
@@ -156,6 +160,7 @@ export class Nic implements AsyncDisposable {
   readonly #parts: NicParts;
   readonly #arenas: NicArenas;
   #queues: readonly NicQueue[] = [];
+  #workers: WorkerQueues | null = null;
   #ipsec: IpsecManager | null = null;
   #flowFilter: FlowFilter | null = null;
   #broken: VipsecError | null = null;
@@ -184,16 +189,31 @@ export class Nic implements AsyncDisposable {
     const { inline, obstacle, flowFilter } = await openInline(this.#parts);
     this.#flowFilter = flowFilter;
     const software = options.ipsec === 'auto' || options.ipsec === 'software';
+    const handles = 2 * options.maxSas;
+    if (rings.workerPairs.length > 0) {
+      this.#workers = new WorkerQueues({
+        rings,
+        address: this.address,
+        mac: this.mac,
+        handles,
+        inboundLimit: inline?.capability.limits.inbound ?? 0,
+        engine: software ? options.engine : null,
+        commandTimeout: options.commandTimeout,
+        onBroken: (error) => this.#lost(error),
+      });
+    }
     this.#ipsec = new IpsecManager({
       inline,
       inlineObstacle: obstacle,
       software: software ? (onEvent) => new SoftwareIpsec(this.packets, { engine: options.engine, onEvent }) : null,
       guard,
       mtu: this.mtu,
-      handles: 2 * options.maxSas,
+      handles,
+      ...(this.#workers === null ? {} : { threads: this.#workers }),
       ...(options.ipsec === 'inline' ? { require: 'inline' as const } : {}),
     });
     const manager = this.#ipsec;
+    if (this.#workers !== null) this.#workers.listener = manager;
     const onBroken = () => void this.broken;
     this.#queues = rings.pairs.map((pair, i) => {
       const rx = new NicRxQueue(i, pair.rx, this.packets, manager, { onBroken, sleeper: rings.interrupts });
@@ -213,9 +233,14 @@ export class Nic implements AsyncDisposable {
     if (this.#broken !== null) throw this.#broken;
   }
 
-  /** Queue pairs. */
+  /** Queue pairs of this thread. */
   get queues(): readonly NicQueue[] {
     return this.#queues;
+  }
+
+  /** Queue pairs for worker threads: the last ones, as many as the option `workerQueues` says. */
+  get workerQueues(): readonly WorkerQueue[] {
+    return this.#workers?.list ?? [];
   }
 
   get ipsec(): Ipsec {
@@ -305,9 +330,10 @@ export class Nic implements AsyncDisposable {
     }
   }
 
-  /** Sums over all queues since the NIC was opened. */
+  /** Sums over all queues since the NIC was opened; those of worker threads as they are while traffic runs. */
   statistics(): NicStatistics {
-    return { ...sumStatistics(this.#queues), pool: poolStatistics(this.packets) };
+    const queues = sumStatistics([...this.#queues, ...this.workerQueues.flatMap((queue) => queue.counters)]);
+    return { ...queues, pool: poolStatistics(this.packets) };
   }
 
   /**
@@ -348,6 +374,7 @@ export class Nic implements AsyncDisposable {
     this.#broken = reason;
     rings.fail(reason);
     this.#lookAtLink();
+    await this.#workers?.release(reason, WORKER_PATIENCE_MS);
     await release(fn, transport, rings, admin, options.resetTimeout);
     // The SAs end last: their nonces were in use until the device was reset.
     if (this.#ipsec === null) guard.close();
@@ -359,6 +386,7 @@ export class Nic implements AsyncDisposable {
     if (this.#broken !== null) return;
     this.#broken = error;
     this.#parts.rings.fail(error);
+    this.#workers?.stop(error);
     this.#lookAtLink();
     queueMicrotask(() => {
       // An administration queue may outlive a packet queue that the device broke; not the device itself.

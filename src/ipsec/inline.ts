@@ -128,9 +128,10 @@ export class InlineIpsec {
 
   /**
    * Makes the object, and for an inbound SA its rules. Throws IpsecError `SA_LIMIT`, `SA_EXISTS`; AdminCommandError; VirtioError. Then the
-   * data path knows nothing of it. With `held`, what an inbound SA receives counts as not secured until `deliver`.
+   * data path knows nothing of it. With `held`, what an inbound SA receives counts as not secured until `deliver`. With `elsewhere`, an
+   * outbound SA is on the data path of another thread, and not on this one's.
    */
-  async create(handle: number, sa: SecurityAssociation, held = false): Promise<void> {
+  async create(handle: number, sa: SecurityAssociation, held = false, elsewhere = false): Promise<void> {
     const outbound = sa.direction === 'outbound';
     const identity = outbound ? null : identityOf(sa);
     if (identity !== null) {
@@ -156,7 +157,7 @@ export class InlineIpsec {
     }
     if (outbound) {
       this.#sas.set(handle, { id, reused, type, identity, rules: NO_RULES });
-      this.#options.table.resourceId[handle] = id;
+      if (!elsewhere) this.#options.table.resourceId[handle] = id;
       return;
     }
     this.#sas.set(handle, { id, reused, type, identity, rules: NO_RULES });
@@ -168,6 +169,12 @@ export class InlineIpsec {
       await this.destroy(handle).catch(() => {});
       throw error;
     }
+  }
+
+  /** The object of an SA, and whether its id had another SA before. Throws IpsecError `NO_SUCH_SA`. */
+  objectOf(handle: number): { readonly id: number; readonly reused: boolean } {
+    const { id, reused } = this.#get(handle);
+    return { id, reused };
   }
 
   /** From now on what the inbound SA receives counts as secured by it. */
@@ -207,8 +214,11 @@ export class InlineIpsec {
     }
   }
 
-  /** Takes the SA off the data path at once and destroys its object. Does nothing for a handle without SA. */
-  async destroy(handle: number): Promise<void> {
+  /**
+   * Takes the SA off the data path at once and destroys its object. Does nothing for a handle without SA. With `retireId` the id is not
+   * used again: somebody may still take it for the SA.
+   */
+  async destroy(handle: number, retireId = false): Promise<void> {
     const sa = this.#sas.get(handle);
     if (sa === undefined) return;
     this.#sas.delete(handle);
@@ -227,7 +237,7 @@ export class InlineIpsec {
     } catch (error) {
       if (!(error instanceof AdminCommandError && error.status === AdminStatus.ENXIO)) throw error;
     }
-    (outbound ? this.#outboundIds : this.#inboundIds).give(sa.id);
+    if (!retireId) (outbound ? this.#outboundIds : this.#inboundIds).give(sa.id);
     if (sa.identity !== null) this.#inbound.delete(sa.identity);
   }
 

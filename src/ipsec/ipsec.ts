@@ -67,6 +67,8 @@ export interface SaHandle {
   readonly mode: Mode;
   readonly spi: number;
   readonly placement: Placement;
+  /** Queue pair whose worker thread has the SA; null for the thread that opened the NIC. An inbound SA of the device is on all queues. */
+  readonly queue: number | null;
   traffic(): SaTraffic;
   /** Inline only: asks the device what it keeps (RESOURCE_OBJ_QUERY). Null for a software SA. */
   query(): Promise<RedactedSaObject | null>;
@@ -100,6 +102,12 @@ export interface KeyReservation {
 export interface AddSaOptions {
   /** Refuse the SA rather than place it elsewhere. */
   readonly require?: Where;
+  /**
+   * The queue pair that is to use the SA, and with it its thread: packets for it are dropped on queues of other threads. Its worker must
+   * have opened it. Without it an SA is for the thread that opened the NIC, or for queue pair 0 when that thread has no queues. An inbound
+   * SA that runs on the device is on all queues.
+   */
+  readonly queue?: number;
 }
 
 export interface Ipsec {
@@ -109,7 +117,7 @@ export interface Ipsec {
   /**
    * Makes an SA, inline when the device can express all of it, else in software. Keys are copied where they are used and kept nowhere
    * else. Throws IpsecError: those of validation; `NOT_OFFLOADABLE`, `SOFTWARE_NOT_AVAILABLE`, `NO_PLACE_FOR_SA`; `SA_EXISTS`; `SA_LIMIT`;
-   * `NONCE_REUSE`; or AdminCommandError when inline is required and the device refuses.
+   * `NONCE_REUSE`; `SA_QUEUE` when no thread has opened the queue; VirtioError `QUEUE_TIMEOUT`, `QUEUE_GONE`; or AdminCommandError when inline is required and the device refuses.
    */
   addSa(sa: SecurityAssociationInput, options?: AddSaOptions): Promise<SaHandle>;
   /** The SA with number `handle`. */

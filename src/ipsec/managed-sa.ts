@@ -10,6 +10,7 @@ import type { MoveOptions } from './move.ts';
 import type { NonceClaim } from './nonce-guard.ts';
 import type { Placement, Where } from './placement.ts';
 import type { Direction, Mode, Protocol, SecurityAssociation } from './sa.ts';
+import type { SaThread } from './sa-thread.ts';
 import type { SecurityAssociationInput } from './validate.ts';
 
 /** Who does what an SA is asked to do: the manager. */
@@ -42,6 +43,10 @@ export class ManagedSa implements SaHandle {
   /** The sequence number that it started with, in the words of `SecurityAssociation.initial`. */
   start: bigint;
   replayWindow: number;
+  /** The thread that has it on its data path; null for the one that opened the NIC. */
+  readonly thread: SaThread | null;
+  /** A thread has told that a soft limit was reached. */
+  softExpired = false;
   /** What its key carried where it was before. */
   usedBefore: Used = NOTHING_USED;
   /** Settles when the modify or move that is under way has ended. */
@@ -54,8 +59,16 @@ export class ManagedSa implements SaHandle {
   #carried: SaTraffic | null = null;
   #finalTraffic: SaTraffic | null = null;
 
-  constructor(owner: SaOwner, handle: number, sa: SecurityAssociation, placement: Placement, claim: NonceClaim) {
+  constructor(
+    owner: SaOwner,
+    handle: number,
+    sa: SecurityAssociation,
+    placement: Placement,
+    claim: NonceClaim,
+    thread: SaThread | null = null,
+  ) {
     this.#owner = owner;
+    this.thread = thread;
     this.handle = handle;
     this.name = sa.name;
     this.direction = sa.direction;
@@ -68,6 +81,10 @@ export class ManagedSa implements SaHandle {
     this.start = sa.initial.sequence;
     this.replayWindow = sa.replayWindow;
     this.#way = sa.direction === 'inbound' ? wayOf(sa) : '';
+  }
+
+  get queue(): number | null {
+    return this.thread?.index ?? null;
   }
 
   traffic(): SaTraffic {
@@ -168,6 +185,7 @@ export class ManagedSa implements SaHandle {
     const id = keyId(sa);
     const rekeyed = id !== this.keyId;
     if (rekeyed) {
+      this.softExpired = false;
       this.start = sa.initial.sequence;
       this.usedBefore = NOTHING_USED;
     }

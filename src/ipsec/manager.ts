@@ -23,9 +23,11 @@ import { ManagedSa } from './managed-sa.ts';
 import { type MoveOptions, type MoveParts, moveSa } from './move.ts';
 import type { NonceClaim, NonceGuard } from './nonce-guard.ts';
 import { type Placement, place, type Where } from './placement.ts';
+import { QueueSas } from './queue-sas.ts';
 import type { SecurityAssociation } from './sa.ts';
-import { identityOf, longestFrame, placeOf, selectorOf, wipeKeys } from './sa-facts.ts';
+import { eventOf, identityOf, longestFrame, placeOf, selectorOf, wipeKeys } from './sa-facts.ts';
 import { SaPlace, SaState } from './sa-state.ts';
+import type { SaThread, SaThreads } from './sa-thread.ts';
 import { type SecurityAssociationInput, validateSa } from './validate.ts';
 
 /** What is used of `SoftwareIpsec`. */
@@ -47,6 +49,8 @@ export interface IpsecManagerOptions {
   readonly handles: number;
   /** What `addSa` does without `require`. */
   readonly require?: Where;
+  /** Other threads that can have SAs. */
+  readonly threads?: SaThreads;
 }
 
 /** Refusals of the device or its flow filter after which software is as good a place as before. */
@@ -63,6 +67,7 @@ export class IpsecManager implements Ipsec {
   software: SoftwareSide | null = null;
   readonly #options: IpsecManagerOptions;
   readonly #ids: ObjectIds;
+  readonly #queues: QueueSas;
   readonly #sas = new Map<number, ManagedSa>();
   /** Protocol and SPI of software inbound SAs, and how many have them. */
   readonly #softwareInbound = new Map<string, number>();
@@ -77,6 +82,8 @@ export class IpsecManager implements Ipsec {
     this.inlineObstacle = options.inline === null ? (options.inlineObstacle ?? 'the device has no inline IPsec') : null;
     this.#ids = new ObjectIds(options.handles);
     this.state = new SaState(options.handles, (handle, event, ...args) => this.#tell(handle, event, args));
+    this.state.owners = options.threads?.owners ?? null;
+    this.#queues = new QueueSas(options.threads ?? null, options.inline, options.guard, this.state);
   }
 
   get(handle: number): SaHandle | undefined {
@@ -91,13 +98,13 @@ export class IpsecManager implements Ipsec {
     if (this.#closed !== null) throw this.#closed;
     const sa = validateSa(input);
     try {
-      return await this.#add(sa, options.require ?? this.#options.require);
+      return await this.#add(sa, options.require ?? this.#options.require, this.#queues.owner(options.queue));
     } finally {
       wipeKeys(sa);
     }
   }
 
-  async #add(sa: SecurityAssociation, require: Where | undefined): Promise<SaHandle> {
+  async #add(sa: SecurityAssociation, require: Where | undefined, thread: SaThread | null): Promise<SaHandle> {
     this.#refuseDuplicate(sa);
     const inlineObstacle = this.inlineObstacle ?? this.device?.obstacle(sa) ?? this.#twinInSoftware(sa);
     const softwareObstacle = this.#options.software === null ? 'software IPsec is not wanted' : null;
@@ -107,19 +114,27 @@ export class IpsecManager implements Ipsec {
     const handle = taken.id + 1;
     try {
       const fallback = softwareObstacle === null && require === undefined;
-      return await this.#create(handle, sa, placement, fallback);
+      return await this.#create(handle, sa, placement, fallback, thread);
     } catch (error) {
       this.#ids.give(taken.id);
       throw error;
     }
   }
 
-  async #create(handle: number, sa: SecurityAssociation, placement: Placement, fallback: boolean): Promise<SaHandle> {
-    if (placement.where === 'software') return this.#createSoftware(handle, sa, placement);
+  async #create(
+    handle: number,
+    sa: SecurityAssociation,
+    placement: Placement,
+    fallback: boolean,
+    thread: SaThread | null,
+  ): Promise<SaHandle> {
+    if (placement.where === 'software') return this.#createSoftware(handle, sa, placement, thread);
     const device = this.#device();
     const claim = this.#options.guard.claim(sa, 'inline');
+    // Inbound, the device counts: any queue may deliver.
+    const owner = sa.direction === 'outbound' ? thread : null;
     try {
-      await device.create(handle, sa);
+      await device.create(handle, sa, false, owner !== null);
     } catch (error) {
       if (!isRefusal(error)) {
         claim.release();
@@ -128,17 +143,32 @@ export class IpsecManager implements Ipsec {
       claim.cancel();
       if (!fallback || this.#closed !== null) throw error;
       const because = `the device refused it with ${error.code}`;
-      return this.#createSoftware(handle, sa, { where: 'software', because });
+      return this.#createSoftware(handle, sa, { where: 'software', because }, thread);
     }
-    if (this.#closed !== null) {
-      claim.release();
-      throw this.#closed;
+    if (owner !== null) {
+      await this.#queues.addInline(owner, handle, sa, claim);
+    } else {
+      if (this.#closed !== null) {
+        claim.release();
+        throw this.#closed;
+      }
+      this.state.add(handle, sa, placeOf(sa, 'inline'), longestFrame(sa, this.#options.mtu), selectorOf(sa));
+      if (sa.direction === 'inbound') this.#queues.addEverywhere(handle, sa);
     }
-    this.state.add(handle, sa, placeOf(sa, 'inline'), longestFrame(sa, this.#options.mtu), selectorOf(sa));
-    return this.#enter(handle, sa, placement, claim);
+    return this.#enter(handle, sa, placement, claim, owner);
   }
 
-  #createSoftware(handle: number, sa: SecurityAssociation, placement: Placement): SaHandle {
+  async #createSoftware(
+    handle: number,
+    sa: SecurityAssociation,
+    placement: Placement,
+    thread: SaThread | null,
+  ): Promise<SaHandle> {
+    if (thread !== null) {
+      const claim = await this.#queues.addSoftware(thread, handle, sa);
+      this.#countTwins(sa, 1);
+      return this.#enter(handle, sa, placement, claim, thread);
+    }
     const software = this.#software();
     const claim = this.#options.guard.claim(sa, 'software');
     try {
@@ -148,14 +178,21 @@ export class IpsecManager implements Ipsec {
       claim.cancel();
       throw error;
     }
-    this.state.add(handle, sa, placeOf(sa, 'software'), 0, null);
+    this.state.add(handle, sa, placeOf(sa, 'software'), longestFrame(sa, this.#options.mtu), null);
     this.#countTwins(sa, 1);
-    return this.#enter(handle, sa, placement, claim);
+    return this.#enter(handle, sa, placement, claim, null);
   }
 
-  #enter(handle: number, sa: SecurityAssociation, placement: Placement, claim: NonceClaim): SaHandle {
-    const managed = new ManagedSa(this, handle, sa, placement, claim);
+  #enter(
+    handle: number,
+    sa: SecurityAssociation,
+    placement: Placement,
+    claim: NonceClaim,
+    thread: SaThread | null,
+  ): SaHandle {
+    const managed = new ManagedSa(this, handle, sa, placement, claim, thread);
     this.#sas.set(handle, managed);
+    this.#queues.own(handle, thread);
     return managed;
   }
 
@@ -183,17 +220,12 @@ export class IpsecManager implements Ipsec {
 
   traffic(managed: ManagedSa): SaTraffic {
     const { handle, placement } = managed;
+    if (managed.thread !== null) return this.#queues.traffic(managed.thread, handle, managed.softExpired);
     if (placement.where === 'software' && this.software !== null && this.#sas.has(handle)) {
       const { packets, bytes, dropped, sequence, engine, softExpired } = this.software.counters(handle);
       return { packets, bytes, dropped, softExpired, sequence, engine };
     }
-    const { state } = this;
-    return {
-      packets: BigInt(state.packets[handle]),
-      bytes: BigInt(state.bytes[handle]),
-      dropped: state.dropped(handle),
-      softExpired: state.softExpired(handle),
-    };
+    return this.#queues.inlineTraffic(handle);
   }
 
   async query(managed: ManagedSa): Promise<RedactedSaObject | null> {
@@ -209,7 +241,9 @@ export class IpsecManager implements Ipsec {
     const sa = validateSa(input);
     try {
       managed.refuseOther(sa);
-      if (managed.placement.where === 'software') this.#modifySoftware(managed, sa);
+      if (managed.thread !== null && managed.placement.where === 'software') {
+        await this.#queues.modifySoftware(managed.thread, managed, sa);
+      } else if (managed.placement.where === 'software') this.#modifySoftware(managed, sa);
       else await this.#modifyInline(managed, sa);
     } finally {
       wipeKeys(sa);
@@ -258,6 +292,9 @@ export class IpsecManager implements Ipsec {
     managed.claim.release();
     managed.claim = claim;
     const rekeyed = managed.became(sa);
+    if (managed.thread !== null || managed.direction === 'inbound') {
+      await this.#queues.replaceInline(managed.thread, handle, sa, rekeyed);
+    }
     if (this.state.place[handle] === SaPlace.none) return;
     const where = placeOf(sa, 'inline');
     this.state.replace(handle, sa, where, longestFrame(sa, this.#options.mtu), selectorOf(sa), rekeyed);
@@ -277,6 +314,9 @@ export class IpsecManager implements Ipsec {
 
   async #move(managed: ManagedSa, where: Where, sa: SecurityAssociation, options: MoveOptions): Promise<void> {
     managed.refuseOther(sa);
+    if (managed.thread !== null || this.#queues.open) {
+      throw new IpsecError('SA_MOVE', 'an SA cannot move while worker threads use the NIC', { hint: 'Make a new SA.' });
+    }
     if (managed.placement.where === where) throw new IpsecError('SA_MOVE', `the SA is ${where} already`);
     const parts: MoveParts = {
       guard: this.#options.guard,
@@ -310,7 +350,7 @@ export class IpsecManager implements Ipsec {
     } else {
       if (sa.direction === 'outbound') this.software?.setMtu(handle, this.#options.mtu);
       this.#countTwins(managed, 1);
-      this.state.add(handle, sa, placeOf(sa, where), 0, null);
+      this.state.add(handle, sa, placeOf(sa, where), longestFrame(sa, this.#options.mtu), null);
     }
   }
 
@@ -318,16 +358,73 @@ export class IpsecManager implements Ipsec {
     const { handle } = managed;
     while (managed.busy) await managed.idle();
     if (this.#sas.get(handle) !== managed) return;
+    if (managed.thread !== null) return this.#removeElsewhere(managed, managed.thread);
     managed.keepTraffic();
     this.#sas.delete(handle);
+    this.#queues.own(handle, undefined);
     this.state.remove(handle);
-    if (managed.placement.where === 'software') {
+    if (managed.placement.where === 'inline' && managed.direction === 'inbound') {
+      const gone = await this.#queues.removeEverywhere(handle);
+      await this.device?.destroy(handle, !gone);
+    } else if (managed.placement.where === 'software') {
       this.#removeSoftware(managed);
     } else {
       managed.claim.release();
       await this.device?.destroy(handle);
     }
     this.#ids.give(handle - 1);
+  }
+
+  /** Once its thread has let go of it. A handle of which that is not known is not used again. */
+  async #removeElsewhere(managed: ManagedSa, thread: SaThread): Promise<void> {
+    const { handle } = managed;
+    this.#sas.delete(handle);
+    const gone = await this.#queues.remove(thread, managed);
+    managed.keepTraffic();
+    await this.#endElsewhere(managed, gone);
+  }
+
+  async #endElsewhere(managed: ManagedSa, gone: boolean): Promise<void> {
+    const { handle } = managed;
+    if (managed.placement.where === 'software') this.#countTwins(managed, -1);
+    else await this.device?.destroy(handle, !gone);
+    this.#queues.own(handle, undefined);
+    if (gone) this.#ids.give(handle - 1);
+  }
+
+  /**
+   * A thread has let go of its queue, or died: its SAs are over. `sequences` are the next sequence numbers of those that sent in software;
+   * of others every number counts as used.
+   */
+  async threadEnded(thread: SaThread, sequences: ReadonlyMap<number, bigint>): Promise<void> {
+    const ends: Promise<void>[] = [];
+    for (const managed of [...this.#sas.values()]) {
+      if (managed.thread !== thread) continue;
+      this.#sas.delete(managed.handle);
+      managed.keepTraffic();
+      managed.claim.release(sequences.get(managed.handle));
+      ends.push(this.#endElsewhere(managed, true));
+    }
+    this.#queues.ended(thread);
+    await Promise.allSettled(ends);
+  }
+
+  /** A thread has opened its queue: it learns of the inbound SAs of the device. */
+  threadOpened(thread: SaThread): void {
+    this.#queues.opened(thread);
+  }
+
+  /** A thread tells of an SA. */
+  threadEvent(handle: number, event: keyof SaEvents, args: SaEvents[keyof SaEvents]): void {
+    const managed = this.#sas.get(handle);
+    if (managed === undefined) return;
+    if (managed.thread === null) {
+      // Several queues may see the same flag of the device.
+      if (event === 'soft-expiry') this.state.deviceSoftExpiry(handle);
+      return;
+    }
+    if (event === 'soft-expiry') managed.softExpired = true;
+    this.#tell(handle, event, args);
   }
 
   #removeSoftware(managed: ManagedSa): void {
@@ -344,11 +441,17 @@ export class IpsecManager implements Ipsec {
     this.#closed = reason;
     for (const managed of this.#sas.values()) {
       managed.keepTraffic();
+      this.#queues.own(managed.handle, undefined);
+      if (managed.thread !== null) {
+        managed.claim.release();
+        continue;
+      }
       this.state.remove(managed.handle);
       if (managed.placement.where === 'software') this.#removeSoftware(managed);
       else managed.claim.release();
     }
     this.#sas.clear();
+    this.#queues.close();
     for (const listener of [...this.#closeListeners]) listener();
     this.software?.close();
     this.software = null;
@@ -389,11 +492,8 @@ export class IpsecManager implements Ipsec {
   }
 
   #softwareEvent(handle: number, event: SaEvent): void {
-    if (event === 'soft-packets') this.#tell(handle, 'soft-expiry', ['packets']);
-    else if (event === 'soft-bytes') this.#tell(handle, 'soft-expiry', ['bytes']);
-    else if (event === 'hard-packets') this.#tell(handle, 'hard-expiry', ['packets']);
-    else if (event === 'hard-bytes') this.#tell(handle, 'hard-expiry', ['bytes']);
-    else this.#tell(handle, event, []);
+    const [name, args] = eventOf(event);
+    this.#tell(handle, name, args);
   }
 
   #software(): SoftwareSide {

@@ -1,7 +1,9 @@
 /** What follows from an SA: small questions that the manager of SAs asks. */
+import type { SaEvent } from '../fallback/lifetime.ts';
 import { encapsulationOf, largestInner } from '../fallback/pmtu.ts';
 import { isRestrictive } from '../fallback/selector.ts';
 import { Ipv4, Ipv6 } from '../packet/fields.ts';
+import type { SaEvents } from './ipsec.ts';
 import type { Where } from './placement.ts';
 import type { SecurityAssociation } from './sa.ts';
 import { SaPlace } from './sa-state.ts';
@@ -27,6 +29,15 @@ export function longestFrame(sa: SecurityAssociation, mtu: number): number {
   if (sa.direction === 'inbound') return 0;
   const how = encapsulationOf(sa);
   return Math.min(largestInner(how, mtu, Ipv4.minLength), largestInner(how, mtu, Ipv6.length));
+}
+
+/** What software IPsec tells, in the words of `SaEvents`. */
+export function eventOf(event: SaEvent): readonly [keyof SaEvents, SaEvents[keyof SaEvents]] {
+  if (event === 'soft-packets') return ['soft-expiry', ['packets']];
+  if (event === 'soft-bytes') return ['soft-expiry', ['bytes']];
+  if (event === 'hard-packets') return ['hard-expiry', ['packets']];
+  if (event === 'hard-bytes') return ['hard-expiry', ['bytes']];
+  return [event, []];
 }
 
 /** Zeroes what validation has copied. */

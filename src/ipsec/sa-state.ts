@@ -91,7 +91,7 @@ export class SaState {
   /** Inline SAs, by handle: from here on `check` is to be asked. */
   readonly packetsAlert: Float64Array;
   readonly bytesAlert: Float64Array;
-  /** Inline outbound SAs, by handle: the longest IP packet that fits the link when it is protected. */
+  /** Outbound SAs, by handle: the longest IP packet that fits the link when it is protected. */
   readonly longest: Uint32Array;
   /** Inline inbound SAs, by handle: 1 when the inner packet is to be held against a selector. */
   readonly selective: Uint8Array;
@@ -128,7 +128,7 @@ export class SaState {
     this.#over = new Uint8Array(capacity + 1);
   }
 
-  /** Enters an SA: from now on packets may name it. `longest` counts for inline outbound SAs. */
+  /** Enters an SA: from now on packets may name it. `longest` counts for outbound SAs. */
   add(handle: number, sa: SecurityAssociation, place: SaPlace, longest: number, selector: Selector | null): void {
     this.packets[handle] = 0;
     this.bytes[handle] = 0;
@@ -297,6 +297,28 @@ export class SaState {
       this.#dropped.set(handle, counters);
     }
     counters[verdict]++;
+  }
+
+  /** Adds what another thread has counted before it ended. */
+  absorb(handle: number, counts: SaCounts): void {
+    this.packets[handle] += counts.packets[handle];
+    this.bytes[handle] += counts.bytes[handle];
+    counts.packets[handle] = 0;
+    counts.bytes[handle] = 0;
+    if (counts.dropped === null) return;
+    const theirs = counts.dropped.subarray(handle * VERDICTS, (handle + 1) * VERDICTS);
+    if (theirs.every((count) => count === 0)) return;
+    const mine = this.#dropped.get(handle) ?? new Float64Array(VERDICTS);
+    theirs.forEach((count, verdict) => {
+      mine[verdict] += count;
+    });
+    this.#dropped.set(handle, mine);
+    theirs.fill(0);
+  }
+
+  /** How many packets were dropped, for an SA that somebody else counts. Only with shared counts. */
+  setDropped(handle: number, verdict: number, count: number): void {
+    if (this.#sharedDropped !== null) this.#sharedDropped[handle * VERDICTS + verdict] = count;
   }
 
   /** What was dropped, by name. */

@@ -1,0 +1,52 @@
+/**
+ * Threads that have SAs of their own: what the control path asks of them, however they are reached. An SA is on the data path of one thread
+ * (an inbound SA of the device on all, because the device counts its numbers), so its sequence numbers, nonces and replay window are kept
+ * in one place.
+ */
+import type { Where } from './placement.ts';
+import type { SecurityAssociation } from './sa.ts';
+import type { SaCounts } from './sa-state.ts';
+
+/** An SA for the data path of a thread. */
+export interface SaEntry {
+  readonly handle: number;
+  readonly where: Where;
+  readonly sa: SecurityAssociation;
+  /** Inline: id of the object on the device, and whether the id had another SA before. */
+  readonly object: { readonly id: number; readonly reused: boolean } | null;
+}
+
+/**
+ * A thread with an open queue. Each method resolves when the thread has done it, between two bursts, and rejects with VirtioError
+ * `QUEUE_TIMEOUT` or `QUEUE_GONE` when it does not come to it.
+ */
+export interface SaThread {
+  /** Index of its queue pair. */
+  readonly index: number;
+  readonly counts: SaCounts;
+  /** Throws also what `SoftwareIpsec.add` throws. After any error the SA is not on the data path, or its thread is gone. */
+  add(entry: SaEntry): Promise<void>;
+  /** Resolves to the sequence number that the next packet would have had; null when it did not run in software. */
+  modify(entry: SaEntry, rekeyed: boolean): Promise<bigint | null>;
+  /** Like `modify`. When the thread was too slow, it will remove the SA when it comes to it. */
+  remove(handle: number): Promise<bigint | null>;
+}
+
+export interface SaThreads {
+  /** By handle: 0, 1 for the control thread, or 2 and more for others. Shared. */
+  readonly owners: Uint16Array;
+  /**
+   * The thread that has queue pair `queue`, or that of SAs for which none is named; null for the control thread. Throws IpsecError
+   * `SA_QUEUE` when nobody has it.
+   */
+  owner(queue: number | undefined): SaThread | null;
+  /** All of them. */
+  open(): readonly SaThread[];
+}
+
+/** In `owners`. */
+const CONTROL_THREAD = 1;
+
+export function ownerNumber(thread: SaThread | null): number {
+  return thread === null ? CONTROL_THREAD : thread.index + 2;
+}

@@ -1,0 +1,50 @@
+/**
+ * What the control thread and the owner of a queue say to each other. A command has a number, and its answer the same; commands are carried
+ * out in order, between two bursts. The keys of an SA do not travel in messages, whose copies nobody could wipe, but in shared memory: see `sa-parcel.ts`.
+ */
+import type { SaEvents } from '../ipsec/ipsec.ts';
+import type { SaEntry } from '../ipsec/sa-thread.ts';
+
+export type Command =
+  | { readonly name: 'add'; readonly entry: SaEntry }
+  /** Answered by what the SA's next sequence number was. */
+  | { readonly name: 'modify'; readonly entry: SaEntry; readonly rekeyed: boolean }
+  /** Answered by the SA's next sequence number, if it ran in software and sent; null otherwise. */
+  | { readonly name: 'remove'; readonly handle: number }
+  /** Answered by how many packets the device has not sent yet. */
+  | { readonly name: 'unsent' }
+  /** To let go; there is no answer but `released`. */
+  | { readonly name: 'look' };
+
+export interface CommandMessage {
+  readonly id: number;
+  /** A command is carried out by whoever takes its ticket, or never if the sender has taken it back. */
+  readonly ticket: SharedArrayBuffer;
+  readonly command: Command;
+}
+
+export function makeTicket(): SharedArrayBuffer {
+  return new SharedArrayBuffer(4);
+}
+
+/** True for one caller, of either side. */
+export function takeTicket(ticket: SharedArrayBuffer): boolean {
+  return Atomics.exchange(new Int32Array(ticket), 0, 1) === 0;
+}
+
+export type Answer = bigint | number | null;
+
+export type WorkerMessage =
+  | { readonly type: 'answer'; readonly id: number; readonly value: Answer }
+  | { readonly type: 'failure'; readonly id: number; readonly code: string; readonly message: string }
+  /** The queue was opened; address and size of what was mapped for it. */
+  | { readonly type: 'opened'; readonly mappings: readonly (readonly [address: number, size: number])[] }
+  | { readonly type: 'broken'; readonly code: string; readonly message: string }
+  | {
+      readonly type: 'event';
+      readonly handle: number;
+      readonly event: keyof SaEvents;
+      readonly args: SaEvents[keyof SaEvents];
+    }
+  /** The last one: nothing of the queue is used any more. Next sequence numbers of the SAs that sent in software. */
+  | { readonly type: 'released'; readonly sequences: ReadonlyMap<number, bigint> };

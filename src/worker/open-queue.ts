@@ -1,0 +1,93 @@
+/**
+ * Opens a queue pair in a worker thread from what `WorkerQueue.transfer` has made in the thread that opened the NIC.
+ *
+ * ```ts
+ * import { parentPort } from 'node:worker_threads';
+ * import { openQueue } from 'virtio-ipsec';
+ *
+ * parentPort.once('message', async (handle) => {
+ *   using queue = openQueue(handle);
+ *   const packets = new Uint32Array(64);
+ *   while (queue.broken === null) {
+ *     const n = queue.rx.burst(packets, 64);
+ *     …
+ *   }
+ * });
+ * ```
+ */
+import { VirtioError } from '../errors.ts';
+import { makeQueues } from '../nic-pair.ts';
+import { PacketPool } from '../packet/pool.ts';
+import { type DmaMemory, type MappedMemory, mapShared, unmapMemory } from '../sys/memory.ts';
+import { IOVA_BOUNDARY } from '../vfio/dma.ts';
+import type { SharedDma } from '../vfio/function.ts';
+import { FeatureSet } from '../virtio/features.ts';
+import { ringFormat } from '../virtio/ring-format.ts';
+import { createVirtqueue } from '../virtqueue/create.ts';
+import type { Virtqueue } from '../virtqueue/virtqueue.ts';
+import { ControlBlock, Owner } from './control-block.ts';
+import { openDoorbell } from './doorbells.ts';
+import type { QueueHandle, RingHandle } from './handle.ts';
+import type { WorkerMessage } from './messages.ts';
+import { WorkerIpsec } from './worker-ipsec.ts';
+import { WorkerNicQueue } from './worker-nic-queue.ts';
+import { WorkerSleeper } from './worker-sleeper.ts';
+
+/**
+ * Takes the queue pair over: from now on it is this thread's alone, until `close`, the end of the thread, or of the NIC. An open queue holds
+ * the event loop of its thread open. Throws VirtioError `QUEUE_TAKEN` for a handle that was opened before or taken back; SystemError; FfiError
+ * `FFI_MAIN_THREAD_ONLY` with ffi-rs.
+ */
+export function openQueue(handle: QueueHandle): WorkerNicQueue {
+  const control = new ControlBlock(handle.control);
+  if (!control.pass(Owner.offered, Owner.worker)) {
+    throw new VirtioError('QUEUE_TAKEN', `queue pair ${handle.index} was opened before, or its NIC is closed`);
+  }
+  const mappings: MappedMemory[] = [];
+  let sleeper: WorkerSleeper | null = null;
+  try {
+    const map = (dma: SharedDma) => mapDma(dma, mappings);
+    const features = FeatureSet.fromWords([...handle.features]);
+    const { stride, headroom } = handle.pool;
+    const pool = new PacketPool(map(handle.pool.memory), { stride, headroom });
+    const open = ({ options, memory }: RingHandle) => createVirtqueue(ringFormat(features), map(memory), options);
+    const rings = { rx: open(handle.rx), tx: open(handle.tx) };
+    const notifier = (which: 'rx' | 'tx', ring: Virtqueue) => {
+      const bell = openDoorbell(handle[which].doorbell, ring, control, which);
+      if (bell.memory !== null) mappings.push(bell.memory);
+      return bell.notifier;
+    };
+    const { port, index, mac, mtu, wire } = handle;
+    const post = (message: WorkerMessage) => port.postMessage(message);
+    const ipsec = new WorkerIpsec(handle.sas, pool, mtu, (sa, event, args) => {
+      post({ type: 'event', handle: sa, event, args });
+    });
+    const queues = makeQueues(
+      { features, wire, mtu },
+      pool,
+      ipsec.table,
+      { queue: rings.rx, notifier: notifier('rx', rings.rx), counters: control.counters.rx.counters },
+      { queue: rings.tx, notifier: notifier('tx', rings.tx), counters: control.counters.tx.counters },
+    );
+    sleeper = new WorkerSleeper(handle.interrupt);
+    post({ type: 'opened', mappings: mappings.map(({ address, size }) => [address, size] as const) });
+    const parts = { index, mac, mtu, pool, rings, queues, control, ipsec, sleeper, port, mappings };
+    const queue = new WorkerNicQueue(parts);
+    queues.rx.refill();
+    return queue;
+  } catch (error) {
+    sleeper?.close();
+    for (const memory of mappings) unmapMemory(memory);
+    control.pass(Owner.worker, Owner.none);
+    handle.port.close();
+    throw error;
+  }
+}
+
+function mapDma({ fd, offset, size, iova }: SharedDma, mappings: MappedMemory[]): DmaMemory {
+  const memory = mapShared(fd, offset, size, { write: true, populate: true });
+  mappings.push(memory);
+  const { address, u8, u16, u32 } = memory;
+  const [iovaLow, iovaHigh] = [iova % IOVA_BOUNDARY, Math.floor(iova / IOVA_BOUNDARY)];
+  return { address, size, u8, u16, u32, iova, iovaLow, iovaHigh };
+}
