@@ -9,11 +9,12 @@ import { LinkType } from '../../src/packet/fields.ts';
 /** What tshark says of one packet; a field that it did not see is an empty string, several are joined by commas. */
 export type Row = Readonly<Record<string, string>>;
 
-/** Writes `packets` (IP, no link header) to a capture and asks tshark for `fields` of each. */
+/** Writes `packets` (IP, no link header) to a capture and asks tshark for `fields` of each; `preferences` are as its `-o` takes them. */
 export function askTshark(
   packets: readonly Uint8Array[],
   keyLines: readonly string[],
   fields: readonly string[],
+  preferences: readonly string[] = [],
 ): Row[] {
   const folder = mkdtempSync(join(tmpdir(), 'vipsec-tshark-'));
   try {
@@ -25,6 +26,7 @@ export function askTshark(
       'esp.enable_encryption_decode:TRUE',
       'esp.enable_authentication_check:TRUE',
       'esp.do_esp_sequence_analysis:FALSE',
+      ...preferences,
       ...keyLines.map((line) => `uat:esp_sa:${line}`),
     ].flatMap((option) => ['-o', option]);
     const columns = fields.flatMap((field) => ['-e', field]);

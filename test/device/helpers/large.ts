@@ -15,6 +15,8 @@ export interface LargeOptions {
   /** TCP flags. */
   readonly flags?: number;
   readonly ecn?: boolean;
+  /** Destination port; default 5001. */
+  readonly port?: number;
   /** IPv6: bytes of hop-by-hop header, a multiple of 8. */
   readonly extension?: number;
 }
@@ -52,7 +54,7 @@ export function large(options: LargeOptions): Large {
       ? [10, 0, 0, 1, 10, 0, 0, 2]
       : [0x20, 1, 0xd, 0xb8, ...new Array(11).fill(0), 1, 0x20, 1, 0xd, 0xb8, ...new Array(11).fill(0), 2];
   const pseudo = sum([...addresses, 0, number], transportLength);
-  const ports = [...be16(1000), ...be16(5001)];
+  const ports = [...be16(1000), ...be16(options.port ?? 5001)];
   const transport = isTcp
     ? [
         ...ports,
