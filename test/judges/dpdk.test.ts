@@ -2,12 +2,20 @@
  * Our driver at the vhost-user ports of DPDK's vhost library, which OVS-DPDK uses too: frames go there and come back with their
  * addresses swapped, and testpmd counts as many as we do.
  */
-import { mkdtempSync, rmSync } from 'node:fs';
+import { closeSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
 import { Testpmd } from '../../bench/testpmd.ts';
-import { Feature, type FeatureBit, type Nic, type NicOptions, openNic, RxCounter } from '../../src/index.ts';
+import {
+  createMemoryFile,
+  Feature,
+  type FeatureBit,
+  type Nic,
+  type NicOptions,
+  openNic,
+  RxCounter,
+} from '../../src/index.ts';
 
 let folder = '';
 const endings: (() => Promise<void>)[] = [];
@@ -130,6 +138,51 @@ describe("DPDK's vhost device", () => {
     const nic = await open(`vhost-user:${path}`, options);
     await exchange(nic, 3000, 9000, 0, 8);
     expect(await judge.statistics()).toEqual({ received: 3000, sent: 3000 });
+  });
+
+  it.each(['split', 'packed'] as const)('sends memory that was registered while the rings ran, %s', async (ring) => {
+    const path = join(folder, 'port.sock');
+    const judge = await testpmd(`net_vhost0,iface=${path}`);
+    const nic = await open(`vhost-user:${path}`, { ring });
+    await exchange(nic, 500);
+    const bytes = 1 << 20;
+    const fd = createMemoryFile(bytes);
+    const arena = nic.registerMemory(fd, 0, bytes);
+    closeSync(fd);
+    arena.memory.u8.set(CONTENT, 4096);
+    const packets = new Uint32Array(64);
+    const [{ rx, tx }] = nic.queues;
+    const count = 500;
+    let sent = 0;
+    let received = 0;
+    await vi.waitFor(
+      () => {
+        while (sent < count && sent - received < 32) {
+          nic.packets.allocate(packets, 1);
+          nic.packets.write(packets[0], frame(sent, 60));
+          nic.packets.next[packets[0]] = nic.packets.refer(arena, 4096 + sent, 900 + (sent % 500));
+          expect(tx.burst(packets, 1)).toBe(1);
+          sent++;
+        }
+        const arrived = rx.burst(packets, 64);
+        for (let i = 0; i < arrived; i++, received++) {
+          const tail = CONTENT.subarray(received, received + 900 + (received % 500));
+          expect(Buffer.from(nic.packets.readChain(packets[i]))).toEqual(
+            Buffer.concat([frame(received, 60, true), tail]),
+          );
+        }
+        nic.packets.freeChains(packets, arrived);
+        tx.reclaim();
+        arena.reclaim(packets);
+        expect(received).toBe(count);
+      },
+      { timeout: 60_000, interval: 1 },
+    );
+    await exchange(nic, 500);
+    expect(await judge.statistics()).toEqual({ received: 1500, sent: 1500 });
+    tx.reclaim();
+    nic.unregisterMemory(arena);
+    await exchange(nic, 500);
   });
 
   it.each(['split', 'packed'] as const)('has several queue pairs, %s', async (ring) => {
