@@ -8,6 +8,7 @@ import { expect, Failed, need, Untestable } from './check.ts';
 import { AdminConsole } from './console.ts';
 import { ControlConsole } from './control-console.ts';
 import { Driver } from './driver.ts';
+import { hexDump } from './hex-dump.ts';
 import { Network } from './network.ts';
 import { type Limits, offeredCapabilities, useCapabilities, useCommands } from './offer.ts';
 import type { Profile } from './profile.ts';
@@ -42,14 +43,23 @@ export interface UpOptions {
 }
 
 /** The features that a driver takes in any case, when they are offered: devices may insist (6). */
+/** Traces that a report shows: those nearest to what went wrong. */
+const TRACES = 8;
 const BASIC = [Feature.VERSION_1, Feature.ACCESS_PLATFORM, Feature.ORDER_PLATFORM];
+
+/** What a report tells of a check. */
+interface Step {
+  readonly text: string;
+  /** Bytes, of use only when something is wrong. */
+  readonly isTrace: boolean;
+}
 
 export class Bench {
   readonly target: Target;
   readonly peer: Target | null;
   readonly patience: Patience;
   readonly profile: Profile;
-  readonly steps: string[] = [];
+  readonly steps: Step[] = [];
 
   constructor(target: Target, peer: Target | null, patience: Patience, profile: Profile) {
     this.target = target;
@@ -60,7 +70,20 @@ export class Bench {
 
   /** Notes what was done, for the report. */
   log(line: string): void {
-    this.steps.push(line);
+    this.steps.push({ text: line, isTrace: false });
+  }
+
+  /** Notes bytes that were sent or came, for the report of a check that fails. */
+  trace(way: 'sent' | 'came', what: string, bytes: Uint8Array): void {
+    const count = bytes.length === 1 ? '1 byte' : `${bytes.length} bytes`;
+    this.steps.push({ text: `${way} ${count}: ${what}\n${hexDump(bytes)}`, isTrace: true });
+  }
+
+  /** What was done; with the last bytes that were sent and came when the check has failed. */
+  story(failed: boolean): string {
+    const traces = failed ? this.steps.filter(({ isTrace }) => isTrace).slice(-TRACES) : [];
+    const told = this.steps.filter((step) => !step.isTrace || traces.includes(step));
+    return told.map(({ text }) => text).join('\n');
   }
 
   /** What the device offers. */
@@ -108,6 +131,7 @@ export class Bench {
       () => `the device did not set FEATURES_OK for ${features.names().join(', ')}`,
     );
     const driver = new Driver(target, this.patience, features, this.profile.revision);
+    driver.trace = (way, what, bytes) => this.trace(way, what, bytes);
     const vectors = options.vectors === true;
     if (vectors) {
       need(target.fn.interruptVectors >= 3, 'the device has fewer than three MSI-X vectors');
@@ -151,8 +175,12 @@ export class Bench {
     const many = features.hasAny(Feature.MQ, Feature.RSS);
     const pairs = many ? target.structures.device.read16(NetConfigField.maxVirtqueuePairs) : 1;
     const ring = driver.addQueue(2 * pairs, { size: 16 });
-    const log = (line: string) => this.log(line);
-    driver.control = new ControlConsole(target, ring, { patience: this.patience, log, kick: () => driver.kick(ring) });
+    driver.control = new ControlConsole(target, ring, {
+      patience: this.patience,
+      log: (line) => this.log(line),
+      trace: (way, what, bytes) => this.trace(way, what, bytes),
+      kick: () => driver.kick(ring),
+    });
   }
 
   /** The control queue of a driver that has one. */
@@ -171,6 +199,7 @@ export class Bench {
       patience: this.patience,
       revision: this.profile.revision,
       log: (line) => this.log(line),
+      trace: (way, what, bytes) => this.trace(way, what, bytes),
       kick: () => driver.kick(ring),
     });
     console.queryOpcode = this.profile.queryOpcode;

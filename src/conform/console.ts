@@ -15,10 +15,12 @@ import {
   encodeCapabilityCommand,
   encodeIdList,
   encodeResourceCommand,
+  ResourceType,
   resourceTypeName,
 } from '../virtio/admin-wire.ts';
 import type { WireRevision } from '../virtio/revision.ts';
 import { Failed, hex } from './check.ts';
+import type { Trace } from './driver.ts';
 import type { CheckRing, Piece } from './ring.ts';
 import type { Target } from './target.ts';
 import type { Patience } from './time.ts';
@@ -56,9 +58,35 @@ export interface CommandOptions {
   readonly name?: string;
 }
 
+/** Bytes of a reply before its result, and of a command on an object before the object (2.13). */
+const STATUS_LENGTH = 8;
+const ObjectCommand = { opcode: 0, type: 24, object: 40 } as const;
+
+/** Whether a command is about an SA object, which has keys. */
+function isAboutSa(command: Uint8Array): boolean {
+  const at = (offset: number) => command[offset] | (command[offset + 1] << 8);
+  const isObject = command.length > ObjectCommand.type && at(ObjectCommand.opcode) >= AdminOpcode.RESOURCE_OBJ_CREATE;
+  return isObject && SA_TYPES.includes(at(ObjectCommand.type));
+}
+
+const SA_TYPES: readonly number[] = [ResourceType.NET_IPSEC_OUTB_SA, ResourceType.NET_IPSEC_INB_SA];
+
+/** A command without the SA in it: reports show no keys, not even those that nobody uses. */
+function withoutSa(command: Uint8Array): Uint8Array {
+  return isAboutSa(command) ? command.subarray(0, ObjectCommand.object) : command;
+}
+
 /** `EINVAL/INVALID_OPCODE`. */
 export function outcome({ status, qualifier }: Pick<Reply, 'status' | 'qualifier'>): string {
   return `${adminStatusName(status)}/${adminQualifierName(qualifier)}`;
+}
+
+export interface AdminConsoleOptions {
+  readonly patience: Patience;
+  readonly revision: WireRevision;
+  readonly log: (line: string) => void;
+  readonly trace: Trace;
+  readonly kick: () => void;
 }
 
 export class AdminConsole {
@@ -73,20 +101,18 @@ export class AdminConsole {
   readonly #target: Target;
   readonly #patience: Patience;
   readonly #log: (line: string) => void;
+  readonly #trace: Trace;
   readonly #kick: () => void;
   readonly #command: number;
   readonly #reply: number;
 
-  constructor(
-    target: Target,
-    ring: CheckRing,
-    options: { patience: Patience; revision: WireRevision; log: (line: string) => void; kick: () => void },
-  ) {
+  constructor(target: Target, ring: CheckRing, options: AdminConsoleOptions) {
     this.ring = ring;
     this.revision = options.revision;
     this.#target = target;
     this.#patience = options.patience;
     this.#log = options.log;
+    this.#trace = options.trace;
     this.#kick = options.kick;
     this.#command = target.allocate(COMMAND);
     this.#reply = target.allocate(REPLY);
@@ -112,9 +138,17 @@ export class AdminConsole {
       ...pieces(this.#command, bytes.length, split, false),
       ...pieces(this.#reply, writable, split, true),
     );
+    if (!this.#quiet) this.#trace('sent', name, withoutSa(bytes));
     this.#kick();
     const { length } = await this.ring.wait(this.#patience);
+    if (!this.#quiet) this.#traceReply(name, bytes, this.#reply, Math.min(length, writable));
     return this.#read(this.#reply, writable, length, name);
+  }
+
+  #traceReply(name: string, command: Uint8Array, at: number, length: number): void {
+    const came = this.#target.memory.u8.slice(at, at + length);
+    // A query gives what an SA was made with.
+    this.#trace('came', name, isAboutSa(command) ? came.subarray(0, STATUS_LENGTH) : came);
   }
 
   #read(at: number, writable: number, length: number, name: string): Reply {

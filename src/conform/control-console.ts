@@ -2,6 +2,7 @@
 import { Ack, ControlField } from '../virtio-net/control-wire.ts';
 import { Failed } from './check.ts';
 import { UNTOUCHED } from './console.ts';
+import type { Trace } from './driver.ts';
 import type { CheckRing } from './ring.ts';
 import type { Target } from './target.ts';
 import type { Patience } from './time.ts';
@@ -22,6 +23,7 @@ export interface ControlReply {
 export interface ControlConsoleOptions {
   readonly patience: Patience;
   readonly log: (line: string) => void;
+  readonly trace: Trace;
   readonly kick: () => void;
 }
 
@@ -48,13 +50,13 @@ export class ControlConsole {
     u8.set(data, this.#command + ControlField.data);
     u8.fill(UNTOUCHED, this.#reply, this.#reply + REPLY);
     const writable = Ack.size + room;
-    this.#ring.offer(
-      { at: this.#command, length: ControlField.data + data.length },
-      { at: this.#reply, length: writable, write: true },
-    );
+    const commandLength = ControlField.data + data.length;
+    this.#options.trace('sent', name, u8.slice(this.#command, this.#command + commandLength));
+    this.#ring.offer({ at: this.#command, length: commandLength }, { at: this.#reply, length: writable, write: true });
     this.#options.kick();
     const { length } = await this.#ring.wait(this.#options.patience);
     if (length > writable) throw new Failed(`${name}: used length ${length} of a buffer of ${writable} bytes`);
+    this.#options.trace('came', name, u8.slice(this.#reply, this.#reply + length));
     const ack = u8[this.#reply];
     if (ack !== Ack.OK && ack !== Ack.ERR) throw new Failed(`${name}: ack is ${ack}`);
     const ok = ack === Ack.OK;

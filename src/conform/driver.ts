@@ -29,6 +29,9 @@ const TRANSMIT_SLOTS = 32;
 /** Where `next_off` begins in a notification with data (2.9). */
 const POSITION_SHIFT = 16;
 
+/** Told of bytes that are sent or come. */
+export type Trace = (way: 'sent' | 'came', what: string, bytes: Uint8Array) => void;
+
 export interface Received {
   readonly header: NetHeader;
   /** The whole header and frame as they stood in the buffers. */
@@ -62,6 +65,8 @@ export class Driver {
   readonly rings = new Map<number, CheckRing>();
   admin: AdminConsole | null = null;
   control: ControlConsole | null = null;
+  /** Told of each packet that is sent or comes: header and frame. */
+  trace: Trace = () => {};
   readonly #notify: Window;
   readonly #multiplier: number;
   readonly #notifyOffsets = new Map<number, number>();
@@ -216,6 +221,7 @@ export class Driver {
     }
     const ring = this.ring(options.queue ?? 1);
     const before = this.target.memory.u8.slice(at, at + length);
+    this.trace('sent', `header and packet, queue ${ring.index}`, before);
     const head = ring.offer(...cut(at, length, options.cuts ?? []));
     this.kick(ring);
     const used = await ring.wait(this.patience);
@@ -253,6 +259,7 @@ export class Driver {
     }
     this.kick(ring);
     const bytes = Uint8Array.from(parts.flatMap((part) => [...part]));
+    this.trace('came', `header and packet, queue ${index}`, bytes);
     const lengths = parts.map(({ length }) => length);
     return { header, bytes, frame: bytes.subarray(this.layout.length), lengths, queue: index };
   }

@@ -35,6 +35,7 @@ export {
   type Untried,
   type Verdict,
 } from './check.ts';
+export type { RingFormat } from './ring.ts';
 export { type ConformanceOptions, type ConformanceReport, runConformance } from './runner.ts';
 
 /** All checks, area by area. */

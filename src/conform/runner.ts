@@ -120,10 +120,11 @@ class Run {
     this.#patience.deadline = start + TIMEOUTS_PER_CHECK * this.#patience.timeout;
     try {
       await check.run(bench);
-      return result('pass', story(bench));
+      return result('pass', bench.story(false));
     } catch (error) {
       const [verdict, reason] = judge(error);
-      return result(verdict, [reason, story(bench)].filter((part) => part !== '').join('\n'));
+      const story = bench.story(verdict === 'fail');
+      return result(verdict, [reason, story].filter((part) => part !== '').join('\n'));
     } finally {
       this.#patience.deadline = Number.POSITIVE_INFINITY;
       this.#target.tidy();
@@ -156,9 +157,4 @@ function judge(error: unknown): [Verdict, string] {
   // The device broke the session, a capability list, an object: it is to blame.
   if (error instanceof VipsecError) return ['fail', `${error.message} [${error.code}]`];
   throw error;
-}
-
-/** What was sent and what came. */
-function story(bench: Bench): string {
-  return bench.steps.join('\n');
 }

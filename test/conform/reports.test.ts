@@ -119,8 +119,10 @@ describe('the HTML report', () => {
     expect(html).toContain("default-src 'none'");
   });
 
-  it('has a foldable entry for each check, open when it failed', () => {
+  it('has a foldable entry for each check; those that failed come first, are open, and are linked from their area', () => {
     expect(html.match(/<details class="check /g)).toHaveLength(4);
+    expect(html.indexOf('id="ADM-001"')).toBeLessThan(html.indexOf('id="PCI-001"'));
+    expect(html.match(/<a class="check fail SHOULD" href="#ADM-001">/g)).toHaveLength(1);
     expect(html).toMatch(/<details class="check fail SHOULD" id="ADM-001" open>/);
     expect(html).toMatch(/<details class="check pass MUST" id="PCI-001">/);
   });
@@ -138,6 +140,16 @@ describe('the HTML report', () => {
       'show-ADM',
     ]);
     for (const id of boxes) expect(html).toContain(`body:has(#${id}:not(:checked))`);
+  });
+
+  it('shows the bytes of an exchange below it', () => {
+    const detail = 'wrong\nsent 2 bytes: X\n  0000  01 02\ncame 1 byte: X\n  0000  ff';
+    const one = htmlReport(reportOf([result('ADM-001', 'fail', { detail })]));
+    expect(one).toContain('<li>sent 2 bytes: X<pre>0000  01 02</pre></li><li>came 1 byte: X<pre>0000  ff</pre></li>');
+  });
+
+  it('has no section of failures when nothing failed', () => {
+    expect(htmlReport(reportOf([result('PCI-001', 'pass')]))).not.toContain('What failed');
   });
 
   it('escapes what the device and the checks say', () => {

@@ -3,7 +3,14 @@
  */
 import { writeFileSync } from 'node:fs';
 import { Command, InvalidArgumentError, Option } from 'commander';
-import { areaOf, CHECKS, type Check, type ConformanceReport, runConformance } from '../../src/conform/index.ts';
+import {
+  areaOf,
+  CHECKS,
+  type Check,
+  type ConformanceReport,
+  type RingFormat,
+  runConformance,
+} from '../../src/conform/index.ts';
 import { InputError, openFunction, WIRE_REVISIONS, type WireRevision } from '../../src/index.ts';
 import { ExitCode, note, ProgressLine, print, printJson, table, untilSignal } from '../cli.ts';
 import { htmlReport } from '../conform/html.ts';
@@ -16,6 +23,7 @@ interface Flags {
   readonly only?: string[];
   readonly peer?: string;
   readonly wire: WireRevision | 'auto';
+  readonly ring: RingFormat | 'auto';
   readonly timeout: number;
   readonly list?: true;
   readonly verbose?: true;
@@ -46,6 +54,11 @@ export function command(): Command {
     .addOption(
       new Option('--wire <revision>', 'revision of the IPsec structures')
         .choices(['auto', ...WIRE_REVISIONS])
+        .default('auto'),
+    )
+    .addOption(
+      new Option('--ring <format>', 'format of the virtqueues; auto: split, unless the device takes packed ones only')
+        .choices(['auto', 'split', 'packed'])
         .default('auto'),
     )
     .addOption(
@@ -122,6 +135,7 @@ async function check(
     open: () => openFunction(device),
     ...(peer === undefined ? {} : { openPeer: () => openFunction(peer) }),
     wire: flags.wire,
+    ring: flags.ring,
     timeout: flags.timeout,
     checks,
     signal,
