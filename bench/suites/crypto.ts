@@ -11,12 +11,14 @@ import { CryptoBurst, JobStatus } from '../../src/fallback/engines/engine.ts';
 import { Engines } from '../../src/fallback/engines/select.ts';
 import { transformById } from '../../src/fallback/engines/transform.ts';
 import { type MappedMemory, mapAnonymous, unmapMemory } from '../../src/sys/memory.ts';
-import { type Benchmark, type BenchSuite, rate, type Workload } from '../harness.ts';
+import { type Benchmark, type BenchSuite, rate, ratio, type Workload } from '../harness.ts';
 
 /** Packets in a burst, and in the memory that bursts go around in. */
 export const BURST = 32;
 export const PACKETS = 512;
 export const STRIDE = 2048;
+/** Keys of `crypto.….keys64k`, hit at random. */
+const MANY_KEYS = 65536;
 /** Bytes before the text in a slot: as ESP in tunnel mode over Ethernet and IPv4 has them. */
 const TEXT_AT = 192;
 /** ESP trailer: pad length and next header (RFC 4303, 2.4 and 2.6). */
@@ -72,23 +74,33 @@ export function engineWorkload(
   algorithm: Algorithm,
   size: number,
   direction: 'encrypt' | 'decrypt' = 'encrypt',
+  keys = 1,
 ): Workload {
   const memory = mapAnonymous(PACKETS * STRIDE);
   const transform = transformOf(algorithm);
   const { engine, all } = engineOf(name, memory, transform);
-  const context = engine.createContext(transform, keysOf(transform), direction);
+  const contexts = Uint32Array.from({ length: keys }, () =>
+    engine.createContext(transform, keysOf(transform), direction),
+  );
   const burst = new CryptoBurst();
   const length = textLength(algorithm, size);
   const before = ESP_HEADER + ALGORITHMS[algorithm].iv;
   burst.count = BURST;
   burst.aadLength = transform.family === 'aead' ? ESP_HEADER : 0;
-  burst.context.fill(context);
+  burst.context.fill(contexts[0]);
   burst.cipherLength.fill(length);
   burst.authLength.fill(before + length);
   for (let i = 0; i < BURST; i++) burst.aad[4 * i] = 0x0010_0000;
   const { cipherOffset, authOffset, icvOffset, iv, aad } = burst;
   let sequence = 0;
+  let random = 1;
   const run = () => {
+    if (keys > 1) {
+      for (let i = 0; i < BURST; i++) {
+        random = (Math.imul(random, 1664525) + 1013904223) >>> 0;
+        burst.context[i] = contexts[(random >>> 8) % keys];
+      }
+    }
     for (let i = 0; i < BURST; i++) {
       const at = (sequence & (PACKETS - 1)) * STRIDE + TEXT_AT;
       cipherOffset[i] = at;
@@ -161,6 +173,13 @@ function* benchmarks(): Iterable<Benchmark> {
       for (const size of SIZES) {
         yield rate(`crypto.${name}.${algorithm}.${size}B.mpps`, 'Mpps', () => engineWorkload(name, algorithm, size));
       }
+    }
+  }
+  for (const direction of ['encrypt', 'decrypt'] as const) {
+    for (const size of SIZES) {
+      const many = () => engineWorkload('ipsec-mb', 'aes-128-gcm', size, direction, MANY_KEYS);
+      const one = () => engineWorkload('ipsec-mb', 'aes-128-gcm', size, direction);
+      if (available('ipsec-mb')) yield ratio(`crypto.${direction}.keys64k.${size}B.ratio`, many, one);
     }
   }
   for (const algorithm of algorithms) {

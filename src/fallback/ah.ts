@@ -23,7 +23,7 @@ import { Chain, insertionPoint } from './extension-headers.ts';
 import { renewGrant } from './grant.ts';
 import { setNonce, swapBytes } from './jobs.ts';
 import { isNew } from './replay.ts';
-import { drop, SaKind, SaWord, Sizes } from './sa-table.ts';
+import { drop, Outer, SaKind, SaWord, Sizes } from './sa-table.ts';
 import { carry, inferHigh, NO_WINDOW_SPAN, writeNumber } from './sequence.ts';
 import { moveDown, rewriteHeader } from './transport.ts';
 import { decrementTtl, trafficClass, writeOuter4, writeOuter6 } from './tunnel.ts';
@@ -151,7 +151,7 @@ function addHeader(path: DataPath, group: Group, p: number, position: number, n:
   // 4. Link and IP headers.
   if (tunnel) {
     const inner = trafficClass(u8, ip);
-    let tos = words[record + SaWord.tos];
+    let tos = (words[record + SaWord.outerFields] >>> Outer.tos) & 0xff;
     let df = (kind & SaKind.df) !== 0;
     if ((kind & SaKind.copyDscp) !== 0) tos = inner & 0xfc;
     if ((kind & SaKind.ecn) !== 0) tos |= inner & 3;

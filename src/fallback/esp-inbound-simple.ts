@@ -25,13 +25,14 @@ const { NO_WINDOW_SPAN, Resync } = numbers;
 const { Verdict } = verdictNumbers;
 const { At } = bursts;
 const {
+  arrived: SA_WORD_ARRIVED,
   bytesLeft: SA_WORD_BYTES_LEFT,
   context: SA_WORD_CONTEXT,
   destination: SA_WORD_DESTINATION,
+  destination4: SA_WORD_DESTINATION4,
   destinationBits: SA_WORD_DESTINATION_BITS,
   failures: SA_WORD_FAILURES,
   group: SA_WORD_GROUP,
-  handle: SA_WORD_HANDLE,
   kind: SA_WORD_KIND,
   mask: SA_WORD_MASK,
   packetsLeft: SA_WORD_PACKETS_LEFT,
@@ -44,6 +45,7 @@ const {
   windowMask: SA_WORD_WINDOW_MASK,
 } = SaWord;
 const {
+  destination4: SA_KIND_DESTINATION4,
   esn: SA_KIND_ESN,
   esp: SA_KIND_ESP,
   expired: SA_KIND_EXPIRED,
@@ -179,22 +181,26 @@ export function openSimple(
     const record = (hash[pair + 1] << RECORD_SHIFT) & RECORD_MASK;
     const kind = words[record + SA_WORD_KIND];
     if ((kind & (OURS | SA_KIND_EXPIRED)) !== OURS) break;
-    const bits = words[record + SA_WORD_DESTINATION_BITS];
-    if (isV4) {
-      const differing = destination ^ words[record + SA_WORD_DESTINATION];
-      if (bits !== 0 && (bits >> 8 !== 4 || (differing & words[record + SA_WORD_MASK]) !== 0)) break;
-    } else if (bits !== 0) {
-      const d = (q + 12) | 0;
-      const d0 = (u16[d] | (u16[d + 1] << 16)) ^ words[record + SA_WORD_DESTINATION];
-      const d1 = (u16[d + 2] | (u16[d + 3] << 16)) ^ words[record + SA_WORD_DESTINATION + 1];
-      const d2 = (u16[d + 4] | (u16[d + 5] << 16)) ^ words[record + SA_WORD_DESTINATION + 2];
-      const d3 = (u16[d + 6] | (u16[d + 7] << 16)) ^ words[record + SA_WORD_DESTINATION + 3];
-      const differing =
-        (d0 & words[record + SA_WORD_MASK]) |
-        (d1 & words[record + SA_WORD_MASK + 1]) |
-        (d2 & words[record + SA_WORD_MASK + 2]) |
-        (d3 & words[record + SA_WORD_MASK + 3]);
-      if (bits >> 8 !== 6 || differing !== 0) break;
+    if ((kind & SA_KIND_DESTINATION4) !== 0) {
+      if (!isV4 || destination !== words[record + SA_WORD_DESTINATION4]) break;
+    } else {
+      const bits = words[record + SA_WORD_DESTINATION_BITS];
+      if (isV4) {
+        const differing = destination ^ words[record + SA_WORD_DESTINATION];
+        if (bits !== 0 && (bits >> 8 !== 4 || (differing & words[record + SA_WORD_MASK]) !== 0)) break;
+      } else if (bits !== 0) {
+        const d = (q + 12) | 0;
+        const d0 = (u16[d] | (u16[d + 1] << 16)) ^ words[record + SA_WORD_DESTINATION];
+        const d1 = (u16[d + 2] | (u16[d + 3] << 16)) ^ words[record + SA_WORD_DESTINATION + 1];
+        const d2 = (u16[d + 4] | (u16[d + 5] << 16)) ^ words[record + SA_WORD_DESTINATION + 2];
+        const d3 = (u16[d + 6] | (u16[d + 7] << 16)) ^ words[record + SA_WORD_DESTINATION + 3];
+        const differing =
+          (d0 & words[record + SA_WORD_MASK]) |
+          (d1 & words[record + SA_WORD_MASK + 1]) |
+          (d2 & words[record + SA_WORD_MASK + 2]) |
+          (d3 & words[record + SA_WORD_MASK + 3]);
+        if (bits >> 8 !== 6 || differing !== 0) break;
+      }
     }
     const own = words[record + SA_WORD_GROUP];
     if (own !== group) {
@@ -388,7 +394,7 @@ export function completeSimple(
     }
     offsets[p] = start;
     lengths[p] = total + link;
-    handles[p] = words[record + SA_WORD_HANDLE];
+    handles[p] = words[record + SA_WORD_ARRIVED];
     const soft = (kind & SA_KIND_SOFT_EXPIRED) !== 0 ? PACKET_FLAG_SOFT_EXPIRY : 0;
     flags[p] = (flags[p] & ~STALE_FLAGS) | PACKET_FLAG_SECURED | soft;
     verdicts[(base + position) | 0] = VERDICT_OK;

@@ -14,6 +14,7 @@ import { complete } from './deliver.ts';
 import { openEsnGap } from './esn-gap.ts';
 import { openSimple } from './esp-inbound-simple.ts';
 import { setAad, setNonce, swapBytes } from './jobs.ts';
+import { readAheadInbound } from './read-ahead.ts';
 import { isNew } from './replay.ts';
 import { drop, RECORD, SaKind, SaWord, Sizes } from './sa-table.ts';
 import type { SaDatabase } from './sad.ts';
@@ -66,6 +67,7 @@ export function decapsulateUniform(
   burst.jobs.count = 0;
   path.candidate = -1;
   path.group = -1;
+  readAheadInbound(path, sad.hash, sad.shift, packets, base, n, linkHeader);
   let i = 0;
   for (; i < n; i++) {
     i = openSimple(path, sad.hash, sad.shift, packets, base, i, n, linkHeader);

@@ -19,7 +19,7 @@ import * as verdictNumbers from './verdict.ts';
 // Bound in this module, see above.
 const { Esp, IpProtocol, Ipv4, Ipv6 } = fields;
 const { NO_PACKET, PacketFlag } = pools;
-const { RECORD, RECORD_SHIFT, SaKind, SaWord, Sizes } = table;
+const { Outer, RECORD, RECORD_SHIFT, SaKind, SaWord, Sizes } = table;
 const { Verdict } = verdictNumbers;
 const { At } = bursts;
 const { BurstOffset } = engines;
@@ -32,14 +32,15 @@ const {
   kind: SA_WORD_KIND,
   mtu: SA_WORD_MTU,
   outer: SA_WORD_OUTER,
-  outerSum: SA_WORD_OUTER_SUM,
+  outer4Destination: SA_WORD_OUTER4_DESTINATION,
+  outer4Source: SA_WORD_OUTER4_SOURCE,
+  outerFields: SA_WORD_OUTER_FIELDS,
   packetsLeft: SA_WORD_PACKETS_LEFT,
   salt: SA_WORD_SALT,
   sequenceHigh: SA_WORD_SEQUENCE_HIGH,
   sequenceLow: SA_WORD_SEQUENCE_LOW,
   sizes: SA_WORD_SIZES,
   spi: SA_WORD_SPI,
-  tos: SA_WORD_TOS,
 } = SaWord;
 const {
   copyDf: SA_KIND_COPY_DF,
@@ -50,11 +51,12 @@ const {
   outer6: SA_KIND_OUTER6,
   simple: SA_KIND_SIMPLE,
 } = SaKind;
+const { sum: OUTER_SUM, tos: OUTER_TOS } = Outer;
 const { icv: SIZES_ICV, padMask: SIZES_PAD_MASK } = Sizes;
 const { minLength: IPV4_MIN_LENGTH } = Ipv4;
 const { length: IPV6_LENGTH } = Ipv6;
 const { length: ESP_LENGTH, trailerLength: ESP_TRAILER_LENGTH } = Esp;
-const { ipv4: IP_PROTOCOL_IPV4, ipv6: IP_PROTOCOL_IPV6 } = IpProtocol;
+const { esp: IP_PROTOCOL_ESP, ipv4: IP_PROTOCOL_IPV4, ipv6: IP_PROTOCOL_IPV6 } = IpProtocol;
 const { noRoom: VERDICT_NO_ROOM, noSa: VERDICT_NO_SA, notIpsec: VERDICT_NOT_IPSEC, ok: VERDICT_OK } = Verdict;
 const {
   checksumValid: PACKET_FLAG_CHECKSUM_VALID,
@@ -117,7 +119,8 @@ export function lookUp(
     const handle = handles[p] | 0;
     const record = handle > 0 && handle < handleEnd ? (slotOf[handle] << RECORD_SHIFT) & RECORD_MASK : 0;
     let verdict: number = VERDICT_OK;
-    if ((words[record + SA_WORD_KIND] & SA_KIND_OUTBOUND) === 0) {
+    const kind = words[record + SA_WORD_KIND];
+    if ((kind & SA_KIND_OUTBOUND) === 0) {
       verdict = handle === 0 ? VERDICT_NOT_IPSEC : VERDICT_NO_SA;
     } else if (next[p] !== NO_PACKET) {
       verdict = VERDICT_NO_ROOM;
@@ -134,8 +137,8 @@ export function lookUp(
     order[alive] = i;
     alive = (alive + 1) | 0;
     const own = words[record + SA_WORD_GROUP];
-    // Both lines of the record on their way to the cache, for all packets at once.
-    touched |= words[record + SA_WORD_OUTER];
+    // The record on its way to the cache, for all packets at once; the second line when it will be needed.
+    touched |= words[record + ((kind & SA_KIND_OUTER6) === 0 ? 0 : SA_WORD_OUTER)];
     if (own !== group) group = group === -1 ? own : MIXED;
   }
   path.touched = touched;
@@ -245,7 +248,8 @@ export function encapsulateSimple(
     u8[(trailer + 1) | 0] = nextHeader;
 
     // 6. Link and outer headers.
-    let tos = words[record + SA_WORD_TOS];
+    const fields = words[record + SA_WORD_OUTER_FIELDS];
+    let tos = (fields >> OUTER_TOS) & 0xff;
     let df = (kind & SA_KIND_DF) !== 0 ? DONT_FRAGMENT : 0;
     if ((kind & COPIES) !== 0) {
       const isV4 = nextHeader === IP_PROTOCOL_IPV4;
@@ -275,8 +279,8 @@ export function encapsulateSimple(
       }
       u16[o - 1] = isOuter6 ? ETHERTYPE_IPV6 : ETHERTYPE_IPV4;
     }
-    const template = (record + SA_WORD_OUTER) | 0;
     if (isOuter6) {
+      const template = (record + SA_WORD_OUTER) | 0;
       const payload = (wire - IPV6_LENGTH) | 0;
       const w0 = words[template] | (tos >>> 4) | ((tos & 15) << 12);
       const w1 = words[template + 1] | ((payload & 0xff) << 8) | (payload >> 8);
@@ -316,12 +320,12 @@ export function encapsulateSimple(
     } else {
       const version = 0x45 | (tos << 8);
       const length = ((wire & 0xff) << 8) | (wire >> 8);
-      let check = (words[record + SA_WORD_OUTER_SUM] + (tos << 8) + length + identification + df) | 0;
+      let check = ((fields >>> OUTER_SUM) + (tos << 8) + length + identification + df) | 0;
       check = ((check & 0xffff) + (check >>> 16)) | 0;
       check = ~(check + (check >>> 16)) & 0xffff;
-      const life = words[template + 2];
-      const source = words[template + 3];
-      const destination = words[template + 4];
+      const life = (fields & 0xff) | (IP_PROTOCOL_ESP << 8);
+      const source = words[record + SA_WORD_OUTER4_SOURCE];
+      const destination = words[record + SA_WORD_OUTER4_DESTINATION];
       const w = outer >> 2;
       if ((outer & 3) === 0) {
         u32[w] = version | (length << 16);

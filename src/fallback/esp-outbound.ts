@@ -19,7 +19,7 @@ import { Chain, insertionPoint } from './extension-headers.ts';
 import { renewGrant } from './grant.ts';
 import { setAad, setNonce, swapBytes } from './jobs.ts';
 import { RandomIv } from './random-iv.ts';
-import { drop, RECORD, SaKind, SaWord, Sizes } from './sa-table.ts';
+import { drop, Outer, RECORD, SaKind, SaWord, Sizes } from './sa-table.ts';
 import { carry, writeNumber } from './sequence.ts';
 import { carrier, moveDown, rewriteHeader } from './transport.ts';
 import { decrementTtl, trafficClass, writeOuter4, writeOuter6 } from './tunnel.ts';
@@ -180,7 +180,7 @@ function encapsulateOne(
 
   // 6. Link and outer headers.
   if ((kind & SaKind.tunnel) !== 0) {
-    let tos = words[record + SaWord.tos];
+    let tos = (words[record + SaWord.outerFields] >>> Outer.tos) & 0xff;
     let df = (kind & SaKind.df) !== 0;
     if ((kind & (SaKind.copyDscp | SaKind.ecn | SaKind.copyDf)) !== 0 && !raw) {
       const inner = trafficClass(u8, ip);

@@ -64,6 +64,10 @@ function writeDestination(words: Int32Array, record: number, sa: SecurityAssocia
     bytes[16 + i] = mask;
   }
   words[record + SaWord.destinationBits] = ((address.length === 4 ? 4 : 6) << 8) | bits;
+  if (address.length === 4 && bits === 32) {
+    words[record + SaWord.kind] |= SaKind.destination4;
+    words[record + SaWord.destination4] = words[record + SaWord.destination];
+  }
 }
 
 /** Largest packet on the wire without a configured MTU. */
@@ -110,6 +114,7 @@ export function writeRecord(
       words[record + SaWord.ports] = (s >>> 8) | ((s & 0xff) << 8) | ((d >>> 8) << 16) | ((d & 0xff) << 24);
     }
   } else {
+    words[record + SaWord.arrived] = handle;
     words[record + SaWord.window] = sa.replayWindow;
     words[record + SaWord.windowBase] = base;
     words[record + SaWord.windowMask] = sa.replayWindow === 0 ? 0 : windowBlocks(sa.replayWindow) - 1;

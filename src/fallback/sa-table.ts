@@ -1,6 +1,7 @@
 /**
- * The state of all SAs as the data path sees it: one record of 32 words (two cache lines) per slot in one typed array,
- * so that an SA hit at random costs two cache misses and not one per field; replay windows and drop counters beside it.
+ * The state of all SAs as the data path sees it: one record of 32 words (two cache lines) per slot in one typed array;
+ * replay windows and drop counters beside it. What an ordinary packet needs (ESP tunnel over IPv4) is in the first line, so
+ * that an SA hit at random costs one cache miss here; the array begins at a page, a large one at a huge page.
  *
  * Slot 0 is no SA: its record is all zero, and a lookup that finds nothing yields it. Records move when the table grows,
  * so nobody keeps `words` over a call of `allocate`. Words are signed, because that is what the compiler computes with
@@ -8,6 +9,8 @@
  *
  * "Memory order" below means that the word's bytes in memory are the bytes of the packet, in order.
  */
+import { HUGE_PAGE_SIZE } from '../sys/libc.ts';
+import { type MappedMemory, mapAnonymous, unmapMemory } from '../sys/memory.ts';
 import { VERDICTS } from './verdict.ts';
 
 /** Words of a record, and its logarithm. */
@@ -39,15 +42,18 @@ export const SaWord = {
   bytesLeft: 10,
   /** `Sizes`. */
   sizes: 11,
-  handle: 12,
+  /** Outbound, outer IPv4: source. Inbound with `SaKind.destination4`: destination. Memory order. */
+  outer4Source: 12,
+  destination4: 12,
   /** Outbound: largest packet on the wire, without link header. Inbound: blocks of the replay window minus 1. */
   mtu: 13,
   windowMask: 13,
-  /** Outbound: bytes of TFC padding. Inbound: ICV failures in a row. */
-  tfc: 14,
+  /** Outbound, outer IPv4: destination, memory order. Inbound: ICV failures in a row. */
+  outer4Destination: 14,
   failures: 14,
-  /** Inbound: slot of the next SA with the same SPI, less specific in its destination. */
-  nextSameSpi: 15,
+  /** Outbound tunnel: `Outer`. Inbound: the handle again. */
+  outerFields: 15,
+  arrived: 15,
   /** Outbound: outer header (IPv4: 5 words, IPv6: 10). */
   outer: 16,
   /** Inbound: destination and the mask of the bits that count, 4 words each, memory order. */
@@ -55,15 +61,16 @@ export const SaWord = {
   mask: 20,
   /** Inbound: how many bits count, and the family (4, 6) in bits 8 to 15; 0 is any destination. */
   destinationBits: 24,
+  /** Inbound: slot of the next SA with the same SPI, less specific in its destination. */
+  nextSameSpi: 25,
   /** Ports of UDP encapsulation, source first; memory order. */
   ports: 26,
-  /** Outbound, IPv4: sum of the constant 16-bit words of the outer header, as loaded little-endian. */
-  outerSum: 27,
+  /** Outbound: bytes of TFC padding. */
+  tfc: 27,
   /** How much `packetsLeft` and `bytesLeft` were when they were last set. */
   packetsGranted: 28,
   bytesGranted: 29,
-  /** Outbound: DSCP of the tunnel << 2, for the outer traffic class. */
-  tos: 30,
+  handle: 30,
 } as const;
 
 /** Bits of `SaWord.kind`. */
@@ -96,6 +103,8 @@ export const SaKind = {
   exhausted: 1 << 19,
   /** The loops for the simple case know everything about this SA (`esp-outbound-simple.ts`, `esp-inbound-simple.ts`). */
   simple: 1 << 20,
+  /** Inbound: the destination is one IPv4 address. */
+  destination4: 1 << 21,
 } as const;
 
 /** Fields of `SaWord.sizes`: shifts of bytes. */
@@ -109,13 +118,25 @@ export const Sizes = {
   ah: 24,
 } as const;
 
+/**
+ * Fields of `SaWord.outerFields`: shifts. TTL or hop limit; DSCP of the tunnel << 2, for the outer traffic class; IPv4: sum of
+ * the constant 16-bit words of the outer header, as loaded little-endian, folded to 16 bits.
+ */
+export const Outer = { ttl: 0, tos: 8, sum: 16 } as const;
+
 const INITIAL_SLOTS = 64;
 
+function mapRecords(slots: number): MappedMemory {
+  const bytes = 4 * RECORD * slots;
+  return mapAnonymous(bytes, { hugePages: bytes >= HUGE_PAGE_SIZE });
+}
+
 export class SaTable {
+  #memory = mapRecords(INITIAL_SLOTS);
   /** `RECORD` words per slot. */
-  words = new Int32Array(INITIAL_SLOTS * RECORD);
+  words = new Int32Array(this.#memory.u8.buffer);
   /** The same memory as 16-bit words, for copies to and from packets. */
-  halves = new Uint16Array(this.words.buffer);
+  halves = this.#memory.u16;
   /** `VERDICTS` counters per slot. */
   dropped = new Float64Array(INITIAL_SLOTS * VERDICTS);
   /** All replay windows. */
@@ -168,21 +189,25 @@ export class SaTable {
     else free.push(base);
   }
 
-  /** Wipes everything: salts are secrets. */
-  wipe(): void {
+  /** Wipes everything (salts are secrets) and gives the memory back: every record reads as no SA. */
+  close(): void {
     this.words.fill(0);
     this.windows.fill(0);
+    unmapMemory(this.#memory);
   }
 
   #grow(): void {
     const slots = this.#slots * 2;
-    const words = new Int32Array(slots * RECORD);
+    const memory = mapRecords(slots);
+    const words = new Int32Array(memory.u8.buffer);
     words.set(this.words);
     this.words.fill(0);
+    unmapMemory(this.#memory);
+    this.#memory = memory;
     const dropped = new Float64Array(slots * VERDICTS);
     dropped.set(this.dropped);
     this.words = words;
-    this.halves = new Uint16Array(words.buffer);
+    this.halves = memory.u16;
     this.dropped = dropped;
     this.#slots = slots;
   }

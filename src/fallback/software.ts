@@ -31,6 +31,7 @@ import { encapsulate } from './esp-outbound.ts';
 import { lookUp, MIXED } from './esp-outbound-simple.ts';
 import { type SaEvent, SaLifetime } from './lifetime.ts';
 import { type Encapsulation, encapsulationOf, largestInner } from './pmtu.ts';
+import { readAheadOutbound } from './read-ahead.ts';
 import { carrySequence, copySelector, releaseRecord, wireLimit, writeRecord } from './sa-record.ts';
 import { RECORD, SaKind, SaWord } from './sa-table.ts';
 import { SaDatabase } from './sad.ts';
@@ -260,7 +261,7 @@ export class SoftwareIpsec {
     if (this.#closed) return;
     this.#closed = true;
     for (let slot = 1; slot < this.#entries.length; slot++) if (this.#entries[slot] !== undefined) this.#forget(slot);
-    this.#path.table.wipe();
+    this.#path.table.close();
     this.#path.burst.jobs.close();
     this.#secret.fill(0);
     this.#engines.close();
@@ -276,6 +277,7 @@ export class SoftwareIpsec {
     const { burst } = path;
     path.alive = 0;
     path.group = -1;
+    readAheadOutbound(path, this.#sad.slotOf, packets, base, n);
     for (let i = 0; i < n; ) {
       i = lookUp(path, this.#sad.slotOf, packets, base, i, n, verdicts);
       if (i < n) align(path.pool, packets[base + i]);

@@ -15,7 +15,7 @@
  */
 import type { Tunnel } from '../ipsec/sa.ts';
 import { IpProtocol, Ipv4, Ipv6 } from '../packet/fields.ts';
-import { SaWord } from './sa-table.ts';
+import { Outer, SaWord } from './sa-table.ts';
 import { Verdict } from './verdict.ts';
 
 /** DF, as its 16-bit word is in memory. */
@@ -28,6 +28,7 @@ const DF = 0x0040;
 export function writeTemplate(words: Int32Array, record: number, tunnel: Tunnel, protocol: number): void {
   const bytes = new Uint8Array(words.buffer, words.byteOffset + 4 * (record + SaWord.outer), Ipv6.length);
   bytes.fill(0);
+  let checksum = 0;
   if (tunnel.source.length === 4) {
     bytes[Ipv4.versionIhl] = 0x45;
     bytes[Ipv4.ttl] = tunnel.ttl;
@@ -36,7 +37,9 @@ export function writeTemplate(words: Int32Array, record: number, tunnel: Tunnel,
     bytes.set(tunnel.destination, Ipv4.destination);
     let sum = 0;
     for (let i = 0; i < Ipv4.minLength; i += 2) sum += bytes[i] | (bytes[i + 1] << 8);
-    words[record + SaWord.outerSum] = sum;
+    words[record + SaWord.outer4Source] = words[record + SaWord.outer + 3];
+    words[record + SaWord.outer4Destination] = words[record + SaWord.outer + 4];
+    checksum = (sum & 0xffff) + (sum >>> 16);
   } else {
     bytes[0] = 0x60;
     bytes[1] = tunnel.flowLabel >>> 16;
@@ -47,7 +50,10 @@ export function writeTemplate(words: Int32Array, record: number, tunnel: Tunnel,
     bytes.set(tunnel.source, Ipv6.source);
     bytes.set(tunnel.destination, Ipv6.destination);
   }
-  words[record + SaWord.tos] = tunnel.dscp << 2;
+  words[record + SaWord.outerFields] =
+    (tunnel.ttl << Outer.ttl) |
+    (tunnel.dscp << (2 + Outer.tos)) |
+    (((checksum & 0xffff) + (checksum >>> 16)) << Outer.sum);
 }
 
 /**
@@ -70,7 +76,7 @@ export function writeOuter4(
   const version = 0x45 | (tos << 8);
   const length = ((total & 0xff) << 8) | (total >> 8);
   const flags = df ? DF : 0;
-  let check = (words[record + SaWord.outerSum] + (tos << 8) + length + identification + flags) | 0;
+  let check = ((words[record + SaWord.outerFields] >>> Outer.sum) + (tos << 8) + length + identification + flags) | 0;
   check = (check & 0xffff) + (check >>> 16);
   check = ~(check + (check >>> 16)) & 0xffff;
   const life = words[record + SaWord.outer + 2];

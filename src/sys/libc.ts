@@ -23,6 +23,8 @@ export const MapFlag = {
   populate: 0x8000,
   hugeTlb: 0x40000,
 } as const;
+/** madvise(2). */
+export const Advice = { hugePage: 14 } as const;
 /** memfd_create(2). */
 export const MemfdFlag = { cloexec: 1, allowSealing: 2, hugeTlb: 4 } as const;
 /** fallocate(2). */
@@ -70,11 +72,14 @@ export const OpenFlag = {
 } as const;
 
 export const PAGE_SIZE = 4096;
+/** Transparent huge pages (x86-64; arm64 with pages of 4 KiB). */
+export const HUGE_PAGE_SIZE = 0x200000;
 
 const c = ffi().open(null);
 const native = {
   mmap: c.func('mmap', 'i64', ['i64', 'u64', 'i32', 'i32', 'i32', 'i64']),
   munmap: c.func('munmap', 'i32', ['i64', 'u64']),
+  madvise: c.func('madvise', 'i32', ['i64', 'u64', 'i32']),
   memfd_create: c.func('memfd_create', 'i32', ['i64', 'u32']),
   ftruncate: c.func('ftruncate', 'i32', ['i32', 'i64']),
   fallocate: c.func('fallocate', 'i32', ['i32', 'i32', 'i64', 'i64']),
@@ -186,6 +191,11 @@ export function mmap(address: number, size: number, prot: number, flags: number,
 
 export function munmap(address: number, size: number): void {
   call('munmap', address, size);
+}
+
+/** Tells the kernel how a range will be used. Returns false when it does not know the advice. */
+export function madvise(address: number, size: number, advice: number): boolean {
+  return attempt([os.errno.EINVAL], 'madvise', address, size, advice) === 0;
 }
 
 /** Opens a file, close-on-exec. */

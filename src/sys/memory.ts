@@ -12,7 +12,7 @@
 import { constants as os } from 'node:os';
 import { SystemError } from '../errors.ts';
 import { ffi } from './ffi/ffi.ts';
-import { fstat, MapFlag, mmap, munmap, PAGE_SIZE, Prot } from './libc.ts';
+import { Advice, fstat, HUGE_PAGE_SIZE, MapFlag, madvise, mmap, munmap, PAGE_SIZE, Prot } from './libc.ts';
 
 export interface MappedMemory {
   /** Virtual address of byte 0 in this process (below 2^53, so an exact number). */
@@ -38,14 +38,31 @@ export interface DmaMemory extends MappedMemory {
 /** Memory that `unmapMemory` has yet to unmap. */
 const mapped = new WeakSet<MappedMemory>();
 
-/**
- * Fresh zeroed memory that only this process sees. `size` is rounded up to pages. `reserve: false` asks for address
- * space that need not fit the machine's memory: only what is touched counts.
- */
-export function mapAnonymous(size: number, options: { readonly reserve?: boolean } = {}): MappedMemory {
+export interface AnonymousOptions {
+  /** `false` asks for address space that need not fit the machine's memory: only what is touched counts. */
+  readonly reserve?: boolean;
+  /** Begins at a multiple of 2 MiB, in huge pages where the system grants them: for large tables that are hit at random. */
+  readonly hugePages?: boolean;
+}
+
+/** Fresh zeroed memory that only this process sees. `size` is rounded up to pages. */
+export function mapAnonymous(size: number, options: AnonymousOptions = {}): MappedMemory {
   const bytes = roundToPages(size);
   const flags = MapFlag.private | MapFlag.anonymous | (options.reserve === false ? MapFlag.noReserve : 0);
-  return wrap(mmap(0, bytes, Prot.read | Prot.write, flags, -1, 0), bytes);
+  const address =
+    options.hugePages === true ? mapHuge(bytes, flags) : mmap(0, bytes, Prot.read | Prot.write, flags, -1, 0);
+  return wrap(address, bytes);
+}
+
+/** Address of `bytes` bytes from a multiple of 2 MiB on: cut out of a range that is larger by as much. */
+function mapHuge(bytes: number, flags: number): number {
+  const from = mmap(0, bytes + HUGE_PAGE_SIZE, Prot.read | Prot.write, flags, -1, 0);
+  const address = Math.ceil(from / HUGE_PAGE_SIZE) * HUGE_PAGE_SIZE;
+  if (address > from) munmap(from, address - from);
+  munmap(address + bytes, from + HUGE_PAGE_SIZE - address);
+  // A kernel without them refuses: ordinary pages do.
+  madvise(address, bytes, Advice.hugePage);
+  return address;
 }
 
 /**

@@ -149,57 +149,83 @@ class KeyScheduler {
   }
 }
 
-const SLOTS_PER_SLAB = 64;
+/**
+ * Where the slot of context `c` is: `c & REGION_MASK` slots from the start of region 0 if `c` is below `FEW_CONTEXTS`, else of
+ * region `1 + (c >>> REGION_SHIFT)`. A region is address space (256 MiB, the first one 4 MiB), and costs memory as it is used.
+ */
+export const FEW_CONTEXTS = 1 << 12;
+export const REGION_SHIFT = 18;
+export const REGION_MASK = (1 << REGION_SHIFT) - 1;
 
-/** The key slots of the contexts of one engine: slot `n` belongs to context `n`. Slots never move. */
+/**
+ * The key slots of the contexts of one engine. Slots never move. A region is in huge pages where they can be had, and
+ * does not cross a multiple of 4 GiB.
+ */
 export class KeySlots {
-  /** Address of each slot in two words. New arrays when they grow: read them anew for every burst. */
-  low = new Uint32Array(SLOTS_PER_SLAB);
-  high = new Uint32Array(SLOTS_PER_SLAB);
+  /** Bytes of a slot. */
+  readonly slotSize: number;
+  /** Address of each region in two words. New arrays when they grow: read them anew for every burst. */
+  low = new Uint32Array(2);
+  high = new Uint32Array(2);
+  /** Takes what was read for the side effects of reading it, so that the read is not optimised away. */
+  touched = 0;
   readonly #scheduler: KeyScheduler;
-  readonly #slotSize: number;
-  readonly #slabs: MappedMemory[] = [];
+  readonly #regions: MappedMemory[] = [];
+  /** Highest context ever written. */
+  #last = 0;
 
   constructor(manager: ImbManager) {
     this.#scheduler = new KeyScheduler(manager);
-    this.#slotSize = Math.ceil(Math.max(manager.layout.gcmKeySize, KeySlot.end) / 64) * 64;
+    this.slotSize = Math.ceil(Math.max(manager.layout.gcmKeySize, KeySlot.end) / 64) * 64;
+  }
+
+  /** The words of region 1, where most contexts are once there are many. */
+  get many(): Uint32Array | undefined {
+    return this.#regions[1]?.u32;
   }
 
   write(context: number, transform: Transform, keys: TransformKeys): void {
-    while (this.#slabs.length * SLOTS_PER_SLAB <= context) {
-      this.#slabs.push(mapUnbroken(SLOTS_PER_SLAB * this.#slotSize));
-    }
-    if (context >= this.low.length) {
-      const length = Math.max(2 * this.low.length, context + 1);
-      this.low = grown(this.low, length);
-      this.high = grown(this.high, length);
-    }
-    const slab = this.#slabOf(context);
-    const offset = this.#offsetOf(context);
-    this.#scheduler.write(transform, keys, slab, offset);
-    this.low[context] = low(slab.address + offset);
-    this.high[context] = high(slab.address + offset);
+    const region = regionOf(context);
+    while (this.#regions.length <= region) this.#addRegion();
+    this.#last = Math.max(this.#last, context);
+    this.#scheduler.write(transform, keys, this.#regions[region], this.#offsetOf(context));
   }
 
   wipe(context: number): void {
     const offset = this.#offsetOf(context);
-    this.#slabOf(context).u8.fill(0, offset, offset + this.#slotSize);
+    this.#regions[regionOf(context)].u8.fill(0, offset, offset + this.slotSize);
   }
 
   close(): void {
     this.#scheduler.close();
-    for (const slab of this.#slabs) {
-      slab.u8.fill(0);
-      unmapMemory(slab);
-    }
-    this.#slabs.length = 0;
+    this.#regions.forEach((region, i) => {
+      // What was never used must not come into being now.
+      const from = i === 1 ? FEW_CONTEXTS : 0;
+      const to = this.#last + 1 - (i < 2 ? 0 : (i - 1) << REGION_SHIFT);
+      region.u8.fill(0, from * this.slotSize, to * this.slotSize);
+      unmapMemory(region);
+    });
+    this.#regions.length = 0;
   }
 
-  #slabOf(context: number): MappedMemory {
-    return this.#slabs[Math.floor(context / SLOTS_PER_SLAB)];
+  #addRegion(): void {
+    const i = this.#regions.length;
+    const slots = i === 0 ? FEW_CONTEXTS : 1 << REGION_SHIFT;
+    const region = mapUnbroken(slots * this.slotSize, { reserve: false, hugePages: true });
+    this.#regions.push(region);
+    if (i >= this.low.length) {
+      this.low = grown(this.low, 2 * this.low.length);
+      this.high = grown(this.high, 2 * this.high.length);
+    }
+    this.low[i] = low(region.address);
+    this.high[i] = high(region.address);
   }
 
   #offsetOf(context: number): number {
-    return (context % SLOTS_PER_SLAB) * this.#slotSize;
+    return (context & REGION_MASK) * this.slotSize;
   }
+}
+
+function regionOf(context: number): number {
+  return context < FEW_CONTEXTS ? 0 : 1 + (context >>> REGION_SHIFT);
 }

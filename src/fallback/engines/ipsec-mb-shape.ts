@@ -8,6 +8,7 @@ import type { Transform } from './engine.ts';
 import { KeySlot } from './ipsec-mb-keys.ts';
 import { ImbCipher, ImbDirection, ImbHash, type ImbLayout, ImbOrder } from './ipsec-mb-layout.ts';
 import type { ImbManager } from './ipsec-mb-library.ts';
+import { type KeyLines, keyLines } from './ipsec-mb-lines.ts';
 import { mapUnbroken } from './native-memory.ts';
 
 export const FAMILY = { aead: 0, gmac: 1, 'cipher-auth': 2, auth: 3 } as const satisfies Record<
@@ -29,6 +30,8 @@ export interface Shape extends JobRules {
   readonly decryptKeys: number;
   readonly auth0: number;
   readonly auth1: number;
+  /** What a job reads of the key slot. */
+  readonly lines: KeyLines;
   /** What imb_set_session gives such a job; 0 before 1.4. */
   readonly suite0: number;
   readonly suite1: number;
@@ -58,6 +61,8 @@ const CIPHER = {
   null: ImbCipher.null,
 } as const;
 
+/** Bytes of an AES-128 key. */
+const MODEL_KEY = 16;
 /** Bytes of the nonce of GMAC (RFC 4543, 3.1). */
 const GMAC_NONCE = 12;
 
@@ -111,6 +116,7 @@ export class ImbShapes {
   readonly #shapes = new Map<Transform, Shapes>();
   /** The engine that last wrote into the job slots. */
   writer: object | undefined;
+  #gcmSize = 0;
 
   constructor(manager: ImbManager) {
     this.#manager = manager;
@@ -143,11 +149,28 @@ export class ImbShapes {
       decryptKeys: triple ? KeySlot.desPointers : separate ? KeySlot.decrypt : KeySlot.cipher,
       auth0: transform.family === 'gmac' ? KeySlot.cipher : KeySlot.auth,
       auth1: transform.auth === 'aes-xcbc' || transform.auth === 'aes-cmac' ? KeySlot.subkey1 : KeySlot.outer,
+      lines: keyLines(transform, encrypting, this.#gcmEnd()),
       suite0: 0,
       suite1: 0,
       session: 0,
     };
     return this.#manager.setSession === undefined ? shape : { ...shape, ...this.#session(shape) };
+  }
+
+  /** How much of `gcm_key_data` the implementation for this processor fills: taken once, from a key of zeros. */
+  #gcmEnd(): number {
+    if (this.#gcmSize !== 0) return this.#gcmSize;
+    const { layout, functionAt } = this.#manager;
+    const model: MappedMemory = mapUnbroken(layout.gcmKeySize + MODEL_KEY);
+    try {
+      functionAt(layout.manager.gcmPrecompute128, 2)(model.address + layout.gcmKeySize, model.address);
+      let end = layout.gcmKeySize;
+      while (end > 1 && model.u8[end - 1] === 0) end--;
+      this.#gcmSize = end;
+      return end;
+    } finally {
+      unmapMemory(model);
+    }
   }
 
   /** Since 1.4 the library looks its handlers up by numbers that it derives from a filled job: taken once, from a model job. */

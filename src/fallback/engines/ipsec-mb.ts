@@ -26,12 +26,16 @@ import {
   type Transform,
   type TransformKeys,
 } from './engine.ts';
-import { KeySlot, KeySlots, maxAuthKey } from './ipsec-mb-keys.ts';
+import * as keys from './ipsec-mb-keys.ts';
 import { IMB_COMPLETED, type ImbLayout, ImbLimit } from './ipsec-mb-layout.ts';
 import { acquireManager, type ImbManager, releaseManager } from './ipsec-mb-library.ts';
+import { touchKeys } from './ipsec-mb-lines.ts';
 import { FAMILY, type ImbShapes, type Shape, shapesOf, writeShape } from './ipsec-mb-shape.ts';
 import { high, low, mapUnbroken, untilCarry } from './native-memory.ts';
 import { MAX_ICV } from './transform.ts';
+
+// Bound in this module: V8 folds constants of its own module only.
+const { FEW_CONTEXTS, KeySlot, REGION_MASK, REGION_SHIFT } = keys;
 
 const TAG_STRIDE = MAX_ICV;
 /** Scratch: the list of job pointers, then computed tags. */
@@ -45,7 +49,7 @@ export class IpsecMbEngine implements CryptoEngine {
   readonly #layout: ImbLayout;
   readonly #memory: MappedMemory;
   readonly #scratch: MappedMemory;
-  readonly #keys: KeySlots;
+  readonly #keys: keys.KeySlots;
   readonly #shapes: ImbShapes;
   readonly #getNextBurst: NativeFunction;
   readonly #submit: NativeFunction;
@@ -81,7 +85,7 @@ export class IpsecMbEngine implements CryptoEngine {
     this.version = `libipsec-mb ${manager.layout.name}`;
     this.#memory = memory;
     this.#scratch = mapUnbroken(Scratch.size);
-    this.#keys = new KeySlots(manager);
+    this.#keys = new keys.KeySlots(manager);
     this.#shapes = shapesOf(manager);
     this.#getNextBurst = manager.getNextBurst;
     this.#submit = options.checked === true ? manager.submitBurst : manager.submitBurstNoCheck;
@@ -99,7 +103,7 @@ export class IpsecMbEngine implements CryptoEngine {
 
   supports(transform: Transform): boolean {
     if (transform.cipher === 'aes-ccm' && transform.cipherKeyLength === 24) return false;
-    return transform.authKeyLength <= maxAuthKey(transform.auth);
+    return transform.authKeyLength <= keys.maxAuthKey(transform.auth);
   }
 
   createContext(transform: Transform, keys: TransformKeys, direction: 'encrypt' | 'decrypt'): number {
@@ -185,6 +189,8 @@ export class IpsecMbEngine implements CryptoEngine {
       this.#written = 0;
     }
     if (this.#written < n && !this.#writeConstants(shape, burst, n)) return this.#giveUp(burst, start, 0);
+    if (this.#contexts.capacity > FEW_CONTEXTS)
+      touchKeys(this.#keys, this.#contexts.kinds, shape.lines, burst, start, n);
     const fitting = shape.family === FAMILY.aead ? this.#fillAead(shape, burst, n) : this.#fillAuth(shape, burst, n);
     if (fitting === 0) return 0;
     let done = this.#submit(manager, fitting, list);
@@ -268,8 +274,7 @@ export class IpsecMbEngine implements CryptoEngine {
     const { context, cipherOffset, cipherLength, icvOffset } = burst;
     const { index, encrypting } = shape;
     const { kinds } = this.#contexts;
-    const keyLow = this.#keys.low;
-    const keyHigh = this.#keys.high;
+    const { low: regionLow, high: regionHigh, slotSize } = this.#keys;
     const address = this.#memory.address | 0;
     const { size } = this.#memory;
     const lastIcv = size - shape.icvLength;
@@ -285,8 +290,9 @@ export class IpsecMbEngine implements CryptoEngine {
       const length = cipherLength[start + k];
       const icv = icvOffset[start + k];
       if (kinds[c] !== index || from + length > size || icv > lastIcv) return k;
-      const key = keyLow[c];
-      const keyTop = keyHigh[c];
+      const region = c < FEW_CONTEXTS ? 0 : 1 + (c >>> REGION_SHIFT);
+      const key = (regionLow[region] + Math.imul(c & REGION_MASK, slotSize)) | 0;
+      const keyTop = regionHigh[region];
       words[q + ENC] = key;
       words[q + ENC + 1] = keyTop;
       words[q + SRC] = (address + from) | 0;
@@ -337,13 +343,14 @@ export class IpsecMbEngine implements CryptoEngine {
     const fitting = fittingRun(burst, start, start + n, shape, this.#contexts.kinds, this.#memory.size) - start;
     const address = this.#memory.address | 0;
     const { carry, crosses } = this.#place;
-    const keyLow = this.#keys.low;
-    const keyHigh = this.#keys.high;
+    const { low: regionLow, high: regionHigh, slotSize } = this.#keys;
     let q = this.#first;
     for (let k = 0; k < fitting; k++) {
       const i = start + k;
-      const key = keyLow[context[i]];
-      const keyTop = keyHigh[context[i]];
+      const c = context[i];
+      const region = c < FEW_CONTEXTS ? 0 : 1 + (c >>> REGION_SHIFT);
+      const key = (regionLow[region] + Math.imul(c & REGION_MASK, slotSize)) | 0;
+      const keyTop = regionHigh[region];
       const auth = authOffset[i];
       const cipher = cipherOffset[i];
       words[q + SRC] = (address + auth) | 0;

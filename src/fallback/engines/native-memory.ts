@@ -2,7 +2,7 @@
  * Memory for native libraries: nonces, keys, scratch. Structures hold addresses as two 32-bit words; memory from here never
  * crosses a multiple of 4 GiB, so the upper word of an address is the same for all of it.
  */
-import { type MappedMemory, mapAnonymous, unmapMemory } from '../../sys/memory.ts';
+import { type AnonymousOptions, type MappedMemory, mapAnonymous, unmapMemory } from '../../sys/memory.ts';
 
 const HIGH = 2 ** 32;
 
@@ -22,11 +22,11 @@ export function untilCarry(address: number): number {
 }
 
 /** Fresh zeroed memory within one aligned range of 4 GiB. `size` is at most 2^31. */
-export function mapUnbroken(size: number): MappedMemory {
-  const memory = mapAnonymous(size);
+export function mapUnbroken(size: number, options: AnonymousOptions = {}): MappedMemory {
+  const memory = mapAnonymous(size, options);
   if (memory.size <= untilCarry(memory.address)) return memory;
   // The boundary is inside of that range: while it is held, no other range can contain the boundary.
-  const other = mapAnonymous(size);
+  const other = mapAnonymous(size, options);
   unmapMemory(memory);
   return other;
 }
