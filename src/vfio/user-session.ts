@@ -3,16 +3,14 @@
  * between.
  *
  * A request blocks until its reply is there or its deadline has passed. Meanwhile, and whenever the event loop finds
- * the socket readable, DMA_READ and DMA_WRITE of the server are served. Whatever breaks the protocol, the socket or a
- * deadline ends the session: the stream cannot be trusted to be in step any more. The first error says why, later
- * calls throw `DEVICE_GONE` with it as their cause.
+ * the socket readable, DMA_READ and DMA_WRITE of the server are served. How a session ends is in `session.ts`.
  */
 import { constants as os } from 'node:os';
 import { VfioError } from '../errors.ts';
-import { ffi, type Watch } from '../sys/ffi/ffi.ts';
 import { errnoName } from '../sys/libc.ts';
 import { dropDescriptors, isReply, type MessageSocket, type ReceivedMessage } from './message-socket.ts';
 import * as protocol from './protocol.ts';
+import { SocketSession } from './session.ts';
 
 /** Memory that the server may reach: where `count` bytes at `iova` are, or null when they are not (all) mapped. */
 export type DmaLookup = (iova: number, count: number) => { memory: { u8: Uint8Array }; offset: number } | null;
@@ -20,32 +18,15 @@ export type DmaLookup = (iova: number, count: number) => { memory: { u8: Uint8Ar
 /** Messages served in one turn of the event loop, so that a talkative server leaves time for others. */
 const SERVED_PER_TURN = 64;
 
-export class UserSession {
+export class UserSession extends SocketSession {
   readonly #socket: MessageSocket;
-  readonly #timeoutMs: number;
-  readonly #watch: Watch;
-  readonly #listeners: ((reason: VfioError) => void)[] = [];
   #lookup: DmaLookup = () => null;
-  #failure: VfioError | null = null;
-  #closed = false;
   #nextId = 1;
 
   /** Owns `socket`, on which the version is agreed already. `timeoutMs` is the deadline of every call. */
   constructor(socket: MessageSocket, timeoutMs: number) {
+    super(socket, timeoutMs, 'function');
     this.#socket = socket;
-    this.#timeoutMs = timeoutMs;
-    this.#watch = ffi().watch(socket.fd, () => this.#serveIdle());
-    this.#watch.unref();
-  }
-
-  /** Whether the session was lost; closing it on purpose does not count. */
-  get lost(): boolean {
-    return this.#failure !== null;
-  }
-
-  onLost(listener: (reason: VfioError) => void): void {
-    if (this.#failure !== null) listener(this.#failure);
-    else this.#listeners.push(listener);
   }
 
   /** Says which memory DMA_READ and DMA_WRITE reach. */
@@ -60,9 +41,9 @@ export class UserSession {
    */
   request(message: Uint8Array, descriptors: readonly number[] = [], received: number[] = [], expected = 0): Uint8Array {
     this.check();
-    const deadline = performance.now() + this.#timeoutMs;
+    const deadline = this.deadline();
     const id = this.#takeId();
-    return this.#guard(() => {
+    return this.guard(() => {
       this.#socket.send(message, id, deadline, descriptors);
       for (;;) {
         const answer = this.#socket.receive(deadline);
@@ -80,37 +61,7 @@ export class UserSession {
   /** Sends a request to which no reply is wanted (`HeaderFlag.noReply` is set in it). */
   post(message: Uint8Array): void {
     this.check();
-    this.#guard(() => this.#socket.send(message, this.#takeId(), performance.now() + this.#timeoutMs));
-  }
-
-  /** Throws unless the session is there. */
-  check(): void {
-    if (this.#failure !== null) {
-      throw new VfioError('DEVICE_GONE', `the device is gone (${this.#failure.message})`, { cause: this.#failure });
-    }
-    if (this.#closed) throw new VfioError('DEVICE_GONE', 'the function is closed');
-  }
-
-  /** Ends the session because of what the server did. Returns the error to throw. */
-  fail(error: VfioError): VfioError {
-    if (this.#failure === null && !this.#closed) {
-      this.#failure = error;
-      this.#end();
-      for (const listener of this.#listeners.splice(0)) listener(error);
-    }
-    return error;
-  }
-
-  /** Idempotent. */
-  close(): void {
-    if (this.#closed) return;
-    this.#closed = true;
-    this.#end();
-  }
-
-  #end(): void {
-    this.#watch.close();
-    this.#socket.close();
+    this.guard(() => this.#socket.send(message, this.#takeId(), this.deadline()));
   }
 
   #takeId(): number {
@@ -119,38 +70,24 @@ export class UserSession {
     return id;
   }
 
-  /** Runs `work`; any error but a refused request ends the session. */
-  #guard<T>(work: () => T): T {
-    try {
-      return work();
-    } catch (error) {
-      if (error instanceof VfioError && error.code === 'DEVICE_REFUSED') throw error;
-      if (error instanceof VfioError && error.code === 'PEER_CLOSED') {
-        throw this.fail(new VfioError('DEVICE_GONE', 'the device process closed its socket', { cause: error }));
-      }
-      if (error instanceof VfioError) throw this.fail(error);
-      throw this.fail(new VfioError('DEVICE_GONE', 'the socket of the device failed', { cause: error }));
+  protected override translate(error: unknown): VfioError {
+    if (!(error instanceof VfioError)) {
+      return new VfioError('DEVICE_GONE', 'the socket of the device failed', { cause: error });
     }
+    if (error.code !== 'PEER_CLOSED') return error;
+    return new VfioError('DEVICE_GONE', 'the device process closed its socket', { cause: error });
   }
 
   /** Serves what has come while nobody was waiting for a reply. */
-  #serveIdle(): void {
-    if (this.#failure !== null || this.#closed) return;
-    try {
-      this.#guard(() => {
-        for (let i = 0; i < SERVED_PER_TURN; i++) {
-          const message = this.#socket.tryReceive();
-          if (message === null) return;
-          if (isReply(message)) {
-            dropDescriptors(message);
-            throw protocol.protocolError('a reply came to no request');
-          }
-          this.#serve(message, performance.now() + this.#timeoutMs);
-        }
-      });
-    } catch (error) {
-      // `fail` has told the listeners, and later calls throw it.
-      if (!(error instanceof VfioError)) throw error;
+  protected override serveIdle(): void {
+    for (let i = 0; i < SERVED_PER_TURN; i++) {
+      const message = this.#socket.tryReceive();
+      if (message === null) return;
+      if (isReply(message)) {
+        dropDescriptors(message);
+        throw protocol.protocolError('a reply came to no request');
+      }
+      this.#serve(message, this.deadline());
     }
   }
 

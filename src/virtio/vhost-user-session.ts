@@ -4,14 +4,13 @@
  *
  * A request that has a reply, or for which one can be asked (REPLY_ACK), blocks until the reply is there or its deadline has
  * passed. The back-end says nothing by itself on this socket: whatever comes without having been asked for, a reply that is
- * not the one that is due, and a missed deadline end the session, because the stream cannot be trusted to be in step any
- * more. The first error says why; later calls throw `DEVICE_GONE` with it as their cause.
+ * not the one that is due, and a missed deadline end the session (`vfio/session.ts`).
  */
 import { constants as os } from 'node:os';
 import { SystemError, VfioError } from '../errors.ts';
-import { ffi, type Watch } from '../sys/ffi/ffi.ts';
 import { readU32, writeU32 } from '../sys/little-endian.ts';
 import type { UnixSocket } from '../sys/unix-socket.ts';
+import { SocketSession } from '../vfio/session.ts';
 import {
   encodeEmpty,
   Header,
@@ -24,32 +23,15 @@ import {
 
 const CLOSED: readonly number[] = [os.errno.ECONNRESET, os.errno.EPIPE, os.errno.EBADF, os.errno.ENOTCONN];
 
-export class VhostUserSession {
+export class VhostUserSession extends SocketSession {
   /** Set once REPLY_ACK is negotiated: from then on every request is answered. */
   acknowledged = false;
   readonly #socket: UnixSocket;
-  readonly #timeoutMs: number;
-  readonly #watch: Watch;
-  readonly #listeners: ((reason: VfioError) => void)[] = [];
-  #failure: VfioError | null = null;
-  #closed = false;
 
   /** Owns `socket`. `timeoutMs` is the deadline of every call. */
   constructor(socket: UnixSocket, timeoutMs: number) {
+    super(socket, timeoutMs, 'port');
     this.#socket = socket;
-    this.#timeoutMs = timeoutMs;
-    this.#watch = ffi().watch(socket.fd, () => this.#unasked());
-    this.#watch.unref();
-  }
-
-  /** Whether the session was lost; closing it on purpose does not count. */
-  get lost(): boolean {
-    return this.#failure !== null;
-  }
-
-  onLost(listener: (reason: VfioError) => void): void {
-    if (this.#failure !== null) listener(this.#failure);
-    else this.#listeners.push(listener);
   }
 
   /** Sends a request that has a reply, and returns the payload of that: `min` to `max` bytes. */
@@ -90,47 +72,14 @@ export class VhostUserSession {
     if (!this.acknowledged) this.ask(encodeEmpty(Request.GET_FEATURES), Payload.u64);
   }
 
-  /** Throws unless the session is there. */
-  check(): void {
-    if (this.#failure !== null) {
-      throw new VfioError('DEVICE_GONE', `the device is gone (${this.#failure.message})`, { cause: this.#failure });
-    }
-    if (this.#closed) throw new VfioError('DEVICE_GONE', 'the port is closed');
-  }
-
-  /** Ends the session because of what the back-end did. Returns the error to throw. */
-  fail(error: VfioError): VfioError {
-    if (this.#failure === null && !this.#closed) {
-      this.#failure = error;
-      this.#end();
-      for (const listener of this.#listeners.splice(0)) listener(error);
-    }
-    return error;
-  }
-
-  /** Idempotent. */
-  close(): void {
-    if (this.#closed) return;
-    this.#closed = true;
-    this.#end();
-  }
-
-  #end(): void {
-    this.#watch.close();
-    this.#socket.close();
-  }
-
-  /** Sends, then has `finish` wait for what has to come back. Any error but a refusal ends the session. */
+  /** Sends, then has `finish` wait for what has to come back. */
   #exchange<T>(message: Uint8Array, descriptors: readonly number[], finish: (deadline: number) => T): T {
     this.check();
-    const deadline = performance.now() + this.#timeoutMs;
-    try {
+    const deadline = this.deadline();
+    return this.guard(() => {
       this.#socket.send(message, deadline, descriptors);
       return finish(deadline);
-    } catch (error) {
-      if (error instanceof VfioError && error.code === 'DEVICE_REFUSED') throw error;
-      throw this.fail(translate(error));
-    }
+    });
   }
 
   /** The payload of the reply to `request`. Descriptors never come with one. */
@@ -154,16 +103,14 @@ export class VhostUserSession {
   }
 
   /** Something came while nobody waited: the end of the stream, or what must not be. */
-  #unasked(): void {
-    if (this.#failure !== null || this.#closed) return;
-    try {
-      const count = this.#socket.tryReceive(new Uint8Array(1), 0, 1);
-      if (count < 0) return;
-      if (count === 0) this.fail(closed());
-      else this.fail(protocolError('a message came to no request'));
-    } catch (error) {
-      this.fail(translate(error));
-    }
+  protected override serveIdle(): void {
+    const count = this.#socket.tryReceive(new Uint8Array(1), 0, 1);
+    if (count === 0) throw closed();
+    if (count > 0) throw protocolError('a message came to no request');
+  }
+
+  protected override translate(error: unknown): VfioError {
+    return translate(error);
   }
 }
 
