@@ -5,12 +5,12 @@
  */
 
 export function readU16(bytes: Uint8Array, at: number): number {
-  check(bytes, at, 2);
+  checkRoom(bytes, at, 2);
   return bytes[at] | (bytes[at + 1] << 8);
 }
 
 export function readU32(bytes: Uint8Array, at: number): number {
-  check(bytes, at, 4);
+  checkRoom(bytes, at, 4);
   return (bytes[at] | (bytes[at + 1] << 8) | (bytes[at + 2] << 16) | (bytes[at + 3] << 24)) >>> 0;
 }
 
@@ -19,13 +19,13 @@ export function readU64(bytes: Uint8Array, at: number): number {
 }
 
 export function writeU16(bytes: Uint8Array, at: number, value: number): void {
-  check(bytes, at, 2);
+  checkRoom(bytes, at, 2);
   bytes[at] = value;
   bytes[at + 1] = value >>> 8;
 }
 
 export function writeU32(bytes: Uint8Array, at: number, value: number): void {
-  check(bytes, at, 4);
+  checkRoom(bytes, at, 4);
   bytes[at] = value;
   bytes[at + 1] = value >>> 8;
   bytes[at + 2] = value >>> 16;
@@ -34,11 +34,12 @@ export function writeU32(bytes: Uint8Array, at: number, value: number): void {
 
 /** `value` is an integer from 0 to 2^53. */
 export function writeU64(bytes: Uint8Array, at: number, value: number): void {
-  check(bytes, at, 8);
+  checkRoom(bytes, at, 8);
   writeU32(bytes, at, value % 2 ** 32);
   writeU32(bytes, at + 4, Math.floor(value / 2 ** 32));
 }
 
-function check(bytes: Uint8Array, at: number, width: number): void {
+/** Throws RangeError unless `width` bytes from `at` on are there. */
+export function checkRoom(bytes: Uint8Array, at: number, width: number): void {
   if (!(at >= 0 && at + width <= bytes.length)) throw new RangeError(`${width} bytes at ${at} of ${bytes.length}`);
 }

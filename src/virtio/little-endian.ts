@@ -5,6 +5,9 @@
  * Reading past the end gives zeros: that is how the standard treats fields that a shorter buffer leaves out (Virtio 1.4,
  * 2.12.1). Writing past the end throws RangeError. Not for shared memory, and not for the data path.
  */
+import { checkRoom, writeU16 as put16, writeU32 as put32 } from '../sys/little-endian.ts';
+
+export { put16, put32 };
 
 /** A byte, or 0 past the end. */
 export function get8(bytes: Uint8Array, at: number): number {
@@ -30,27 +33,9 @@ export function getBytes(bytes: Uint8Array, at: number, length: number): Uint8Ar
   return copy;
 }
 
-function checkRoom(bytes: Uint8Array, at: number, size: number): void {
-  if (at < 0 || at + size > bytes.length) throw new RangeError(`${size} bytes at ${at} of ${bytes.length}`);
-}
-
 export function put8(bytes: Uint8Array, at: number, value: number): void {
   checkRoom(bytes, at, 1);
   bytes[at] = value;
-}
-
-export function put16(bytes: Uint8Array, at: number, value: number): void {
-  checkRoom(bytes, at, 2);
-  bytes[at] = value;
-  bytes[at + 1] = value >>> 8;
-}
-
-export function put32(bytes: Uint8Array, at: number, value: number): void {
-  checkRoom(bytes, at, 4);
-  bytes[at] = value;
-  bytes[at + 1] = value >>> 8;
-  bytes[at + 2] = value >>> 16;
-  bytes[at + 3] = value >>> 24;
 }
 
 export function put64(bytes: Uint8Array, at: number, value: bigint): void {
