@@ -182,6 +182,23 @@ export function carrySequence(table: SaTable, from: number, to: number): void {
   );
 }
 
+/** The sequence number in the record: outbound the next one, inbound the highest accepted. */
+export function sequenceOf(table: SaTable, slot: number): bigint {
+  const { words } = table;
+  const record = slot * RECORD;
+  return (BigInt(words[record + SaWord.sequenceHigh] >>> 0) << 32n) | BigInt(words[record + SaWord.sequenceLow] >>> 0);
+}
+
+/** The inbound SA in `slot` accepts nothing up to `sequence`, nor up to where it was to start. */
+export function startBehind(table: SaTable, slot: number, sequence: bigint): void {
+  const { words } = table;
+  const record = slot * RECORD;
+  if (sequence <= sequenceOf(table, slot)) return;
+  words[record + SaWord.sequenceLow] = Number(sequence & MASK32);
+  words[record + SaWord.sequenceHigh] = Number(sequence >> 32n);
+  if (words[record + SaWord.window] !== 0) restartWindow(table, slot);
+}
+
 /** Gives back what `writeRecord` took. */
 export function releaseRecord(table: SaTable, slot: number): void {
   const { words } = table;

@@ -32,7 +32,15 @@ import { lookUp, MIXED } from './esp-outbound-simple.ts';
 import { type SaEvent, SaLifetime } from './lifetime.ts';
 import { type Encapsulation, encapsulationOf, largestInner } from './pmtu.ts';
 import { readAheadOutbound } from './read-ahead.ts';
-import { carrySequence, copySelector, releaseRecord, wireLimit, writeRecord } from './sa-record.ts';
+import {
+  carrySequence,
+  copySelector,
+  releaseRecord,
+  sequenceOf,
+  startBehind,
+  wireLimit,
+  writeRecord,
+} from './sa-record.ts';
 import { RECORD, SaKind, SaWord } from './sa-table.ts';
 import { SaDatabase } from './sad.ts';
 import { VERDICTS, verdictNames } from './verdict.ts';
@@ -62,13 +70,25 @@ export interface SaCounters {
   readonly softExpired: boolean;
 }
 
+const NO_SALT = new Uint8Array(0);
+
+/** Stand for keys; equal ones for equal keys. */
+interface Fingerprints {
+  /** Key and salt, whatever they are used for: two modes with one key and one nonce share their key stream. */
+  readonly nonces: string;
+  /** Whether an old packet passes the ICV hangs on this: key and salt of an AEAD, else the key of the authenticator. */
+  readonly icv: string;
+}
+
 /** What is kept of an SA beside its record: no key. */
 interface Entry {
   readonly how: Encapsulation;
   readonly wireLimit: number;
-  /** Keys that this SA has sent with, as fingerprints: it must not come back to one. */
-  readonly fingerprints: Set<string>;
-  readonly fingerprint: string;
+  readonly keys: Fingerprints;
+  /** Fingerprints of keys that this SA has had. Outbound: what makes nonces, which it must not come back to. */
+  readonly sentWith: Set<string>;
+  /** Inbound: what authenticates, and the highest number accepted with it. */
+  readonly acceptedWith: Map<string, bigint>;
   readonly port: number;
   mtu: number;
 }
@@ -110,16 +130,18 @@ export class SoftwareIpsec {
       this.#discard(slot);
       throw error;
     }
-    const fingerprint = this.#fingerprint(sa);
+    const keys = this.#fingerprints(sa);
     this.#path.lifetimes[slot] = new SaLifetime(sa.lifetime, sa.direction === 'outbound', sa.options.esn);
-    this.#finishAdd(slot, handle, sa, fingerprint, new Set([fingerprint]));
+    this.#finishAdd(slot, handle, sa, { keys, sentWith: new Set([keys.nonces]), acceptedWith: new Map() });
   }
 
   /**
    * Gives the SA new parameters between two bursts. If anything about them is refused, the old ones stay in force. With
-   * the same key and salt, sequence number, IV and window go on and `sa.initial` is not looked at; with a new key they start as
-   * `sa.initial` says, and the lifetime starts anew. Counters go on. Throws like `add`, and `IpsecError` `NO_SUCH_SA`, `SA_DIRECTION` (the
-   * direction cannot change) and `NONCE_REUSE` (a key that this SA has sent with before).
+   * the same keys, sequence number, IV and window go on and `sa.initial` is not looked at; with new ones they start as
+   * `sa.initial` says, and the lifetime starts anew. Of a cipher and an authenticator, outbound numbers start anew when both keys
+   * are new; a window starts anew when the key of the authenticator is new, since otherwise old packets would pass again, and
+   * for one that the SA has had before it starts at the highest number accepted then. Counters go on. Throws like `add`, and `IpsecError`
+   * `NO_SUCH_SA`, `SA_DIRECTION` (the direction cannot change) and `NONCE_REUSE` (a key that this SA has sent with before).
    */
   modify(handle: number, sa: SecurityAssociation): void {
     const { table, lifetimes } = this.#path;
@@ -130,9 +152,10 @@ export class SoftwareIpsec {
     if (outbound !== (sa.direction === 'outbound')) {
       throw new IpsecError('SA_DIRECTION', 'the direction of an SA cannot be changed', { path: 'direction' });
     }
-    const fingerprint = this.#fingerprint(sa);
-    const rekeyed = fingerprint !== entry.fingerprint;
-    if (rekeyed && outbound && entry.fingerprints.has(fingerprint)) {
+    const keys = this.#fingerprints(sa);
+    const newNonces = keys.nonces !== entry.keys.nonces;
+    const rekeyed = keys.icv !== entry.keys.icv && (newNonces || !outbound);
+    if (newNonces && outbound && entry.sentWith.has(keys.nonces)) {
       throw new IpsecError('NONCE_REUSE', 'this SA has sent with that key before: its nonces would repeat', {
         hint: 'use a new key',
       });
@@ -148,17 +171,20 @@ export class SoftwareIpsec {
         throw error;
       }
     }
+    const { sentWith, acceptedWith } = entry;
+    sentWith.add(keys.nonces);
+    if (!outbound) acceptedWith.set(entry.keys.icv, sequenceOf(table, old));
     if (!rekeyed) carrySequence(table, old, slot);
+    else if (!outbound) startBehind(table, slot, acceptedWith.get(keys.icv) ?? 0n);
     const before = lifetimes[old];
     lifetimes[slot] =
       before?.successor(sa.lifetime, sa.options.esn, rekeyed, table.words, oldRecord) ??
       new SaLifetime(sa.lifetime, outbound, sa.options.esn);
     const counters = table.dropped.subarray(old * VERDICTS, (old + 1) * VERDICTS);
     table.dropped.set(counters, slot * VERDICTS);
-    const fingerprints = new Set([...entry.fingerprints, fingerprint]);
     const { mtu } = entry;
     this.#forget(old);
-    this.#finishAdd(slot, handle, sa, fingerprint, fingerprints);
+    this.#finishAdd(slot, handle, sa, { keys, sentWith, acceptedWith });
     if (outbound && mtu !== 0) this.setMtu(handle, mtu);
   }
 
@@ -187,8 +213,7 @@ export class SoftwareIpsec {
       packets: lifetime?.packets(words, record) ?? 0n,
       bytes: lifetime?.bytes(words, record) ?? 0n,
       dropped,
-      sequence:
-        (BigInt(words[record + SaWord.sequenceHigh] >>> 0) << 32n) | BigInt(words[record + SaWord.sequenceLow] >>> 0),
+      sequence: sequenceOf(table, slot),
       engine: group.engine.name,
       transform: group.transform.id,
       softExpired: (words[record + SaWord.kind] & SaKind.softExpired) !== 0,
@@ -372,8 +397,7 @@ export class SoftwareIpsec {
     slot: number,
     handle: number,
     sa: SecurityAssociation,
-    fingerprint: string,
-    fingerprints: Set<string>,
+    history: Pick<Entry, 'keys' | 'sentWith' | 'acceptedWith'>,
   ): void {
     const path = this.#path;
     const inbound = sa.direction === 'inbound';
@@ -381,8 +405,7 @@ export class SoftwareIpsec {
     this.#entries[slot] = {
       how: encapsulationOf(sa),
       wireLimit: wireLimit(sa),
-      fingerprints,
-      fingerprint,
+      ...history,
       port,
       mtu: 0,
     };
@@ -425,11 +448,12 @@ export class SoftwareIpsec {
     return index;
   }
 
-  /** Stands for key and salt, whatever they are used for: two modes with one key and one nonce share their key stream. */
-  #fingerprint(sa: SecurityAssociation): string {
+  #fingerprints(sa: SecurityAssociation): Fingerprints {
     const { cipherKey, authKey } = keysOf(sa);
-    const salt = sa.aead?.salt ?? sa.cipher?.salt ?? sa.auth?.salt ?? new Uint8Array(0);
-    const key = cipherKey.length === 0 ? authKey : cipherKey;
-    return createHmac('sha256', this.#secret).update(key).update(salt).digest('base64');
+    const salt = sa.aead?.salt ?? sa.cipher?.salt ?? sa.auth?.salt ?? NO_SALT;
+    const fingerprint = (key: Uint8Array, beside: Uint8Array) =>
+      createHmac('sha256', this.#secret).update(key).update(beside).digest('base64');
+    const nonces = fingerprint(cipherKey.length === 0 ? authKey : cipherKey, salt);
+    return { nonces, icv: sa.cipher === undefined ? nonces : fingerprint(authKey, NO_SALT) };
   }
 }

@@ -126,6 +126,71 @@ describe('a modified SA', () => {
     expect(unprotectOne(bench, before.bytes).verdict).toBe('icv');
   });
 
+  it.each([
+    ['a new cipher key', { cipher: { name: 'aes-cbc', key: counting(16, 77) }, auth: CBC.auth }],
+    ['another cipher', { cipher: { name: 'aes-ctr', key: counting(32), salt: counting(4) }, auth: CBC.auth }],
+    ['no cipher', { cipher: { name: 'null' }, auth: CBC.auth }],
+  ] as const)(
+    'with %s and the same authenticator goes on with numbers and window: old packets would pass the ICV',
+    (_, next) => {
+      const bench = makeBench();
+      bench.ipsec.add(1, makeSa('outbound', CBC));
+      bench.ipsec.add(2, makeSa('inbound', CBC));
+      const old = Array.from({ length: 6 }, () => protectOne(bench, PACKET, 1).bytes);
+      for (const bytes of old.slice(0, 5)) expect(unprotectOne(bench, bytes).verdict).toBe('ok');
+      bench.ipsec.modify(1, makeSa('outbound', next));
+      bench.ipsec.modify(2, makeSa('inbound', next));
+      for (const bytes of old.slice(0, 5)) expect(unprotectOne(bench, bytes).verdict).toBe('replay');
+      const { bytes } = protectOne(bench, PACKET, 1);
+      expect(sequenceAndIv(bytes)[0]).toBe(7);
+      expect(unprotectOne(bench, bytes)).toMatchObject({ verdict: 'ok', sa: 2 });
+    },
+  );
+
+  it('with a new salt of AES-CTR and the same authenticator accepts no old packet', () => {
+    const bench = makeBench();
+    const ctr = (first: number) =>
+      ({ cipher: { name: 'aes-ctr', key: counting(16), salt: counting(4, first) }, auth: CBC.auth }) as const;
+    bench.ipsec.add(1, makeSa('outbound', ctr(1)));
+    bench.ipsec.add(2, makeSa('inbound', ctr(1)));
+    const { bytes } = protectOne(bench, PACKET, 1);
+    expect(unprotectOne(bench, bytes).verdict).toBe('ok');
+    bench.ipsec.modify(2, makeSa('inbound', ctr(50)));
+    expect(unprotectOne(bench, bytes).verdict).toBe('replay');
+  });
+
+  it('with a new authenticator begins a window, and repeats no nonce of the cipher', () => {
+    const bench = makeBench();
+    const ctr = (first: number) =>
+      ({
+        cipher: { name: 'aes-ctr', key: counting(16), salt: counting(4) },
+        auth: { name: 'hmac-sha256', key: counting(32, first) },
+      }) as const;
+    bench.ipsec.add(1, makeSa('outbound', ctr(1)));
+    bench.ipsec.add(2, makeSa('inbound', ctr(1)));
+    for (let i = 0; i < 3; i++) expect(unprotectOne(bench, protectOne(bench, PACKET, 1).bytes).verdict).toBe('ok');
+    bench.ipsec.modify(1, makeSa('outbound', ctr(2)));
+    bench.ipsec.modify(2, makeSa('inbound', ctr(2)));
+    expect(bench.ipsec.counters(2).sequence).toBe(0n);
+    const { bytes } = protectOne(bench, PACKET, 1);
+    expect(sequenceAndIv(bytes)).toEqual([4, '0000000000000004']);
+    expect(unprotectOne(bench, bytes).verdict).toBe('ok');
+  });
+
+  it('that comes back to a key accepts no packet of before', () => {
+    const bench = makeBench();
+    bench.ipsec.add(1, makeSa('outbound'));
+    bench.ipsec.add(2, makeSa('inbound'));
+    const old = Array.from({ length: 4 }, () => protectOne(bench, PACKET, 1).bytes);
+    for (const bytes of [old[0], old[2]]) expect(unprotectOne(bench, bytes).verdict).toBe('ok');
+    bench.ipsec.modify(2, makeSa('inbound', { aead: OTHER_KEY }));
+    expect(bench.ipsec.counters(2).sequence).toBe(0n);
+    bench.ipsec.modify(2, makeSa('inbound'));
+    expect(bench.ipsec.counters(2).sequence).toBe(3n);
+    const verdicts = old.map((bytes) => unprotectOne(bench, bytes).verdict);
+    expect(verdicts).toEqual(['replay', 'replay', 'replay', 'ok']);
+  });
+
   it('stays as it was when the new parameters are refused', () => {
     const bench = makeBench();
     bench.ipsec.add(1, makeSa('outbound'));
