@@ -8,6 +8,16 @@ afterEach(cleanUp);
 const FORMATS = ['split', 'packed'] as const;
 const frames = capture('http-ipv4').slice(0, 200);
 
+const RING_FEATURES = [
+  Feature.INDIRECT_DESC,
+  Feature.EVENT_IDX,
+  Feature.IN_ORDER,
+  Feature.NOTIFICATION_DATA,
+  Feature.NOTIF_CONFIG_DATA,
+  Feature.ORDER_PLATFORM,
+  Feature.RING_RESET,
+];
+
 const code = (expected: string) => expect.objectContaining({ code: expected });
 
 /** Sends frames to a loopback device, and expects all of them back, in order. */
@@ -30,7 +40,7 @@ describe('the format of rings', () => {
       const device = await startDevice({ rings });
       const nic = await open(device.addresses[0], { ring });
       expect(nic.features.has(Feature.RING_PACKED)).toBe(packed);
-      expect(nic.features.hasAll(Feature.IN_ORDER, Feature.NOTIFICATION_DATA, Feature.NOTIF_CONFIG_DATA)).toBe(true);
+      expect(nic.features.hasAll(...RING_FEATURES)).toBe(true);
       await turn(nic);
       const sa = await nic.ipsec.addSa(saPair().outbound);
       expect(sa.placement.where).toBe('inline');
