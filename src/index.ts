@@ -92,6 +92,7 @@ export {
   IvAlgorithm,
 } from './ipsec/verbs/numbers.ts';
 export { type Nic, type NicLink, openNic } from './nic.ts';
+export type { Announcer } from './nic-announce.ts';
 export { isPortAddress, openFunction, openPort } from './nic-device.ts';
 export type { WaitPolicy } from './nic-interrupts.ts';
 export type { NicOffloads } from './nic-offloads.ts';

@@ -18,6 +18,7 @@ import type { MutableSaTable } from './ipsec/inline.ts';
 import type { Ipsec } from './ipsec/ipsec.ts';
 import { IpsecManager } from './ipsec/manager.ts';
 import { NonceGuard } from './ipsec/nonce-guard.ts';
+import { Announcements, type Announcer } from './nic-announce.ts';
 import { NicArenas } from './nic-arenas.ts';
 import { type NicDevice, openDevice } from './nic-device.ts';
 import { openInline } from './nic-inline.ts';
@@ -167,6 +168,7 @@ export class Nic implements AsyncDisposable {
   #closing: Promise<void> | null = null;
   readonly #listeners = new Set<(error: VipsecError) => void>();
   readonly #linkListeners = new Set<(link: NicLink) => void>();
+  readonly #announcements: Announcements;
   #lastLink: NicLink | null = null;
   #linkTimer: NodeJS.Timeout | null = null;
 
@@ -179,6 +181,10 @@ export class Nic implements AsyncDisposable {
     this.#arenas = new NicArenas(parts.fn, this.packets);
     this.mac = config.mac ?? parts.options.mac?.slice() ?? randomMac();
     this.mtu = parts.rings.mtu;
+    this.#announcements = new Announcements(
+      () => readNetConfig(parts.transport, parts.features).announce,
+      async () => parts.rings.control?.acknowledgeAnnounce(),
+    );
   }
 
   /** What follows DRIVER_OK: administration commands, and the first notifications. */
@@ -297,9 +303,28 @@ export class Nic implements AsyncDisposable {
     };
   }
 
+  /**
+   * Calls `announcer` when the device asks that the addresses be made known (GUEST_ANNOUNCE), from the event loop; returns how to stop. When all
+   * announcers are done, the device is told. Asks and interrupts as with `onLink`. Throws VirtioError `NO_ANNOUNCE`.
+   */
+  onAnnounce(announcer: Announcer): () => void {
+    if (!this.features.has(Feature.GUEST_ANNOUNCE)) {
+      throw new VirtioError('NO_ANNOUNCE', `${this.address}: GUEST_ANNOUNCE was not negotiated`);
+    }
+    const stop = this.#announcements.add(announcer);
+    this.#lookAtLink();
+    // It may have asked before anybody listened.
+    setImmediate(() => this.#configChanged());
+    return () => {
+      stop();
+      this.#lookAtLink();
+    };
+  }
+
   /** Without interrupts: looks at the configuration from time to time while somebody wants to know. */
   #lookAtLink(): void {
-    const wanted = this.#linkListeners.size > 0 && this.#broken === null && !this.#parts.rings.tellsOfChanges;
+    const listens = this.#linkListeners.size > 0 || this.#announcements.wanted;
+    const wanted = listens && this.#broken === null && !this.#parts.rings.tellsOfChanges;
     if (!wanted) {
       if (this.#linkTimer !== null) clearInterval(this.#linkTimer);
       this.#linkTimer = null;
@@ -318,6 +343,7 @@ export class Nic implements AsyncDisposable {
         this.#lost(new VirtioError('DEVICE_NEEDS_RESET', `${this.address}: the device asks for a reset`));
         return;
       }
+      this.#announcements.look();
       const link = this.link;
       const { up, speed, duplex } = this.#lastLink ?? link;
       this.#lastLink = link;
