@@ -61,8 +61,11 @@ export interface Retirement {
 }
 
 export class SaPair implements AsyncDisposable {
-  /** For `pool.sa[p]` of packets to be sent: read it for each burst. */
-  handle: number;
+  /**
+   * The number in `handle`, in shared memory: a worker thread that has been given this array reads element 0 for each burst. It changes once
+   * the thread has acknowledged the new SA.
+   */
+  readonly current = new Uint32Array(new SharedArrayBuffer(4));
   readonly #ipsec: Ipsec;
   readonly #options: SaPairOptions;
   readonly #listeners = new Set<(notification: SaNotification) => void>();
@@ -80,7 +83,7 @@ export class SaPair implements AsyncDisposable {
     this.#ipsec = ipsec;
     this.#options = options;
     this.#current = first;
-    this.handle = first.outbound.handle;
+    this.current[0] = first.outbound.handle;
     this.#inbound.add(first.inbound.handle);
     this.#stopListening = ipsec.onSaEvent((notification) => this.#tell(notification));
   }
@@ -92,6 +95,11 @@ export class SaPair implements AsyncDisposable {
       throw new IpsecError('SA_PAIR', `a grace period of ${graceMs} ms: 0 to ${LONGEST_GRACE_MS} is possible`);
     }
     return new SaPair(ipsec, await make(ipsec, sas, options), options);
+  }
+
+  /** For `pool.sa[p]` of packets to be sent: read it for each burst. */
+  get handle(): number {
+    return this.current[0];
   }
 
   get outbound(): SaHandle {
@@ -180,7 +188,7 @@ export class SaPair implements AsyncDisposable {
         take();
         const old = this.#current;
         this.#current = made;
-        this.handle = made.outbound.handle;
+        this.current[0] = made.outbound.handle;
         this.#due = false;
         return this.#retire(old);
       },
@@ -236,7 +244,10 @@ async function make(ipsec: Ipsec, { outbound, inbound }: SaPairInput, options: S
   if (outbound.direction !== 'outbound' || inbound.direction !== 'inbound') {
     throw new IpsecError('SA_PAIR', 'a pair is an outbound and an inbound SA', { path: 'direction' });
   }
-  const where = options.require === undefined ? {} : { require: options.require };
+  const where = {
+    ...(options.require === undefined ? {} : { require: options.require }),
+    ...(options.queue === undefined ? {} : { queue: options.queue }),
+  };
   const first = await ipsec.addSa(inbound, where);
   try {
     return { inbound: first, outbound: await ipsec.addSa(outbound, where) };

@@ -33,6 +33,11 @@ export async function cleanUp(): Promise<void> {
   if (failures.length > 0) throw failures[0];
 }
 
+/** Has `end` done by `cleanUp`. */
+export function atEnd(end: () => void | Promise<void>): void {
+  endings.push(end);
+}
+
 /** A new directory that goes with the test. */
 export function directory(): string {
   const path = mkdtempSync(join(tmpdir(), 'vipsec-test-'));

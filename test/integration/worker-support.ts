@@ -1,0 +1,99 @@
+/** Worker threads with queue pairs of their own, for tests. Ended by `cleanUp` of `support.ts`. */
+import { Worker, type WorkerOptions } from 'node:worker_threads';
+import type { QueueHandle, WaitPolicy, WorkerQueue } from '../../src/index.ts';
+import { atEnd, type Received, until } from './support.ts';
+
+const script = new URL('./worker-host.mjs', import.meta.url);
+/** The longest that any answer may take. */
+const PATIENCE_MS = 20_000;
+
+type Answer = { readonly id: number; readonly value?: unknown; readonly error?: string };
+
+export class Host {
+  readonly worker: Worker;
+  readonly #pending = new Map<number, (answer: Answer) => void>();
+  #nextId = 1;
+
+  constructor(options: WorkerOptions = {}) {
+    this.worker = new Worker(script, options);
+    this.worker.on('error', () => {});
+    this.worker.on('message', (answer: Answer) => this.#pending.get(answer.id)?.(answer));
+    atEnd(async () => {
+      await this.worker.terminate();
+    });
+  }
+
+  /** Has an action of `worker-host.mjs` done. Rejects with the code of the error there. */
+  do(name: string, rest: Record<string, unknown> = {}, transfer: WorkerOptions['transferList'] = []): Promise<unknown> {
+    const id = this.#nextId++;
+    return new Promise((resolve, reject) => {
+      const timer = setTimeout(() => reject(new Error(`no answer to ${name}`)), PATIENCE_MS);
+      this.#pending.set(id, ({ value, error }) => {
+        clearTimeout(timer);
+        this.#pending.delete(id);
+        if (error === undefined) resolve(value);
+        else reject(new Error(error));
+      });
+      this.worker.postMessage({ id, name, ...rest }, transfer);
+    });
+  }
+
+  /** Opens the queue pair of a handle. */
+  async open(handle: QueueHandle): Promise<void> {
+    await this.do('open', { handle }, [handle.port]);
+  }
+
+  send(index: number, frames: readonly Uint8Array[], sa = 0): Promise<unknown> {
+    return this.do('send', { index, frames, sa });
+  }
+
+  async receive(index: number, count: number, quiet = 2000): Promise<Received[]> {
+    const got = await this.do('receive', { index, count, quiet });
+    if (!Array.isArray(got)) throw new Error('no packets');
+    return got.map(({ frame, sa, flags }) => ({ frame: Buffer.from(frame), sa, flags }));
+  }
+
+  policy(index: number, policy: WaitPolicy): Promise<unknown> {
+    return this.do('policy', { index, policy });
+  }
+
+  /** Begins to poll without end; see `worker-host.mjs`. */
+  spin(index: number, frame: Uint8Array): Spinning {
+    const words = new Int32Array(new SharedArrayBuffer(16));
+    const ended = this.do('spin', { index, words, frame });
+    // Whoever waits for it sees the error.
+    ended.catch(() => {});
+    return { words, ended };
+  }
+}
+
+export interface Spinning {
+  /** To be set: end, number of the SA to send under; to be read: turns. */
+  readonly words: Int32Array;
+  /** Code of why the queue was broken, or null. */
+  readonly ended: Promise<unknown>;
+}
+
+/** Waits for a few more turns of a thread that polls. */
+export async function turns({ words }: Spinning, count = 100): Promise<void> {
+  const from = Atomics.load(words, 2);
+  await until(
+    () => ((Atomics.load(words, 2) - from) | 0) >= count,
+    () => 'the thread does not turn',
+  );
+}
+
+/** Hands a queue pair over to a new thread, and waits until the NIC knows. */
+export async function hire(queue: WorkerQueue, options: WorkerOptions = {}): Promise<Host> {
+  const host = new Host(options);
+  await handOver(queue, host);
+  return host;
+}
+
+export async function handOver(queue: WorkerQueue, host: Host): Promise<void> {
+  await host.open(await queue.transfer());
+  await until(
+    () => queue.state === 'open',
+    () => `queue pair ${queue.index} is ${queue.state}`,
+  );
+}
