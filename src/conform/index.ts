@@ -18,11 +18,13 @@ import { initChecks } from './checks/init.ts';
 import { interruptChecks } from './checks/interrupts.ts';
 import { ipsecChecks } from './checks/ipsec.ts';
 import { ipsecTrafficChecks } from './checks/ipsec-traffic.ts';
+import { memberCommandChecks } from './checks/member-commands.ts';
 import { objectChecks } from './checks/objects.ts';
 import { packedQueueChecks } from './checks/packed-queues.ts';
 import { pciChecks } from './checks/pci.ts';
 import { queueChecks } from './checks/queues.ts';
 import { resetChecks } from './checks/reset.ts';
+import { suspendChecks } from './checks/suspend.ts';
 
 export {
   AREAS,
@@ -44,12 +46,14 @@ export const CHECKS: readonly Check[] = [
   ...interruptChecks,
   ...initChecks,
   ...resetChecks,
+  ...suspendChecks,
   ...queueChecks,
   ...packedQueueChecks,
   ...controlReceiveChecks,
   ...controlSteeringChecks,
   ...controlCountingChecks,
   ...adminChecks,
+  ...memberCommandChecks,
   ...capabilityChecks,
   ...objectChecks,
   ...flowFilterChecks,

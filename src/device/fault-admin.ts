@@ -93,6 +93,20 @@ function objectName({ data }: AdminCall): string {
   return Buffer.from(data.subarray(ResourceCommandField.type, ResourceCommandField.flags)).toString('hex');
 }
 
+/** LIST_QUERY names further commands. */
+function names(bits: number): Rule {
+  return (call, next) => {
+    const result = next(call);
+    if (call.opcode !== O.LIST_QUERY || result.result === undefined) return result;
+    const list = result.result.slice();
+    for (let byte = 0; byte < 4; byte++) list[byte] |= bits >>> (8 * byte);
+    return succeeded(list);
+  };
+}
+/** LEGACY_COMMON_CFG_WRITE and LEGACY_NOTIFY_INFO; DEV_PARTS_GET (2.12.1). */
+const LEGACY_SOME = (1 << 2) | (1 << 6);
+const PARTS_SOME = 1 << 0xf;
+
 const NOWHERE = -1;
 
 /** A field of `width` bytes of each SA that is created has `value`, whatever the driver says. */
@@ -216,6 +230,8 @@ const RULES: Partial<Record<FaultName, (context: RuleContext) => Rule>> = {
     if (call.opcode === O.LIST_QUERY && result.result !== undefined) result.result[1] &= ~1;
     return result;
   },
+  'adm-legacy-half': () => names(LEGACY_SOME),
+  'adm-parts-half': () => names(PARTS_SOME),
   'cap-list-short': () => (call, next) => {
     const result = next(call);
     // Capabilities 0x801 and 0x804.

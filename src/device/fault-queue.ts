@@ -16,7 +16,7 @@ const UsedEntry = { size: 8, length: 4 } as const;
 const Flag = { next: 1, write: 2, indirect: 4 } as const;
 const GARBAGE = 0x8002;
 /** Faults with which queues are worked on that should not be. */
-const UNDEAD = ['reset-keeps-queues', 'queue-reset-half', 'early-start'] as const;
+const UNDEAD = ['reset-keeps-queues', 'queue-reset-half', 'early-start', 'suspend-fake'] as const;
 
 export interface FaultyQueueOptions {
   readonly faults: FaultSet;

@@ -40,7 +40,20 @@ function writes(
   });
 }
 
-const { ACKNOWLEDGE, DRIVER, FEATURES_OK } = DeviceStatus;
+const { ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, SUSPEND } = DeviceStatus;
+
+/** `device_status` as of a device that suspends itself, while the real one works on; `resumes`: and comes back (3.4). */
+function suspends(registers: Registers, resumes: boolean): Rule {
+  let suspended = false;
+  return {
+    read: (at, value) => (at === F.deviceStatus && suspended ? (value | SUSPEND) & ~DRIVER_OK : value),
+    write: (at, width, value) => {
+      if (at === F.deviceStatus && suspended) suspended = value !== 0 && !(resumes && (value & DRIVER_OK) !== 0);
+      else if (at === F.deviceStatus) suspended = (value & SUSPEND) !== 0;
+      registers.write(at, width, value);
+    },
+  };
+}
 
 /** Makes the rule of each fault, with a state of its own. */
 const RULES: Partial<Record<FaultName, (registers: Registers) => Rule>> = {
@@ -89,6 +102,8 @@ const RULES: Partial<Record<FaultName, (registers: Registers) => Rule>> = {
       },
     };
   },
+  'suspend-fake': (registers) => suspends(registers, true),
+  'suspend-for-good': (registers) => suspends(registers, false),
   'features-once': (registers) => {
     let times = 0;
     return {

@@ -345,4 +345,25 @@ export const receivedChecks: readonly Check[] = [
       }
     },
   ),
+  untried(
+    'HDR-040',
+    RECEIVED,
+    'MUST',
+    'With RSC_EXT, coalesced packets have RSC_INFO, and their numbers of segments and of duplicate ACKs',
+    'a driver cannot make a device coalesce segments',
+  ),
+  untried(
+    'HDR-041',
+    RECEIVED,
+    'MUST',
+    'With GUEST_UDP_TUNNEL_GSO_CSUM, the outer UDP checksum is the pseudo header with UDP_TUNNEL_CSUM, and else right or 0',
+    'a driver cannot make a device pass packets for segmentation',
+  ),
+  untried(
+    'HDR-042',
+    RECEIVED,
+    'MUST',
+    'With GUEST_ECN, packets for segmentation that have the ECN bit have it in gso_type',
+    'a driver cannot make a device pass packets for segmentation',
+  ),
 ];

@@ -197,4 +197,11 @@ export const interruptChecks: readonly Check[] = [
     'With MSI-X, configuration changes without a vector do not interrupt',
     NO_CHANGE,
   ),
+  untried(
+    'PCI-046',
+    '2.10.2',
+    'MUST',
+    'Shared memory regions are not used to control the device, nor to stream data',
+    'what a region is used for does not show',
+  ),
 ];
