@@ -29,6 +29,11 @@ export interface NicOptions {
   readonly packets?: number;
   /** Bytes per packet slot, a multiple of 64; headroom included. Default: what the MTU needs, at least 2048. */
   readonly packetStride?: number;
+  /**
+   * A part of a memfd of the application in which the packets lie, as many as fit, so that what arrives is there without a copy. It must be
+   * as `Nic.registerMemory` wants it, and is wiped when the NIC is closed. Not with `packets`, nor with `workerQueues`.
+   */
+  readonly packetMemory?: { readonly fd: number; readonly offset: number; readonly size: number };
   /** Default `auto`. */
   readonly ipsec?: IpsecMode;
   /** What does the arithmetic of software SAs. Default `auto`. */
@@ -64,7 +69,7 @@ export interface NicOptions {
 }
 
 /** What has no default, or one that depends on the device. */
-type Optional = 'packets' | 'packetStride' | 'nonceFile' | 'mac' | 'connectTimeout';
+type Optional = 'packets' | 'packetStride' | 'packetMemory' | 'nonceFile' | 'mac' | 'connectTimeout';
 
 export type ResolvedOptions = Required<Omit<NicOptions, Optional>> & Pick<NicOptions, Optional>;
 
@@ -104,6 +109,9 @@ export function resolveOptions(options: NicOptions): ResolvedOptions {
   }
   integer('maxSas', resolved.maxSas, 1, MAX_SAS);
   if (resolved.packets !== undefined) integer('packets', resolved.packets, 2 * resolved.queueSize, 1 << 24);
+  if (resolved.packetMemory !== undefined && (resolved.packets !== undefined || resolved.workerQueues > 0)) {
+    throw invalid('packetMemory', 'without packets and workerQueues');
+  }
   if (resolved.connectTimeout !== undefined) integer('connectTimeout', resolved.connectTimeout, 1, 0x7fffffff);
   // Bit 0 of the first byte marks a group address, which nobody can have.
   if (resolved.mac !== undefined && (resolved.mac.length !== 6 || (resolved.mac[0] & 1) !== 0)) {

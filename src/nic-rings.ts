@@ -2,14 +2,14 @@
  * The memory and the rings of a NIC: the packet pool, a receive and a transmit ring for each queue pair, and the control queue that
  * says how many pairs are in use (Virtio 1.4, 5.1.2, 5.1.5, 5.1.9.5.6). All rings have one format, split or packed.
  */
-import { type VipsecError, VirtioError } from './errors.ts';
+import { InputError, type VipsecError, VirtioError } from './errors.ts';
 import { CauseInterrupts } from './nic-causes.ts';
 import { NicInterrupts } from './nic-interrupts.ts';
 import { makeQueues, type PairSettings, virtqueueOptions } from './nic-pair.ts';
 import { NicRing } from './nic-ring.ts';
 import type { OpenOptions } from './nic-wire.ts';
 import { Ethernet } from './packet/fields.ts';
-import { PacketPool } from './packet/pool.ts';
+import { MAX_POOL_BYTES, PacketPool } from './packet/pool.ts';
 import type { DmaMemory } from './sys/memory.ts';
 import { type DeviceFunction, releaseDma, type SharedDma } from './vfio/function.ts';
 import { Feature, type FeatureSet } from './virtio/features.ts';
@@ -120,7 +120,8 @@ export class NicRings {
       const { configVector } = this.interrupts;
       this.tellsOfChanges = configVector !== NO_VECTOR && mapConfigVector(transport, configVector);
       const packets = own === 0 ? FEW_PACKETS : own * share;
-      this.pool = new PacketPool(this.#allocate(packets * stride), { stride, headroom: HEADROOM, references: REFERENCES });
+      const memory = this.#packetMemory(packets * stride, 2 * own * queueSize * stride, options);
+      this.pool = new PacketPool(memory, { stride, headroom: HEADROOM, references: REFERENCES });
       this.pairs = Array.from({ length: own }, (_, i) => this.#pair(i, transport, sas, queueSize));
       this.workerPairs = Array.from({ length: workerQueues }, (_, i) =>
         this.#workerPair(own + i, transport, share * stride, stride, queueSize),
@@ -129,10 +130,7 @@ export class NicRings {
         ? new ControlQueue(fn, transport, features, 2 * config.maxQueuePairs, options.commandTimeout)
         : null;
       this.control = this.#control === null ? null : new NetControl(this.#control, features, config, queuePairs);
-      this.pool.reserve = receiveReserve(
-        this.pool.count,
-        this.pairs.map(({ rxRing }) => rxRing.queue.size),
-      );
+      this.pool.keepForReceive(this.pairs.reduce((sum, { rxRing }) => sum + rxRing.queue.size, 0));
       for (const { rx } of this.pairs) {
         rx.refill(false);
         // Such a device asks only now, and never again.
@@ -143,6 +141,22 @@ export class NicRings {
       for (const memory of this.#memories) releaseDma(fn, memory);
       throw error;
     }
+  }
+
+  /** Memory for packets: `size` bytes of ours, or what the application has brought, at least `least` bytes. */
+  #packetMemory(size: number, least: number, { packetMemory: brought }: OpenOptions): DmaMemory {
+    const bytes = brought?.size ?? size;
+    if (bytes > MAX_POOL_BYTES || (brought !== undefined && bytes < least)) {
+      throw new InputError('NIC_OPTION', `${bytes} bytes of packets: from ${least} to ${MAX_POOL_BYTES}`);
+    }
+    if (brought === undefined) return this.#allocate(size);
+    const fn = this.#fn;
+    if (fn.importDma === undefined) {
+      throw new VirtioError('NO_ARENAS', `${fn.address} takes no memory of the application`);
+    }
+    const memory = fn.importDma(brought.fd, brought.offset, brought.size);
+    this.#memories.push(memory);
+    return memory;
   }
 
   #allocate(size: number): DmaMemory {
@@ -291,15 +305,6 @@ function mapConfigVector(transport: VirtioTransport, vector: number): boolean {
 function strideFor(mtu: number): number {
   const lines = Math.ceil((HEADROOM + Ethernet.length + mtu + TAILROOM) / SLOT_ALIGNMENT);
   return Math.max(MIN_STRIDE, (lines | 1) * SLOT_ALIGNMENT);
-}
-
-/**
- * Packets that the application cannot allocate, besides those that fill the receive rings: as many again, so that they can be filled once
- * more whatever it holds; but not more than half of what is left.
- */
-function receiveReserve(packets: number, rings: readonly number[]): number {
-  const filled = rings.reduce((sum, size) => sum + size, 0);
-  return Math.max(0, Math.min(filled, (packets - filled) >>> 1));
 }
 
 function asVipsecError(error: unknown): VipsecError {

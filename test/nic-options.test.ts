@@ -55,6 +55,16 @@ describe('what a NIC asks of the device', () => {
     }
   });
 
+  it('has packets either in memory of the application, or so many, and not for other threads then', () => {
+    const packetMemory = { fd: 3, offset: 0, size: 1 << 20 };
+    expect(resolveOptions({ packetMemory }).packetMemory).toBe(packetMemory);
+    for (const others of [{ packets: 1024 }, { workerQueues: 1 }]) {
+      expect(() => resolveOptions({ packetMemory, ...others })).toThrow(
+        expect.objectContaining({ code: 'NIC_OPTION' }),
+      );
+    }
+  });
+
   it('has a unicast address and a deadline that is one', () => {
     for (const mac of [new Uint8Array(5), Uint8Array.of(1, 0, 0, 0, 0, 0)]) {
       expect(() => resolveOptions({ mac })).toThrow(expect.objectContaining({ code: 'NIC_OPTION' }));

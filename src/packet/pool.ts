@@ -13,7 +13,7 @@ import type { DmaMemory, MappedMemory } from '../sys/memory.ts';
 import { type PacketArena, PacketReferences } from './references.ts';
 
 /** Offsets stay below 2^31, so that the data path computes with 32-bit integers. */
-const MAX_POOL_BYTES = 2 ** 31;
+export const MAX_POOL_BYTES = 2 ** 31;
 
 /** `next[p]` of the last packet of a chain. */
 export const NO_PACKET = 0xffffffff;
@@ -136,6 +136,14 @@ export class PacketPool {
   /** Packets that are free, those for receive rings included. */
   get available(): number {
     return this.#available;
+  }
+
+  /**
+   * Sets the `reserve` when receive rings hold up to `filled` packets: as many again, so that they can be filled once more whatever the
+   * application holds; but not more than half of what is left beside them.
+   */
+  keepForReceive(filled: number): void {
+    this.reserve = Math.max(0, Math.min(filled, (this.count - filled) >>> 1));
   }
 
   /** Byte offset of slot `packet`. */

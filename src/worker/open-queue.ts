@@ -52,6 +52,7 @@ export function openQueue(handle: QueueHandle): WorkerNicQueue {
     const pool = new PacketPool(map(handle.pool.memory), { stride, headroom });
     const open = ({ options, memory }: RingHandle) => createVirtqueue(ringFormat(features), map(memory), options);
     const rings = { rx: open(handle.rx), tx: open(handle.tx) };
+    pool.keepForReceive(rings.rx.size);
     const notifier = (which: 'rx' | 'tx', ring: Virtqueue) => {
       const bell = openDoorbell(handle[which].doorbell, ring, control, which);
       if (bell.memory !== null) mappings.push(bell.memory);

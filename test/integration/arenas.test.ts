@@ -1,9 +1,18 @@
 import { closeSync } from 'node:fs';
 import { afterEach, describe, expect, it } from 'vitest';
-import { createMemoryFile, Feature, type Nic, type NicOptions, NO_PACKET, type PacketArena } from '../../src/index.ts';
+import {
+  createMemoryFile,
+  Feature,
+  type Nic,
+  type NicOptions,
+  NO_PACKET,
+  openNic,
+  type PacketArena,
+} from '../../src/index.ts';
+import { mapShared, unmapMemory } from '../../src/sys/memory.ts';
 import { ProtocolFeature } from '../../src/virtio/vhost-user-protocol.ts';
 import { cleanUp as endBackEnds, startBackEnd } from '../virtio/vhost-user/fake.ts';
-import { cleanUp, open, openPair, until } from './support.ts';
+import { cleanUp, open, openPair, startDevice, until } from './support.ts';
 
 const files: number[] = [];
 
@@ -189,6 +198,46 @@ describe('memory of the application, sent through a vhost-user port', () => {
     if (last !== undefined) nic.unregisterMemory(last);
     nic.registerMemory(memoryFile(4096), 0, 4096);
     expect(nic.broken).toBeNull();
+  });
+});
+
+describe('packets in memory of the application', () => {
+  const size = 1 << 20;
+
+  it.each(['split', 'packed'] as const)('arrive there without a copy, and are wiped in the end, %s', async (ring) => {
+    const fd = memoryFile(2 * size);
+    const view = mapShared(fd, 0, 2 * size, { write: true });
+    const packetMemory = { fd, offset: size, size };
+    const options: NicOptions = { ring, queueSize: 64, ipsec: 'off' };
+    const { a, b } = await openPair({ nic: { ...options, packetMemory } }, { nic: options });
+    expect(a.packets.count).toBe(Math.floor(size / a.packets.stride));
+    const frame = Uint8Array.from({ length: 777 }, (_, i) => (i < 12 ? 2 : i & 0xff));
+    const packets = new Uint32Array(8);
+    b.packets.allocate(packets, 1);
+    b.packets.write(packets[0], frame);
+    expect(b.queues[0].tx.burst(packets, 1)).toBe(1);
+    await until(
+      () => a.queues[0].rx.burst(packets, 8) === 1,
+      () => 'nothing arrived',
+    );
+    const at = size + a.packets.offset[packets[0]];
+    expect(view.u8.slice(at, at + 777)).toEqual(frame);
+    expect(a.packets.length[packets[0]]).toBe(777);
+    await a.close();
+    expect(view.u8.subarray(size).every((byte) => byte === 0)).toBe(true);
+    unmapMemory(view);
+  });
+
+  it.each<[string, NicOptions['packetMemory']]>([
+    ['NIC_OPTION', { fd: -1, offset: 0, size: 4096 }],
+    ['NIC_OPTION', { fd: -1, offset: 0, size: 2 ** 31 + 4096 }],
+    ['DMA_SEAL', { fd: -1, offset: 0, size }],
+  ])('are refused with %s when the memory is not fit for it', async (code, packetMemory) => {
+    const device = await startDevice();
+    const opening = openNic(device.addresses[0], { queueSize: 64, ...(packetMemory && { packetMemory }) });
+    await expect(opening).rejects.toMatchObject({ code });
+    const nic = await open(device.addresses[0], { queueSize: 64 });
+    expect(nic.packets.count).toBe(512);
   });
 });
 
