@@ -4,7 +4,7 @@ import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { afterEach, describe, expect, it } from 'vitest';
 import type { FaultName } from '../../src/device/index.ts';
-import type { NicOptions } from '../../src/index.ts';
+import { type NicOptions, WIRE_REVISIONS } from '../../src/index.ts';
 import {
   capture,
   cleanUp,
@@ -72,7 +72,9 @@ describe('opening something that is not the device it should be', () => {
     await expect(open(device.addresses[0], quick)).rejects.toThrow(code(expected));
     expect(device.process.exitCode).toBeNull();
   });
+});
 
+describe.each(WIRE_REVISIONS)('opening a device for inline IPsec on %s', (wire) => {
   it.each<[FaultName, string]>([
     ['admin-error', 'ADMIN_ENOMEM'],
     ['admin-silent', 'ADMIN_TIMEOUT'],
@@ -80,23 +82,24 @@ describe('opening something that is not the device it should be', () => {
     ['admin-short-reply', 'ADMIN_COMMANDS_MISSING'],
     ['capability-malformed', 'MALFORMED_CAPABILITY'],
   ])('fails with a code when inline IPsec is required and the device has the fault %s', async (fault, expected) => {
-    const device = await startDevice({ faults: [fault] });
-    await expect(open(device.addresses[0], { ...quick, ipsec: 'inline' })).rejects.toThrow(code(expected));
+    const device = await startDevice({ faults: [fault], wire });
+    await expect(open(device.addresses[0], { ...quick, wire, ipsec: 'inline' })).rejects.toThrow(code(expected));
   });
 
   it('fails with a code when inline IPsec is required of a device without', async () => {
-    const device = await startDevice({ ipsec: false });
-    await expect(open(device.addresses[0], { ipsec: 'inline' })).rejects.toThrow(code('FEATURES_MISSING'));
-    await expect(open(device.addresses[0], { ipsec: 'inline' })).rejects.toThrow(/VIRTIO_NET_F_IPSEC/);
-    await open(device.addresses[0]);
+    const device = await startDevice({ ipsec: false, wire });
+    await expect(open(device.addresses[0], { wire, ipsec: 'inline' })).rejects.toThrow(code('FEATURES_MISSING'));
+    await expect(open(device.addresses[0], { wire, ipsec: 'inline' })).rejects.toThrow(/VIRTIO_NET_F_IPSEC/);
+    await open(device.addresses[0], { wire });
   });
 });
 
-describe('a device whose inline IPsec cannot be used', () => {
+describe.each(WIRE_REVISIONS)('a device of %s whose inline IPsec cannot be used', (wire) => {
   it.each<FaultName>(['admin-error', 'admin-silent', 'admin-list-empty', 'admin-short-reply', 'capability-malformed'])(
     'protects in software instead, and nothing leaves in clear, with the fault %s',
     async (fault) => {
-      const { a, b, wire } = await openPair({ faults: [fault], nic: quick }, { ipsec: false });
+      const pair = await openPair({ faults: [fault], nic: { ...quick, wire }, wire }, { ipsec: false, wire });
+      const { a, b } = pair;
       const { outbound, inbound } = saPair();
       const out = await a.ipsec.addSa(outbound);
       expect(out.placement.where).toBe('software');
@@ -106,17 +109,17 @@ describe('a device whose inline IPsec cannot be used', () => {
       const frames = capture('ping-ipv4').filter((frame) => frame.readUInt16BE(12) === 0x0800);
       const [, received] = await Promise.all([send(a, frames, out), receive(b, frames.length)]);
       expect(received.map(({ frame }) => frame)).toEqual(frames);
-      expect(wire.frames.every(({ frame }) => frame[14 + 9] === 50)).toBe(true);
+      expect(pair.wire.frames.every(({ frame }) => frame[14 + 9] === 50)).toBe(true);
     },
   );
 });
 
-describe('a device that reads the standard otherwise', () => {
+describe.each(WIRE_REVISIONS)('a device of %s that reads the standard otherwise', (wire) => {
   it.each<{ faults: FaultName[] }>([{ faults: [] }, { faults: ['query-modify-swapped'] }])(
     'queries and modifies SAs with the opcodes that it means, with the faults $faults',
     async ({ faults }) => {
-      const device = await startDevice({ faults });
-      const nic = await open(device.addresses[0]);
+      const device = await startDevice({ faults, wire });
+      const nic = await open(device.addresses[0], { wire });
       const { outbound, inbound } = saPair();
       const out = await nic.ipsec.addSa(outbound);
       const inn = await nic.ipsec.addSa(inbound);
@@ -169,27 +172,6 @@ describe('a device that breaks the rules of a ring', () => {
     },
   );
 
-  it('is not believed when it calls an unprotected packet secured', async () => {
-    const device = await startDevice({ faults: ['rx-security-lie'] });
-    const nic = await open(device.addresses[0]);
-    const frames = capture('ping-ipv4');
-    const [, received] = await Promise.all([send(nic, frames, null), receive(nic, frames.length)]);
-    expect(received.length).toBeGreaterThan(0);
-    expect(received.every(({ sa, flags }) => sa === 0 && (flags & 4) === 0)).toBe(true);
-    expect(nic.statistics().rx.unknownSa).toBeGreaterThan(0);
-  });
-
-  it('has its packets without a whole header dropped', async () => {
-    const device = await startDevice({ faults: ['rx-runt'] });
-    const nic = await open(device.addresses[0]);
-    await send(nic, capture('ping-ipv4'), null);
-    const packets = new Uint32Array(32);
-    const dropped = () => nic.queues[0].rx.burst(packets, 32) === 0 && nic.statistics().rx.invalid > 0;
-    await until(dropped, () => 'nothing was dropped');
-    expect(nic.statistics().rx.packets).toBe(0);
-    expect(nic.broken).toBeNull();
-  });
-
   it('may write what it likes to a field that means nothing without mergeable buffers', async () => {
     const device = await startDevice({ faults: ['rx-buffers-zero'] });
     const nic = await open(device.addresses[0]);
@@ -211,5 +193,28 @@ describe('a device that breaks the rules of a ring', () => {
     expect(taken).toBe(32);
     expect(nic.statistics().tx.ringFull).toBeGreaterThan(0);
     await nic.close();
+  });
+});
+
+describe.each(WIRE_REVISIONS)('a device of %s that lies about packets', (wire) => {
+  it('is not believed when it calls an unprotected packet secured', async () => {
+    const device = await startDevice({ faults: ['rx-security-lie'], wire });
+    const nic = await open(device.addresses[0], { wire });
+    const frames = capture('ping-ipv4');
+    const [, received] = await Promise.all([send(nic, frames, null), receive(nic, frames.length)]);
+    expect(received.length).toBeGreaterThan(0);
+    expect(received.every(({ sa, flags }) => sa === 0 && (flags & 4) === 0)).toBe(true);
+    expect(nic.statistics().rx.unknownSa).toBeGreaterThan(0);
+  });
+
+  it('has its packets without a whole header dropped', async () => {
+    const device = await startDevice({ faults: ['rx-runt'], wire });
+    const nic = await open(device.addresses[0], { wire });
+    await send(nic, capture('ping-ipv4'), null);
+    const packets = new Uint32Array(32);
+    const dropped = () => nic.queues[0].rx.burst(packets, 32) === 0 && nic.statistics().rx.invalid > 0;
+    await until(dropped, () => 'nothing was dropped');
+    expect(nic.statistics().rx.packets).toBe(0);
+    expect(nic.broken).toBeNull();
   });
 });
