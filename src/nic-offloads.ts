@@ -56,7 +56,7 @@ export function offloadFeatures(offloads: NicOffloads, wire: WireRevision | 'aut
     if (largeReceive) wanted = wanted.with(F.GUEST_UDP_TUNNEL_GSO, F.GUEST_UDP_TUNNEL_GSO_CSUM);
   }
   if (offloads.hashReport === true) wanted = wanted.with(F.HASH_REPORT);
-  if (offloads.rss === true) wanted = wanted.with(F.RSS);
+  if (offloads.rss === true) wanted = wanted.with(F.RSS, F.RSS_CONTEXT);
   if (offloads.macFilter === true) wanted = wanted.with(F.CTRL_RX, F.CTRL_RX_EXTRA);
   if (offloads.vlanFilter === true) wanted = wanted.with(F.CTRL_VLAN);
   return wanted;

@@ -2,7 +2,7 @@
  * The control virtqueue of a network device (Virtio 1.4, 5.1.9.5): reads commands, checks them against what was negotiated, and has
  * them done. What is unknown, was not negotiated, or is too short is answered with VIRTIO_NET_ERR and changes nothing.
  *
- * Left out: RSS contexts, hashes of inner headers, RSC.
+ * Left out: hashes of inner headers, RSC.
  */
 import { Feature, type FeatureSet } from '../virtio/features.ts';
 import {
@@ -46,6 +46,7 @@ import { type ControlExecute, withControlFaults } from './fault-control.ts';
 import type { FaultSet } from './faults.ts';
 import { type QueueStatistics, Stat } from './queue-statistics.ts';
 import { type DeviceQueue, NO_BUFFER } from './queues.ts';
+import type { RssContexts } from './rss-contexts.ts';
 import type { ReceiveFilter } from './rx-filter.ts';
 
 /** Bytes of a command that are read, and of a reply that are written. */
@@ -61,6 +62,7 @@ export interface ControlTarget {
   readonly filter: ReceiveFilter;
   readonly coalescer: Coalescer;
   readonly statistics: QueueStatistics;
+  readonly rssContexts: RssContexts;
   readonly faults: FaultSet;
   /** Receive and transmit queues. */
   readonly dataQueues: number;
@@ -144,6 +146,8 @@ export class ControlProcessor {
         return command === OffloadsCommand.SET && this.#has(Feature.CTRL_GUEST_OFFLOADS) && this.#offloads(data);
       case ControlClass.NOTF_COAL:
         return this.#coalescing(command, data);
+      case ControlClass.RSS_CONTEXT:
+        return this.#has(Feature.RSS_CONTEXT) && this.#rssContext(command, data);
       case ControlClass.STATS:
         return this.#has(Feature.DEVICE_STATS) && this.#statistics(command, data);
       default:
@@ -187,6 +191,8 @@ export class ControlProcessor {
 
   #queues(command: number, data: Uint8Array): boolean {
     if (command === MqCommand.VQ_PAIRS_SET) {
+      // "MUST NOT" while there is an RSS context (5.1.9.5.8).
+      if (this.#target.rssContexts.count > 0) return false;
       return this.#has(Feature.MQ) && data.length >= 2 && this.#target.setPairs(getLe(data, 0, 2));
     }
     if (command === MqCommand.RSS_CONFIG) {
@@ -195,6 +201,12 @@ export class ControlProcessor {
     }
     const config = command === MqCommand.HASH_CONFIG && this.#has(Feature.HASH_REPORT) ? decodeHashConfig(data) : null;
     return config !== null && this.#target.setHash(config);
+  }
+
+  #rssContext(command: number, data: Uint8Array): boolean {
+    const result = this.#target.rssContexts.execute(command, data);
+    this.#result = result ?? NOTHING;
+    return result !== null;
   }
 
   #offloads(data: Uint8Array): boolean {

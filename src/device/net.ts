@@ -7,7 +7,7 @@ import { verdictNames } from '../fallback/verdict.ts';
 import type { IpsecWire } from '../ipsec/wire/codec.ts';
 import { Feature, FeatureSet, unmetRequirements } from '../virtio/features.ts';
 import type { WireRevision } from '../virtio/revision.ts';
-import type { HashConfig } from '../virtio-net/control-wire.ts';
+import type { HashConfig, RssConfig } from '../virtio-net/control-wire.ts';
 import { netHeaderLayout } from '../virtio-net/header.ts';
 import { SUPPORTED_HASH_TYPES, TOEPLITZ_KEY_LENGTH } from '../virtio-net/toeplitz.ts';
 import { AdminProcessor } from './admin.ts';
@@ -25,6 +25,7 @@ import { NetConfig, RSS_TABLE_LENGTH } from './net-config.ts';
 import { QueueStatistics, Stat } from './queue-statistics.ts';
 import type { DeviceQueue } from './queues.ts';
 import { Receiver } from './receive.ts';
+import { RssContexts } from './rss-contexts.ts';
 import { ReceiveFilter } from './rx-filter.ts';
 import { Steering } from './steering.ts';
 import { Transmitter } from './transmit.ts';
@@ -64,6 +65,7 @@ export class NetDevice implements DeviceModel {
   readonly #control: ControlProcessor;
   readonly #steering: Steering;
   readonly #filter: ReceiveFilter;
+  readonly #rssContexts = new RssContexts((config) => this.#isRssConfig(config));
   readonly #coalescer: Coalescer;
   readonly #statistics: QueueStatistics;
   readonly #receiver: Receiver;
@@ -173,6 +175,7 @@ export class NetDevice implements DeviceModel {
     this.#receiver.stop();
     this.#transmitter.stop();
     this.#steering.clear();
+    this.#rssContexts.clear();
     this.#coalescer.clear();
     this.#statistics.clear();
     this.#config.mac = this.#options.mac;
@@ -322,12 +325,9 @@ export class NetDevice implements DeviceModel {
         this.#steering.pairs = pairs;
         return true;
       },
+      rssContexts: this.#rssContexts,
       setRss: (config) => {
-        const isPair = (pair: number) => pair < this.#options.queuePairs && this.#queues[PAIR * pair] !== null;
-        const { indirectionTable, unclassifiedQueue, maxTransmitQueues } = config;
-        if (!isHashConfig(config) || indirectionTable.length > RSS_TABLE_LENGTH) return false;
-        if (!isPair(unclassifiedQueue) || !indirectionTable.every(isPair)) return false;
-        if (maxTransmitQueues < 1 || maxTransmitQueues > this.#options.queuePairs) return false;
+        if (!this.#isRssConfig(config)) return false;
         this.#steering.setRss(config);
         return true;
       },
@@ -344,6 +344,15 @@ export class NetDevice implements DeviceModel {
       },
       setOffloads: (active) => this.#receiver.setOffloads(active),
     };
+  }
+
+  /** Whether receive-side scaling can be configured so. */
+  #isRssConfig(config: RssConfig): boolean {
+    const isPair = (pair: number) => pair < this.#options.queuePairs && this.#queues[PAIR * pair] !== null;
+    const { indirectionTable, unclassifiedQueue, maxTransmitQueues } = config;
+    if (!isHashConfig(config) || indirectionTable.length > RSS_TABLE_LENGTH) return false;
+    if (!isPair(unclassifiedQueue) || !indirectionTable.every(isPair)) return false;
+    return maxTransmitQueues >= 1 && maxTransmitQueues <= this.#options.queuePairs;
   }
 
   #linkChanged(): void {

@@ -18,6 +18,7 @@ export const ControlClass = {
   GUEST_OFFLOADS: 5,
   NOTF_COAL: 6,
   STATS: 8,
+  RSS_CONTEXT: 9,
 } as const;
 
 /** 5.1.9.5.1: each has one byte of data, 0 or 1. The first two belong to CTRL_RX, the others to CTRL_RX_EXTRA. */
@@ -34,6 +35,9 @@ export const MqCommand = { VQ_PAIRS_SET: 0, RSS_CONFIG: 1, HASH_CONFIG: 2 } as c
 export const OffloadsCommand = { SET: 0 } as const;
 /** 5.1.9.5.9. */
 export const CoalescingCommand = { TX_SET: 0, RX_SET: 1, VQ_SET: 2, VQ_GET: 3 } as const;
+/** 5.1.9.5.8: `rss_ctx_id` and, but for DEL, 6 reserved bytes and the configuration. */
+export const RssContextCommand = { CAP_GET: 0, ADD: 1, MOD: 2, DEL: 3 } as const;
+export const RssContextField = { id: 0, reserved: 2, config: 8 } as const;
 /** 5.1.9.5.10. */
 export const StatsCommand = { QUERY: 0, GET: 1 } as const;
 

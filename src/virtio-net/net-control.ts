@@ -4,7 +4,7 @@
  *
  * Each method needs a feature, which must have been negotiated. Each rejects with VirtioError `CONTROL_UNSUPPORTED` when it was not,
  * `CONTROL_REFUSED` when the device says no, `CONTROL_TIMEOUT`, `CONTROL_REPLY` for an answer that makes no sense, or why the queue is
- * closed; and with InputError `CONTROL_ARGUMENT`. Left out: RSS contexts and hashes of inner headers.
+ * closed; and with InputError `CONTROL_ARGUMENT`. Left out: hashes of inner headers.
  */
 import { InputError, VirtioError } from '../errors.ts';
 import { Feature, type FeatureSet, featureName } from '../virtio/features.ts';
@@ -29,6 +29,8 @@ import {
   OffloadsCommand,
   putLe,
   type RssConfig,
+  RssContextCommand,
+  RssContextField,
   RxCommand,
   StatsCommand,
   SWITCHABLE_OFFLOADS,
@@ -50,6 +52,7 @@ import {
 const QueueCoalescing = { queue: 0, coalescing: 4, length: 12 } as const;
 /** Bit 0 of the first byte of a MAC address: a group. */
 const GROUP = 1;
+const MAX_U16 = 0xffff;
 const MAX_U32 = 0xffffffff;
 
 /** `RxCommand` by the names that `NetControl.setReceiveMode` has for them. */
@@ -134,6 +137,45 @@ export class NetControl {
   /** Distributes packets by their hash (5.1.9.5.7). Needs RSS. */
   async setRss(config: RssConfig): Promise<void> {
     this.#need(Feature.RSS);
+    this.#checkRss(config);
+    await this.#queue.command(ControlClass.MQ, MqCommand.RSS_CONFIG, encodeRssConfig(config));
+  }
+
+  /** How many RSS contexts there can be besides the configuration of `setRss` (5.1.9.5.8). Needs RSS_CONTEXT. */
+  async rssContexts(): Promise<number> {
+    this.#need(Feature.RSS_CONTEXT);
+    const reply = await this.#queue.command(ControlClass.RSS_CONTEXT, RssContextCommand.CAP_GET, new Uint8Array(0), 2);
+    if (reply.length < 2) throw new VirtioError('CONTROL_REPLY', 'a short reply to a control command');
+    return getLe(reply, 0, 2);
+  }
+
+  /** Makes RSS context `id`, from 1 to what `rssContexts` gives. Needs RSS_CONTEXT. While there is one, `setQueuePairs` is refused. */
+  async addRssContext(id: number, config: RssConfig): Promise<void> {
+    await this.#setRssContext(RssContextCommand.ADD, id, config);
+  }
+
+  async modifyRssContext(id: number, config: RssConfig): Promise<void> {
+    await this.#setRssContext(RssContextCommand.MOD, id, config);
+  }
+
+  async removeRssContext(id: number): Promise<void> {
+    this.#need(Feature.RSS_CONTEXT);
+    check(id > 0 && isBelow(id, MAX_U16 + 1), `RSS context ${id}`);
+    await this.#queue.command(ControlClass.RSS_CONTEXT, RssContextCommand.DEL, le(2, id));
+  }
+
+  async #setRssContext(command: number, id: number, config: RssConfig): Promise<void> {
+    this.#need(Feature.RSS_CONTEXT);
+    check(id > 0 && isBelow(id, MAX_U16 + 1), `RSS context ${id}`);
+    this.#checkRss(config);
+    const rss = encodeRssConfig(config);
+    const data = new Uint8Array(RssContextField.config + rss.length);
+    putLe(data, RssContextField.id, 2, id);
+    data.set(rss, RssContextField.config);
+    await this.#queue.command(ControlClass.RSS_CONTEXT, command, data);
+  }
+
+  #checkRss(config: RssConfig): void {
     this.#checkHash(config);
     const { indirectionTable: table, unclassifiedQueue, maxTransmitQueues } = config;
     const isPowerOfTwo = table.length > 0 && (table.length & (table.length - 1)) === 0;
@@ -143,7 +185,6 @@ export class NetControl {
     );
     for (const queue of [...table, unclassifiedQueue]) check(isBelow(queue, this.#pairs), `receive queue ${queue}`);
     check(isBelow(maxTransmitQueues, this.#pairs + 1), `${maxTransmitQueues} transmit queues`);
-    await this.#queue.command(ControlClass.MQ, MqCommand.RSS_CONFIG, encodeRssConfig(config));
   }
 
   /** Chooses what is hashed for `pool.hash` while packets are steered automatically (5.1.9.5.6.1). Needs HASH_REPORT. */

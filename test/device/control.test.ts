@@ -2,11 +2,12 @@
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import fc from 'fast-check';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { type Device, type DeviceOptions, startDevice } from '../../src/device/index.ts';
 import { Feature, FeatureSet } from '../../src/virtio/features.ts';
 import { NetDriver, udpFrame } from './helpers/net-driver.ts';
-import { pause } from './helpers/raw-client.ts';
+import { pause, until } from './helpers/raw-client.ts';
 
 const OK = 0;
 const ERR = 1;
@@ -34,9 +35,9 @@ afterEach(async () => {
   rmSync(folder, { recursive: true, force: true });
 });
 
-async function open(features: FeatureSet, options: Partial<DeviceOptions> = {}): Promise<NetDriver> {
+async function open(features: FeatureSet, options: Partial<DeviceOptions> = {}, control?: number): Promise<NetDriver> {
   device = startDevice({ sockets: [join(folder, 'a')], macs: ['02:11:22:33:44:55'], ...options });
-  const net = await NetDriver.open(join(folder, 'a'), { features });
+  const net = await NetDriver.open(join(folder, 'a'), { features, ...(control !== undefined && { control }) });
   drivers.push(net);
   await net.fill();
   return net;
@@ -223,5 +224,202 @@ describe('other control commands', () => {
     expect((await ask(0, [2, 0, 0, 0, 0, 0, 0, 0])).ack, 'GUEST_CSUM was not negotiated').toBe(ERR);
     expect((await ask(0, [0, 0, 0, 0, 2, 0, 0, 0])).ack, 'an unknown type').toBe(ERR);
     expect((await ask(3, [0, 0, 0, 0, 0, 0, 0, 0])).ack, 'no such queue').toBe(ERR);
+  });
+});
+
+/** `struct virtio_net_rss_config`, of which a test wants something else. */
+function rssConfig(
+  change: {
+    types?: number;
+    mask?: number;
+    unclassified?: number;
+    table?: number[];
+    transmit?: number;
+    key?: number[];
+  } = {},
+): number[] {
+  const { types = 1, table = [0, 0], unclassified = 0, transmit = 1, key = new Array<number>(40).fill(0x6d) } = change;
+  const le16 = (value: number) => [value & 0xff, value >>> 8];
+  const entries = table.flatMap(le16);
+  const mask = change.mask ?? table.length - 1;
+  return [
+    types & 0xff,
+    (types >>> 8) & 0xff,
+    0,
+    0,
+    ...le16(mask),
+    ...le16(unclassified),
+    ...entries,
+    ...le16(transmit),
+    key.length,
+    ...key,
+  ];
+}
+
+describe('receive-side scaling', () => {
+  const open2 = async (features: FeatureSet) => {
+    device = startDevice({ sockets: [join(folder, 'a')], macs: ['02:11:22:33:44:55'], queuePairs: 2 });
+    const net = await NetDriver.open(join(folder, 'a'), { features, control: 4 });
+    drivers.push(net);
+    await net.fill();
+    return net;
+  };
+  const STEERED = BASE.with(Feature.RSS, Feature.MQ, Feature.RSS_CONTEXT);
+  const BAD: { name: string; config: number[] }[] = [
+    { name: 'nothing', config: [] },
+    { name: 'half a structure', config: rssConfig().slice(0, 7) },
+    { name: 'a table that is cut', config: rssConfig({ mask: 127 }).slice(0, 100) },
+    { name: 'a table whose length is not a power of two', config: rssConfig({ table: [0, 0, 0] }) },
+    { name: 'a longer table than there may be', config: rssConfig({ table: new Array<number>(256).fill(0) }) },
+    { name: 'the longest table that can be said', config: rssConfig({ mask: 0xffff }) },
+    { name: 'a queue that there is not, in the table', config: rssConfig({ table: [0, 2] }) },
+    { name: 'a queue that is not enabled, in the table', config: rssConfig({ table: [0, 1] }) },
+    { name: 'a queue that there is not, for packets without a hash', config: rssConfig({ unclassified: 0xffff }) },
+    { name: 'no transmit queue', config: rssConfig({ transmit: 0 }) },
+    { name: 'more transmit queues than there are', config: rssConfig({ transmit: 3 }) },
+    { name: 'a hash that is not supported', config: rssConfig({ types: 1 << 6 }) },
+    { name: 'a key that is cut', config: rssConfig().slice(0, -1) },
+    { name: 'a longer key than there may be', config: rssConfig({ key: new Array<number>(41).fill(1) }) },
+  ];
+
+  it.each(BAD)('is refused with $name, as the default and as a context', async ({ config }) => {
+    const net = await open2(STEERED);
+    expect((await net.ctrl(4, 1, config)).ack).toBe(ERR);
+    expect((await net.ctrl(9, 1, [1, 0, 0, 0, 0, 0, 0, 0, ...config])).ack).toBe(ERR);
+    expect((await net.ctrl(4, 1, rssConfig())).ack).toBe(OK);
+    await net.send(udpFrame());
+    expect((await net.receive()).frame).toEqual(udpFrame());
+  });
+
+  it('has contexts, which are made, changed and removed by id', async () => {
+    const net = await open2(STEERED);
+    const context = (command: number, id: number, config: number[] = rssConfig()) =>
+      net.ctrl(9, command, command === 3 ? [id, 0] : [id, 0, 9, 9, 9, 9, 9, 9, ...config]);
+    expect([...(await net.ctrl(9, 0, [], 2)).result]).toEqual([8, 0]);
+    for (const [command, id, ack] of [
+      [1, 0, ERR],
+      [1, 9, ERR],
+      [2, 1, ERR],
+      [3, 1, ERR],
+      [1, 1, OK],
+      [1, 1, ERR],
+      [2, 1, OK],
+      [1, 8, OK],
+      [3, 1, OK],
+      [3, 1, ERR],
+      [4, 1, ERR],
+      [255, 8, ERR],
+    ]) {
+      expect((await context(command, id)).ack, `${command} ${id}`).toBe(ack);
+    }
+    for (const length of [0, 1]) expect((await net.ctrl(9, 3, [8, 0].slice(0, length))).ack).toBe(ERR);
+    // 5.1.9.5.8: not while there is a context.
+    expect((await net.ctrl(4, 0, [1, 0])).ack).toBe(ERR);
+    expect((await context(3, 8)).ack).toBe(OK);
+    expect((await net.ctrl(4, 0, [1, 0])).ack).toBe(OK);
+  });
+
+  it('forgets its contexts with a reset', async () => {
+    const net = await open2(STEERED);
+    const add = [1, 0, 0, 0, 0, 0, 0, 0, ...rssConfig()];
+    expect((await net.ctrl(9, 1, add)).ack).toBe(OK);
+    expect((await net.ctrl(9, 1, add)).ack).toBe(ERR);
+    net.close();
+    drivers.length = 0;
+    await until('the session is over', () => device.packetsInUse === 0);
+    const next = await NetDriver.open(join(folder, 'a'), { features: STEERED, control: 4 });
+    drivers.push(next);
+    expect((await next.ctrl(9, 1, add)).ack).toBe(OK);
+  });
+
+  it('has no contexts without the feature', async () => {
+    const net = await open2(STEERED.without(Feature.RSS_CONTEXT));
+    for (const command of [0, 1, 2, 3]) {
+      expect((await net.ctrl(9, command, [1, 0, 0, 0, 0, 0, 0, 0, ...rssConfig()], 2)).ack).toBe(ERR);
+    }
+  });
+});
+
+describe('commands that make no sense', () => {
+  it.each<{ name: string; features: number[]; classNumber: number; command: number; data: number[] }>([
+    {
+      name: 'coalescing that is cut',
+      features: [Feature.NOTF_COAL],
+      classNumber: 6,
+      command: 0,
+      data: [1, 0, 0, 0, 1, 0, 0],
+    },
+    {
+      name: 'coalescing of a queue that is cut',
+      features: [Feature.VQ_NOTF_COAL],
+      classNumber: 6,
+      command: 2,
+      data: [0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0],
+    },
+    {
+      name: 'coalescing of the control queue',
+      features: [Feature.VQ_NOTF_COAL],
+      classNumber: 6,
+      command: 2,
+      data: [2, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0],
+    },
+    { name: 'half the number of a queue', features: [Feature.VQ_NOTF_COAL], classNumber: 6, command: 3, data: [0] },
+    {
+      name: 'no command of coalescing',
+      features: [Feature.NOTF_COAL, Feature.VQ_NOTF_COAL],
+      classNumber: 6,
+      command: 4,
+      data: new Array<number>(12).fill(0),
+    },
+    { name: 'a request for no statistics', features: [Feature.DEVICE_STATS], classNumber: 8, command: 1, data: [] },
+    {
+      name: 'half a request for statistics',
+      features: [Feature.DEVICE_STATS],
+      classNumber: 8,
+      command: 1,
+      data: [0, 0, 0, 0, 0, 0, 0, 0, 1],
+    },
+    {
+      name: 'one request and a half',
+      features: [Feature.DEVICE_STATS],
+      classNumber: 8,
+      command: 1,
+      data: new Array<number>(24).fill(0),
+    },
+    {
+      name: 'no command of statistics',
+      features: [Feature.DEVICE_STATS],
+      classNumber: 8,
+      command: 2,
+      data: new Array<number>(16).fill(0),
+    },
+  ])('are refused: $name', async ({ features, classNumber, command, data }) => {
+    const net = await open(BASE.with(...features));
+    expect(await net.ctrl(classNumber, command, data, 64)).toMatchObject({ ack: ERR, length: 1 });
+  });
+
+  it('of any kind are answered, and the device goes on', async () => {
+    const { NOTF_COAL, VQ_NOTF_COAL, DEVICE_STATS, GUEST_CSUM, CTRL_GUEST_OFFLOADS, HASH_REPORT } = Feature;
+    const features = BASE.with(CTRL_RX, CTRL_RX_EXTRA, CTRL_VLAN, CTRL_MAC_ADDR, MAC, STATUS, GUEST_ANNOUNCE).with(
+      ...[NOTF_COAL, VQ_NOTF_COAL, DEVICE_STATS, GUEST_CSUM, CTRL_GUEST_OFFLOADS, HASH_REPORT],
+    );
+    const net = await open(features.with(Feature.RSS, Feature.RSS_CONTEXT), {}, 2);
+    const byte = fc.oneof(fc.constantFrom(0, 1, 2, 0x7f, 0xff), fc.integer({ min: 0, max: 255 }));
+    const command = fc.tuple(
+      fc.integer({ min: 0, max: 10 }),
+      fc.integer({ min: 0, max: 6 }),
+      fc.array(byte, { maxLength: 300 }),
+      fc.integer({ min: 0, max: 300 }),
+    );
+    await fc.assert(
+      fc.asyncProperty(command, async ([classNumber, number, data, room]) => {
+        const { ack, length } = await net.ctrl(classNumber, number, data, room);
+        expect([OK, ERR]).toContain(ack);
+        expect(length).toBeLessThanOrEqual(1 + room);
+        if (ack === ERR) expect(length).toBe(1);
+      }),
+      { numRuns: 300 },
+    );
+    expect(await net.driver.status()).toBe(15);
   });
 });

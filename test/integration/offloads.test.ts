@@ -139,6 +139,30 @@ describe('control commands', () => {
     expect(new Set(got.map(({ queue }) => queue)).size).toBe(2);
   });
 
+  it('keep RSS contexts', async () => {
+    await using nic = await open({ offloads: { rss: true } }, 2);
+    const { control } = nic;
+    if (control === null) throw new Error('no control queue');
+    const config = { hashTypes: HashType.IPV4, unclassifiedQueue: 0, indirectionTable: [0, 1], maxTransmitQueues: 2 };
+    const rss = { ...config, key: new Uint8Array(40).fill(3) };
+    const code = (of: Promise<unknown>) =>
+      of.then(
+        () => 'done',
+        (error) => error.code,
+      );
+    const limit = await control.rssContexts();
+    expect(limit).toBeGreaterThan(0);
+    expect(await code(control.addRssContext(1, rss))).toBe('done');
+    expect(await code(control.addRssContext(1, rss))).toBe('CONTROL_REFUSED');
+    expect(await code(control.modifyRssContext(1, { ...rss, indirectionTable: [1, 0] }))).toBe('done');
+    expect(await code(control.modifyRssContext(limit + 1, rss))).toBe('CONTROL_REFUSED');
+    expect(await code(control.addRssContext(0, rss))).toBe('CONTROL_ARGUMENT');
+    expect(await code(control.addRssContext(2, { ...rss, indirectionTable: [0, 2] }))).toBe('CONTROL_ARGUMENT');
+    expect(await code(control.removeRssContext(1))).toBe('done');
+    expect(await code(control.removeRssContext(1))).toBe('CONTROL_REFUSED');
+    expect(await code(control.removeRssContext(65536))).toBe('CONTROL_ARGUMENT');
+  });
+
   it('set what can be set, and are refused with a reason when they cannot', async () => {
     await using nic = await open({ offloads: { vlanFilter: true } });
     const { control } = nic;

@@ -144,6 +144,7 @@ export function offeredFeatures(options: PersonalityOptions): FeatureSet {
     F.DEVICE_STATS,
     F.HASH_REPORT,
     F.RSS,
+    F.RSS_CONTEXT,
   );
   if (options.wire === 'virtio-1.4') {
     offered = offered.with(

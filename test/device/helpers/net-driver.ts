@@ -56,6 +56,7 @@ export class NetDriver {
   control: Ring | null = null;
   #adminArea = 0;
   #controlArea = 0;
+  #controlIndex = 2;
   #largeArea = 0;
   #nextTx = 0;
 
@@ -77,6 +78,8 @@ export class NetDriver {
       bufferSize?: number;
       ipsec?: boolean;
       vectors?: boolean;
+      /** Index of the control queue, where MQ or RSS puts it elsewhere than at 2. */
+      control?: number;
     } = {},
   ): Promise<NetDriver> {
     const driver = await MiniDriver.open(path);
@@ -93,8 +96,11 @@ export class NetDriver {
       net.admin = await driver.queue(await driver.read(CommonCfgField.adminQueueIndex, 2), 16, vector(3));
       net.#adminArea = driver.allocate(0x4000);
     }
-    if (features.has(Feature.CTRL_VQ) && !features.hasAny(Feature.MQ, Feature.RSS)) {
-      net.control = await driver.queue(2, 16);
+    const isUsual = features.has(Feature.CTRL_VQ) && !features.hasAny(Feature.MQ, Feature.RSS);
+    const control = options.control ?? (isUsual ? 2 : null);
+    if (control !== null) {
+      net.control = await driver.queue(control, 16);
+      net.#controlIndex = control;
       net.#controlArea = driver.allocate(0x4000);
     }
     if (options.vectors === true) await driver.write(0x10, 2, 0);
@@ -145,7 +151,7 @@ export class NetDriver {
     control.descriptor(0, at, 2 + data.length, NEXT, 1);
     control.descriptor(1, back, 1 + result, WRITE);
     control.offer(0);
-    await driver.notify(2);
+    await driver.notify(this.#controlIndex);
     const { length } = await control.wait();
     return { ack: driver.memory.u8[back], result: driver.memory.u8.slice(back + 1, back + length), length };
   }
