@@ -67,8 +67,8 @@ export interface WindowHost {
   /** Queue `index` was notified. */
   notified(index: number): void;
   fire(vector: number): void;
-  /** Whether the driver wants interrupts of any receive queue now. */
-  wantsInterrupts(): boolean;
+  /** Whether the driver wants interrupts of queue `index` now. */
+  wantsInterrupts(index: number): boolean;
 }
 
 export interface VirtioFunctionOptions {
@@ -158,10 +158,7 @@ export class VirtioFunction {
       readConfig: (at) => (at < NET_CONFIG_SIZE ? this.#readDeviceConfig(at, 1) : 0),
       notified: (index) => this.kick(index),
       fire: (vector) => this.msix.fire(vector),
-      wantsInterrupts: () => {
-        for (const queue of this.#packed.values()) if (queue.index % 2 === 0 && queue.wantsInterrupts()) return true;
-        return false;
-      },
+      wantsInterrupts: (index) => this.#packed.get(index)?.wantsInterrupts() ?? false,
     };
   }
 

@@ -170,6 +170,7 @@ describe('interrupts of octeon_ep class functions', () => {
   it.each([
     ['as the standard of the class has it', []],
     ['as the firmware of 2024 has it', ['octep-interrupts-in-turn']],
+    ['with one for all', ['octep-one-interrupt']],
   ] as [string, OctepFault[]][])('wake who waits, on every pair: %s', async (_, faults) => {
     const device = await startDevice({ ...published, queuePairs: 4, faults });
     const nic = await open(device.addresses[0], { queuePairs: 4 });

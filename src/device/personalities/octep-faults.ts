@@ -12,6 +12,7 @@ export const OCTEP_FAULTS = {
   'octep-ready-taken': 'an earlier driver has taken the ready mark',
   'octep-no-signature': 'the window is empty: the firmware is that of a plain NIC',
   'octep-no-interrupts': 'the function has no rings with interrupts',
+  'octep-one-interrupt': 'the function has one ring, and so one interrupt for all queues',
   'octep-capability-loop': 'the capability list in the window leads back to its start',
   'octep-capability-kind': 'the list in the window has a capability that is not a vendor one',
   'octep-capability-bar': 'the ISR structure is in BAR 2',
@@ -25,7 +26,8 @@ export const OCTEP_FAULTS = {
   'octep-split-only': 'RING_PACKED is not offered',
   'octep-plain-kicks': 'NOTIFICATION_DATA is not offered',
   'octep-legacy': 'VERSION_1 is not offered',
-  'octep-interrupts-in-turn': 'receive queue n has interrupt n, as with the firmware of 2024, not interrupt 2n',
+  'octep-interrupts-in-turn':
+    'receive queue n has interrupt n, as with the firmware of 2024, not interrupt 2n, and no other queue has any',
 } as const;
 
 export type OctepFault = keyof typeof OCTEP_FAULTS;

@@ -7,7 +7,8 @@
  * notification of 16 bits tells where a queue stands to nobody. None of it is refused: hardware would not either.
  *
  * A poll takes place each time the driver sees that something is not acknowledged yet, and `POLL_MS` after a write. The rules are those of
- * `CommonConfig`, which the firmware applies when it looks. Left out: the mailbox for virtqueue state, which keeps what is written.
+ * `CommonConfig`, which the firmware applies when it looks. The mailbox that carries virtqueue state answers as the published firmware does, which takes any
+ * state and always says that a queue is at its start.
  */
 
 import {
@@ -38,7 +39,23 @@ import type { OctepFault } from './octep-faults.ts';
 
 const PAGE = 0x1000;
 /** Where the firmware puts things: capabilities back to back, none of them aligned. */
-const Place = { capabilities: 0x35, common: 0x90, isr: 0xd0, config: 0x100, configLength: 64, notify: PAGE } as const;
+const Place = {
+  capabilities: 0x35,
+  common: 0x90,
+  isr: 0xd0,
+  config: 0x100,
+  configLength: 64,
+  mailbox: 0x140,
+  notify: PAGE,
+} as const;
+/** The mailbox: a request, its status (bit 0: answered; above it an errno), the queue it is about, and the state of that. */
+const Mailbox = { id: 2, signature: 6, status: 8, state: 28, length: 40 } as const;
+const MailboxSignature = { request: 0xdead, answer: 0xbeef } as const;
+const MailboxRequest = { setState: 1, getState: 2 } as const;
+const ANSWERED = 1;
+const EINVAL = 22;
+/** Offset 0 in the first round, which is where available and used descriptors of a packed ring begin. */
+const STATE_AT_START = [0x8000, 0x8000] as const;
 /** Milliseconds until the firmware looks by itself. */
 const POLL_MS = 5;
 /** Polls until a selected queue is acknowledged, and until DRIVER_OK counts. */
@@ -81,6 +98,9 @@ export interface WindowOptions {
 export class FirmwareWindow implements RegisterWindow {
   readonly #host: WindowHost;
   readonly #options: WindowOptions;
+  readonly #interruptCount: number;
+  /** How interrupts belonged to queues in 2024. */
+  readonly #inTurn: boolean;
   readonly #memory: Uint8Array;
   /** The common configuration as the firmware has seen it last. */
   readonly #seen = new Uint8Array(CommonCfgLength.full);
@@ -101,6 +121,13 @@ export class FirmwareWindow implements RegisterWindow {
   constructor(host: WindowHost, options: WindowOptions) {
     this.#host = host;
     this.#options = options;
+    const { faults } = options;
+    this.#interruptCount = faults.has('octep-no-interrupts')
+      ? 0
+      : faults.has('octep-one-interrupt')
+        ? 1
+        : OCTEP_INTERRUPTS;
+    this.#inTurn = faults.has('octep-interrupts-in-turn');
     this.#memory = new Uint8Array(options.size);
     this.#positions = Array.from({ length: options.queues }, () => ({ next: START }));
   }
@@ -118,7 +145,7 @@ export class FirmwareWindow implements RegisterWindow {
       return value;
     }
     const value = this.#get(offset, width);
-    if (isAwaited(common, value)) this.#poll();
+    if (isAwaited(common, value) || offset === Place.mailbox + Mailbox.status) this.#poll();
     return value;
   }
 
@@ -131,6 +158,7 @@ export class FirmwareWindow implements RegisterWindow {
     this.#put(offset, width, value);
     if (offset >= Place.notify) this.#notified(offset);
     else if (offset >= Place.common && offset < Place.common + CommonCfgLength.full) this.#pollSoon();
+    else if (offset >= Place.mailbox && offset < Place.mailbox + Mailbox.length) this.#pollSoon();
   }
 
   #readRegister(offset: number, width: number): number {
@@ -138,7 +166,7 @@ export class FirmwareWindow implements RegisterWindow {
     const { ready, inputControl } = OctepRegister;
     if (offset === ready || offset === ready + 4) return this.#ready[(offset - ready) >>> 2];
     if (offset !== inputControl + 4) return 0;
-    return this.#options.faults.has('octep-no-interrupts') ? 0 : OCTEP_INTERRUPTS << InterruptCount.shift;
+    return this.#interruptCount << InterruptCount.shift;
   }
 
   #writeRegister(offset: number, width: number, value: number): void {
@@ -162,13 +190,23 @@ export class FirmwareWindow implements RegisterWindow {
     return this.#positions[index];
   }
 
-  /** Receive queues only, and only when one of them wanted interrupts when the device was started. */
+  /**
+   * For receive queues when one of them wanted interrupts as the device was started, whatever they want now; for others while they want them, but never
+   * with the firmware of 2024.
+   */
   interruptQueue(index: number): void {
     // hot:
-    if (!this.#interrupts || index % 2 !== 0 || index >= this.#options.dataQueues) return;
+    const receives = index % 2 === 0 && index < this.#options.dataQueues;
+    const wanted = receives ? this.#interrupts : !this.#inTurn && this.#host.wantsInterrupts(index);
+    if (!wanted || this.#interruptCount === 0) return;
     this.#memory[PAGE * (1 + index) + CAUSE_FLAG] = 1;
-    const inTurn = this.#options.faults.has('octep-interrupts-in-turn');
-    this.#host.fire((inTurn ? index >>> 1 : index) % OCTEP_INTERRUPTS);
+    this.#host.fire((this.#inTurn ? index >>> 1 : index) % this.#interruptCount);
+  }
+
+  #receiversWantInterrupts(): boolean {
+    for (let index = 0; index < this.#options.dataQueues; index += 2)
+      if (this.#host.wantsInterrupts(index)) return true;
+    return false;
   }
 
   interruptConfig(needsReset: boolean): void {
@@ -182,7 +220,7 @@ export class FirmwareWindow implements RegisterWindow {
   }
 
   queueEnabled(): void {
-    if (this.#started) this.#interrupts ||= this.#host.wantsInterrupts();
+    if (this.#started) this.#interrupts ||= this.#receiversWantInterrupts();
   }
 
   /** As after power on: the firmware runs, and the driver of the physical function has left its mark. */
@@ -293,6 +331,7 @@ export class FirmwareWindow implements RegisterWindow {
     }
     this.#pollQueue();
     this.#pollStatus();
+    this.#pollMailbox();
     if (!faults.has('octep-queue-ignored')) this.#pollQueueSelect();
     // Whatever else was written is what it is.
     const pending = this.#selectPolls > 0 || this.#startPolls > 0;
@@ -375,8 +414,21 @@ export class FirmwareWindow implements RegisterWindow {
     if (++this.#startPolls <= DELAY.driverOk) return;
     this.#startPolls = 0;
     this.#started = true;
-    this.#interrupts = this.#host.wantsInterrupts();
+    this.#interrupts = this.#receiversWantInterrupts();
     registers.write(F.deviceStatus, 1, status & ~DeviceStatus.DEVICE_NEEDS_RESET);
+  }
+
+  #pollMailbox(): void {
+    const at = Place.mailbox;
+    if (this.#get(at + Mailbox.signature, 2) !== MailboxSignature.request) return;
+    const request = this.#get(at + Mailbox.id, 2);
+    const known = request === MailboxRequest.setState || request === MailboxRequest.getState;
+    if (request === MailboxRequest.getState) {
+      for (const [i, half] of STATE_AT_START.entries()) this.#put(at + Mailbox.state + 2 * i, 2, half);
+    }
+    this.#put(at + Mailbox.id, 2, 0);
+    this.#put(at + Mailbox.signature, 2, MailboxSignature.answer);
+    this.#put(at + Mailbox.status, 4, ANSWERED | ((known ? 0 : EINVAL) << 1));
   }
 
   #pollQueueSelect(): void {
