@@ -32,6 +32,8 @@ export interface Measurement {
 export interface Benchmark {
   /** Stable name, such as `ring.split.tx_rx.mpps`. */
   readonly name: string;
+  /** What the median is meant to reach at least. Nothing fails when it does not. */
+  readonly goal?: number;
   measure(): Measurement | Promise<Measurement>;
 }
 

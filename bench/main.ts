@@ -83,14 +83,22 @@ function machine(): Record<string, string | number> {
   };
 }
 
-function printTable(metrics: Record<string, Measurement>): void {
+/** A result as it is printed: with the goal, if the benchmark has one. */
+interface Metric extends Measurement {
+  readonly goal?: number;
+}
+
+function printTable(metrics: Record<string, Metric>): void {
   const table = new Table({
-    head: ['metric', 'median', 'min', 'max', 'unit'],
-    colAligns: ['left', 'right', 'right', 'right', 'left'],
+    head: ['metric', 'median', 'min', 'max', 'unit', 'goal'],
+    colAligns: ['left', 'right', 'right', 'right', 'left', 'left'],
     style: { head: [], border: [], compact: true },
   });
   const show = (value: number) => (Math.abs(value) >= 1000 ? value.toFixed(0) : value.toPrecision(4));
-  for (const [name, m] of Object.entries(metrics)) table.push([name, show(m.median), show(m.min), show(m.max), m.unit]);
+  for (const [name, m] of Object.entries(metrics)) {
+    const goal = m.goal === undefined ? '' : `>= ${m.goal}${m.median < m.goal ? ' missed' : ''}`;
+    table.push([name, show(m.median), show(m.min), show(m.max), m.unit, goal]);
+  }
   process.stdout.write(`${table.toString()}\n`);
 }
 
@@ -117,16 +125,16 @@ async function main(): Promise<number> {
     return 0;
   }
   const progress = process.stderr.isTTY;
-  const metrics: Record<string, Measurement> = {};
+  const metrics: Record<string, Metric> = {};
   let failed = 0;
-  for (const [i, { name }] of chosen.entries()) {
+  for (const [i, { name, goal }] of chosen.entries()) {
     if (progress) process.stderr.write(`\r\x1b[K${i + 1}/${chosen.length} ${name}`);
     const answer = await runAlone(name);
     if ('error' in answer) {
       failed++;
       process.stderr.write(`${progress ? '\r\x1b[K' : ''}bench: error: ${name}: ${answer.error}\n`);
     } else {
-      metrics[name] = answer;
+      metrics[name] = goal === undefined ? answer : { ...answer, goal };
     }
   }
   if (progress) process.stderr.write('\r\x1b[K');

@@ -1,9 +1,13 @@
 /**
- * A NIC's queues with all that is in front of the rings, against the loop device of `ring.ts`: bursts of 32 packets of 64 bytes that are
- * received and sent again. One packet forwarded counts once; a loop device is included, as in `ring.split.tx_rx.mpps`.
+ * A NIC's queues with all that is in front of the rings: bursts of 32 packets of 64 bytes that are received and sent again. One packet
+ * forwarded counts once. What plays the device is the loop device of `loop-device.ts`.
  *
- * `forward` has no SAs; `forward_inline` has one each way on the device, so each packet is counted, held against limits and
- * tagged on the way out, and counted on the way in. What software SAs cost is measured by `esp.ts`.
+ * - `nic.forward.64B`: queue pair in a worker thread (`openQueue`), MAC addresses swapped, the loop device in a thread of its own, which copies
+ *   each packet; two cores. `nic.forward.2q`: the rate of two such workers over that of one; each plays its own device, so two cores do.
+ * - `nic.interrupt.wake`: from the device's interrupt to the code behind `await rx.wait()` in a worker that slept.
+ * - `nic.forward_same_thread` and `nic.forward_inline`: driver and loop device in turns in one thread, so what the device costs is included,
+ *   and nothing is copied. `forward_inline` has an SA each way on the device, so each packet is counted, held against limits and tagged on the
+ *   way out, and counted on the way in. What software SAs cost is measured by `esp.ts`, what MRG_RXBUF costs by `ring.ts`.
  */
 import { IpsecManager } from '../../src/ipsec/manager.ts';
 import { NonceGuard, NonceMemory } from '../../src/ipsec/nonce-guard.ts';
@@ -20,7 +24,8 @@ import { createSaTable } from '../../src/virtio-net/sa-table.ts';
 import { TxQueue } from '../../src/virtio-net/tx.ts';
 import { virtqueueBytes } from '../../src/virtqueue/create.ts';
 import { SplitVirtqueue } from '../../src/virtqueue/split.ts';
-import { type BenchSuite, rate, ratio, type Workload } from '../harness.ts';
+import { Forwarding, type ForwardingOptions, Shared } from '../forwarding.ts';
+import { type Benchmark, type BenchSuite, rate, ratio, summarize, type Workload } from '../harness.ts';
 import { LoopDevice } from '../loop-device.ts';
 
 const BURST = 32;
@@ -123,10 +128,69 @@ function addSas(manager: IpsecManager, table: ReturnType<typeof createSaTable>):
   return 1;
 }
 
+/** Milliseconds until every thread runs compiled code, and of one sample. */
+const WARMUP_MS = 1500;
+const SAMPLE_MS = 200;
+const SAMPLES = 15;
+const WAKES = 300;
+
+/** A benchmark of threads; `sample` gives its values. */
+function threads(
+  name: string,
+  unit: string,
+  options: ForwardingOptions,
+  sample: (forwarding: Forwarding) => Promise<number[]>,
+): Benchmark {
+  const measure = async () => {
+    const forwarding = new Forwarding(options);
+    try {
+      await forwarding.ready();
+      return summarize(await sample(forwarding), unit);
+    } finally {
+      await forwarding.close();
+    }
+  };
+  return { name, measure };
+}
+
+async function forwardingRates(forwarding: Forwarding): Promise<number[]> {
+  forwarding.activate(1);
+  await forwarding.wait(WARMUP_MS);
+  const rates: number[] = [];
+  while (rates.length < SAMPLES) rates.push(await forwarding.rate(SAMPLE_MS));
+  return rates;
+}
+
+/** Two threads over one, turn about. */
+async function scaling(forwarding: Forwarding): Promise<number[]> {
+  forwarding.activate(2);
+  await forwarding.wait(WARMUP_MS);
+  const ratios: number[] = [];
+  while (ratios.length < SAMPLES) {
+    const rates: number[] = [];
+    for (const pairs of [1, 2, 1]) {
+      forwarding.activate(pairs);
+      await forwarding.wait(SAMPLE_MS / 4);
+      rates.push(await forwarding.rate(SAMPLE_MS));
+    }
+    ratios.push((2 * rates[1]) / (rates[0] + rates[2]));
+  }
+  return ratios;
+}
+
+async function wakeTimes(forwarding: Forwarding): Promise<number[]> {
+  const { words, times } = forwarding;
+  while (Atomics.load(words, Shared.active) < WAKES) await forwarding.wait(10);
+  return [...times.subarray(1, WAKES + 1)];
+}
+
 export const suite: BenchSuite = {
   name: 'nic',
   *benchmarks() {
-    yield rate('nic.forward.64B.mpps', 'Mpps', () => forward(false));
+    yield threads('nic.forward.64B.mpps', 'Mpps', { pairs: 1, device: 'separate' }, forwardingRates);
+    yield threads('nic.forward.2q.ratio', 'ratio', { pairs: 2, device: 'together' }, scaling);
+    yield threads('nic.interrupt.wake.us', 'us', { pairs: 1, device: 'separate', role: 'wake' }, wakeTimes);
+    yield rate('nic.forward_same_thread.64B.mpps', 'Mpps', () => forward(false));
     yield rate('nic.forward_inline.64B.mpps', 'Mpps', () => forward(true));
     yield ratio(
       'nic.forward_inline.64B.ratio',

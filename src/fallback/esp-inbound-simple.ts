@@ -68,15 +68,7 @@ const {
 } = PacketFlag;
 const { ok: JOB_STATUS_OK } = JobStatus;
 const { failures: RESYNC_FAILURES } = Resync;
-const {
-  end: AT_END,
-  header: AT_HEADER,
-  high: AT_HIGH,
-  ip: AT_IP,
-  low: AT_LOW,
-  packet: AT_PACKET,
-  record: AT_RECORD,
-} = At;
+const { high: AT_HIGH, ip: AT_IP, low: AT_LOW, packet: AT_PACKET, record: AT_RECORD } = At;
 
 /** Fields as their 16-bit words are in memory, bytes swapped. */
 const ETHERTYPE_IPV4 = 0x0008;
@@ -134,6 +126,10 @@ export function openSimple(
   let group = path.group | 0;
   let count = jobs.count | 0;
   let i = from | 0;
+  // One read of each array: what V8 then knows about it holds in the loop, which is too long for it to look ahead.
+  let known = u16[0] | packets[0] | offsets[0] | lengths[0] | next[0] | hash[0] | words[0] | windows[0] | state[0];
+  known |= positions[0] | context[0] | cipherOffset[0] | cipherLength[0] | icvOffset[0] | nonces[0];
+  path.touched = known;
   for (; i < n; i++) {
     const p = packets[(base + i) | 0] & 0x7fffffff;
     const at = offsets[p] | 0;
@@ -264,8 +260,6 @@ export function openSimple(
     state[s + AT_RECORD] = record;
     state[s + AT_PACKET] = p;
     state[s + AT_IP] = ip;
-    state[s + AT_HEADER] = header;
-    state[s + AT_END] = end;
     state[s + AT_LOW] = low;
     state[s + AT_HIGH] = high;
   }
@@ -302,9 +296,15 @@ export function completeSimple(
   const positions = burst.position;
   const jobs = burst.jobs;
   const status = jobs.status;
+  const cipherOffset = jobs.cipherOffset;
+  const cipherLength = jobs.cipherLength;
   const count = jobs.count | 0;
   const link = linkHeader | 0;
   let j = from | 0;
+  // As in `openSimple`.
+  let known = u8[0] | u16[0] | u32[0] | offsets[0] | lengths[0] | handles[0] | flags[0] | words[0] | windows[0];
+  known |= state[0] | positions[0] | status[0] | cipherOffset[0] | cipherLength[0] | verdicts[0];
+  path.touched = known;
   for (; j < count; j++) {
     const position = positions[j];
     const s = (position & 0xff) << 3;
@@ -332,9 +332,8 @@ export function completeSimple(
     }
 
     // 3. Trailer.
-    const body = (state[s + AT_HEADER] + AEAD_HEADER) | 0;
-    const icvLength = (words[record + SA_WORD_SIZES] >> SIZES_ICV) & 0xff;
-    const trailer = (state[s + AT_END] - icvLength - ESP_TRAILER_LENGTH) | 0;
+    const body = cipherOffset[j] | 0;
+    const trailer = (body + cipherLength[j] - ESP_TRAILER_LENGTH) | 0;
     const padLength = u8[trailer];
     const nextHeader = u8[(trailer + 1) | 0];
     const payload = (trailer - body - padLength) | 0;

@@ -69,13 +69,17 @@ export function decapsulateUniform(
   path.group = -1;
   readAheadInbound(path, sad.hash, sad.shift, packets, base, n, linkHeader);
   let i = 0;
+  // Whether the next packet may be simple: if the last one was on a simple SA, and to begin with.
+  let trySimple = true;
   for (; i < n; i++) {
-    i = openSimple(path, sad.hash, sad.shift, packets, base, i, n, linkHeader);
+    if (trySimple) i = openSimple(path, sad.hash, sad.shift, packets, base, i, n, linkHeader);
     if (i === n) break;
     const p = packets[base + i];
     const verdict = classifyOne(path, sad, espPorts, p, i, linkHeader);
     if (verdict === Verdict.ok) {
-      const own = words[burst.state[(i << 3) + At.record] + SaWord.group];
+      const record = burst.state[(i << 3) + At.record];
+      const own = words[record + SaWord.group];
+      trySimple = (words[record + SaWord.kind] & SaKind.simple) !== 0;
       const group = path.groups[own];
       if ((path.group !== -1 && path.group !== own) || group.protocol !== 'esp') break;
       path.group = own;

@@ -184,7 +184,10 @@ export function encapsulateSimple(
   let identification = path.identification | 0;
   let n = jobs.count | 0;
   let k = from | 0;
-
+  // One read of each array: what V8 then knows about it holds in the loop, which is too long for it to look ahead.
+  let known = u8[0] | u16[0] | u32[0] | offsets[0] | lengths[0] | flags[0] | words[0] | order[0] | state[0];
+  known |= positions[0] | context[0] | cipherOffset[0] | cipherLength[0] | icvOffset[0] | nonces[0] | verdicts[0];
+  path.touched = known;
   for (; k < to; k++) {
     const position = order[k];
     const s = (position & 0xff) << 3;
