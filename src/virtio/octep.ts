@@ -19,6 +19,8 @@ import { makeNotifier, notifyMultiplier, readAdminQueues, readUnchanged, type St
 import type { ConfigReader, InterruptCauses, QueueNotifier, QueueSetup, VirtioTransport } from './transport.ts';
 
 const DEFAULT_ACKNOWLEDGE_TIMEOUT = 10_000;
+/** Queues begin at one. */
+const PAGE = 0x1000;
 /** No queue is selected. */
 const NONE = -1;
 
@@ -204,6 +206,9 @@ class OctepTransport implements VirtioTransport {
     if (setup.size === 0 || setup.size > max) {
       const text = `queue ${index} takes ${max} descriptors, not ${setup.size}`;
       throw new VirtioError('QUEUE_SIZE', `${this.address}: ${text}`);
+    }
+    if (setup.descriptorArea % PAGE !== 0) {
+      throw new RangeError(`${this.address}: the ring of queue ${index} is not at the start of a page`);
     }
     const { notify } = this.#parts;
     const offset = this.#read16(CommonCfgField.queueNotifyOff) * this.#notifyMultiplier;

@@ -1,3 +1,4 @@
+import fc from 'fast-check';
 import { afterEach, describe, expect, it } from 'vitest';
 import type { OctepFault } from '../../src/device/personalities/octep-faults.ts';
 import { VfioError, VirtioError } from '../../src/errors.ts';
@@ -311,6 +312,69 @@ describe('the transport of octeon_ep class functions', () => {
     ]);
     bar.write8(ISR, IsrBit.CONFIG);
     expect([transport.readIsr(), transport.readIsr()]).toEqual([IsrBit.CONFIG, 0]);
+  });
+
+  it('wants rings at the start of a page', async () => {
+    const transport = await openOctepTransport(make());
+    expect(() => transport.enableQueue(0, { ...setup(0x8000), descriptorArea: 0x1040 })).toThrow(RangeError);
+  });
+
+  it('survives any content of the window', async () => {
+    const WINDOW = 0x4000;
+    const capability = fc.record({
+      kind: fc.constantFrom(9, 9, 9, 5),
+      next: fc.constantFrom(0, 0x45, 0x59, 0x69, 0x79, 0x35, 0xff),
+      length: fc.constantFrom(16, 20, 20, 255, 3),
+      type: fc.constantFrom(1, 2, 3, 4, 9, 77),
+      bar: fc.constantFrom(4, 4, 4, 0, 9),
+      offset: fc.constantFrom(0x90, 0xd0, 0x100, 0x1000, 0x1001, 0x3fff, 0xffffffff),
+      size: fc.constantFrom(64, 4, 0x3000, 1, 0, 0xffffffff),
+    });
+    const contents = fc.tuple(
+      fc.uint8Array({ minLength: WINDOW, maxLength: WINDOW }),
+      fc.array(capability, { minLength: 5, maxLength: 5 }),
+      fc.integer({ min: 0, max: 15 }),
+    );
+    await fc.assert(
+      fc.asyncProperty(contents, async ([memory, list, interrupts]) => {
+        const fn = make();
+        const view = new DataView(memory.buffer, memory.byteOffset);
+        view.setUint32(0, 0xfeedfeed, true);
+        view.setUint32(4, 0x3355ffaa, true);
+        memory[0x34] = 0x35;
+        for (const [i, at] of [0x35, 0x45, 0x59, 0x69, 0x79].entries()) {
+          const { kind, next, length, type, bar, offset, size } = list[i];
+          memory.set([kind, next, length, type, bar], at);
+          view.setUint32(at + 8, offset, true);
+          view.setUint32(at + 12, size, true);
+        }
+        fn.window.read = (bar, at, width) => {
+          if (bar === 0) return at === 0x10004 ? interrupts << 16 : 0;
+          let value = 0;
+          for (let i = width - 1; i >= 0; i--) value = value * 256 + (memory[at + i] ?? 0);
+          return value;
+        };
+        fn.window.write = () => {};
+        try {
+          const transport = await openOctepTransport(fn, { readyTimeout: 0, acknowledgeTimeout: 0 });
+          const steps: (() => unknown)[] = [
+            () => transport.readDeviceFeatures(),
+            () => transport.writeDriverFeatures(fn.offered),
+            () => transport.queueCount(),
+            () => transport.adminQueues(),
+            () => transport.maxQueueSize(0),
+            () => transport.enableQueue(1, setup(0x8000)),
+            () => transport.readConfig((config) => config.read32(20)),
+            () => transport.causes?.take(1),
+            () => transport.readIsr(),
+          ];
+          for (const step of steps) await outcome(step);
+        } catch (error) {
+          codeOf(error);
+        }
+      }),
+      { numRuns: 60 },
+    );
   });
 
   it('has configuration changes on vector 0 and nowhere else', async () => {

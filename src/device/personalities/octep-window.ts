@@ -16,46 +16,17 @@ import {
   CAUSE_FLAG,
   InterruptCount,
   OctepBar,
-  OctepId,
   OctepRegister,
   OctepWindow,
   READY_MARK,
-  VendorData,
   WINDOW_SIGNATURE,
 } from '../../virtio/octep-layout.ts';
-import {
-  CommonCfgLength,
-  DeviceStatus,
-  CommonCfgField as F,
-  IsrBit,
-  PCI_CAP_VENDOR,
-  VirtioCapField,
-  VirtioCapLength,
-  VirtioCfgType,
-} from '../../virtio/pci-layout.ts';
+import { CommonCfgLength, DeviceStatus, CommonCfgField as F, IsrBit } from '../../virtio/pci-layout.ts';
 import type { RegisterWindow, WindowHost } from '../function.ts';
 import { OCTEP_INTERRUPTS, OCTEP_MAX_QUEUES, OCTEP_QUEUE_SIZE } from './octep.ts';
 import type { OctepFault } from './octep-faults.ts';
+import { answerMailbox, get, Mailbox, PAGE, Place, put, writeWindow } from './octep-firmware.ts';
 
-const PAGE = 0x1000;
-/** Where the firmware puts things: capabilities back to back, none of them aligned. */
-const Place = {
-  capabilities: 0x35,
-  common: 0x90,
-  isr: 0xd0,
-  config: 0x100,
-  configLength: 64,
-  mailbox: 0x140,
-  notify: PAGE,
-} as const;
-/** The mailbox: a request, its status (bit 0: answered; above it an errno), the queue it is about, and the state of that. */
-const Mailbox = { id: 2, signature: 6, status: 8, state: 28, length: 40 } as const;
-const MailboxSignature = { request: 0xdead, answer: 0xbeef } as const;
-const MailboxRequest = { setState: 1, getState: 2 } as const;
-const ANSWERED = 1;
-const EINVAL = 22;
-/** Offset 0 in the first round, which is where available and used descriptors of a packed ring begin. */
-const STATE_AT_START = [0x8000, 0x8000] as const;
 /** Milliseconds until the firmware looks by itself. */
 const POLL_MS = 5;
 /** Polls until a selected queue is acknowledged, and until DRIVER_OK counts. */
@@ -66,8 +37,6 @@ const NO_SELECTION = 0xffffffff;
 /** Where a queue stands at first: at its start, with a wrap counter of 1. */
 const START = 0x8000;
 const LATE_MS = 500;
-const CRYPTO_DEVICE = 20;
-const NETWORK_DEVICE = 1;
 /** Bits of `device_status` that the firmware looks at. */
 const STATUS_MASK = 0x7f;
 
@@ -132,8 +101,6 @@ export class FirmwareWindow implements RegisterWindow {
     this.#positions = Array.from({ length: options.queues }, () => ({ next: START }));
   }
 
-  // --- the driver's side ---
-
   read(bar: number, offset: number, width: number): number {
     if (bar === OctepBar.registers) return this.#readRegister(offset, width);
     if (bar !== OctepBar.window) return 0;
@@ -183,8 +150,6 @@ export class FirmwareWindow implements RegisterWindow {
     position.next = this.#get(PAGE * (1 + index) + 2, 2);
     this.#host.notified(index);
   }
-
-  // --- what the function asks for ---
 
   reach(index: number): { readonly next: number } {
     return this.#positions[index];
@@ -241,51 +206,11 @@ export class FirmwareWindow implements RegisterWindow {
     this.#lateTimer = null;
   }
 
-  // --- the firmware ---
-
   #boot(): void {
     const { faults } = this.#options;
     if (!faults.has('octep-ready-taken')) this.#ready[0] = READY_MARK;
-    if (!faults.has('octep-no-signature')) {
-      for (const [i, word] of WINDOW_SIGNATURE.entries()) this.#put(OctepWindow.signature + 4 * i, 4, word);
-      this.#writeCapabilities();
-    }
+    if (!faults.has('octep-no-signature')) writeWindow(this.#memory, this.#options.queues, faults);
     this.#defaults();
-  }
-
-  #writeCapabilities(): void {
-    const { faults, queues } = this.#options;
-    const common = { type: VirtioCfgType.COMMON, offset: Place.common, length: CommonCfgLength.full };
-    const notify = { type: VirtioCfgType.NOTIFY, offset: Place.notify, length: PAGE * queues };
-    const isr = { type: VirtioCfgType.ISR, offset: Place.isr, length: 4 };
-    const config = { type: VirtioCfgType.DEVICE, offset: Place.config, length: Place.configLength };
-    const list = faults.has('octep-capability-missing') ? [common, notify, config] : [common, notify, isr, config];
-    let at: number = Place.capabilities;
-    this.#put(OctepWindow.capabilities, 1, at);
-    for (const { type, offset, length } of list) {
-      const size = type === VirtioCfgType.NOTIFY ? VirtioCapLength.notify : VirtioCapLength.plain;
-      const isOff = type === VirtioCfgType.ISR && faults.has('octep-capability-bar');
-      const isLong = type === VirtioCfgType.NOTIFY && faults.has('octep-capability-bounds');
-      this.#capability(at, at + size, size, type);
-      this.#put(at + VirtioCapField.bar, 1, isOff ? 2 : OctepBar.window);
-      this.#put(at + VirtioCapField.offset, 4, offset);
-      this.#put(at + VirtioCapField.structureLength, 4, isLong ? 2 ** 31 : length);
-      if (type === VirtioCfgType.NOTIFY) this.#put(at + VirtioCapField.notifyOffMultiplier, 4, PAGE);
-      at += size;
-    }
-    const first = Place.capabilities;
-    this.#capability(at, faults.has('octep-capability-loop') ? first : 0, VendorData.length, VirtioCfgType.VENDOR);
-    this.#put(at + VendorData.vendorId, 2, faults.has('octep-vendor') ? 1 : OctepId.vendor);
-    this.#put(at + VendorData.id, 1, VendorData.deviceType);
-    this.#put(at + VendorData.data, 1, faults.has('octep-crypto') ? CRYPTO_DEVICE : NETWORK_DEVICE);
-    if (faults.has('octep-capability-kind')) this.#put(at + VirtioCapField.vendor, 1, PCI_CAP_VENDOR - 1);
-  }
-
-  #capability(at: number, next: number, length: number, type: number): void {
-    this.#put(at + VirtioCapField.vendor, 1, PCI_CAP_VENDOR);
-    this.#put(at + VirtioCapField.next, 1, next);
-    this.#put(at + VirtioCapField.length, 1, length);
-    this.#put(at + VirtioCapField.cfgType, 1, type);
   }
 
   /** The common configuration after a reset. */
@@ -331,7 +256,7 @@ export class FirmwareWindow implements RegisterWindow {
     }
     this.#pollQueue();
     this.#pollStatus();
-    this.#pollMailbox();
+    answerMailbox(this.#memory);
     if (!faults.has('octep-queue-ignored')) this.#pollQueueSelect();
     // Whatever else was written is what it is.
     const pending = this.#selectPolls > 0 || this.#startPolls > 0;
@@ -372,7 +297,7 @@ export class FirmwareWindow implements RegisterWindow {
   #keepDriverFeatures(): void {
     const value = this.#common(F.driverFeature, 4);
     if (this.#driverWord === NONE || this.#driverWord >= this.#options.featureWords) return;
-    if (value === read(this.#seen, F.driverFeature, 4)) return;
+    if (value === get(this.#seen, F.driverFeature, 4)) return;
     this.#host.registers.write(F.driverFeature, 4, value);
     this.#field(F.driverFeature, 4, value);
   }
@@ -384,8 +309,8 @@ export class FirmwareWindow implements RegisterWindow {
     const values = QUEUE_FIELDS.map(([at, width]) => this.#common(at, width));
     this.#queues.set(index, values);
     const enable = this.#common(F.queueEnable, 2);
-    if (enable === read(this.#seen, F.queueEnable, 2)) return;
-    write(this.#seen, F.queueEnable, 2, enable);
+    if (enable === get(this.#seen, F.queueEnable, 2)) return;
+    put(this.#seen, F.queueEnable, 2, enable);
     const { registers } = this.#host;
     if (enable !== 1 || index >= this.#options.queues) return;
     registers.write(F.queueSelect, 2, index);
@@ -418,19 +343,6 @@ export class FirmwareWindow implements RegisterWindow {
     registers.write(F.deviceStatus, 1, status & ~DeviceStatus.DEVICE_NEEDS_RESET);
   }
 
-  #pollMailbox(): void {
-    const at = Place.mailbox;
-    if (this.#get(at + Mailbox.signature, 2) !== MailboxSignature.request) return;
-    const request = this.#get(at + Mailbox.id, 2);
-    const known = request === MailboxRequest.setState || request === MailboxRequest.getState;
-    if (request === MailboxRequest.getState) {
-      for (const [i, half] of STATE_AT_START.entries()) this.#put(at + Mailbox.state + 2 * i, 2, half);
-    }
-    this.#put(at + Mailbox.id, 2, 0);
-    this.#put(at + Mailbox.signature, 2, MailboxSignature.answer);
-    this.#put(at + Mailbox.status, 4, ANSWERED | ((known ? 0 : EINVAL) << 1));
-  }
-
   #pollQueueSelect(): void {
     const select = this.#common(F.queueSelect, 2);
     if ((select & AcknowledgeBit.select) === 0) return;
@@ -456,12 +368,10 @@ export class FirmwareWindow implements RegisterWindow {
     this.#field(F.queueNotifyOff, 2, index);
   }
 
-  // --- memory ---
-
   /** Writes a field of the common configuration so that the firmware does not take it for the driver's doing. */
   #field(at: number, width: number, value: number): void {
     this.#put(Place.common + at, width, value);
-    write(this.#seen, at, width, value);
+    put(this.#seen, at, width, value);
   }
 
   #common(at: number, width: number): number {
@@ -473,11 +383,11 @@ export class FirmwareWindow implements RegisterWindow {
   }
 
   #get(at: number, width: number): number {
-    return read(this.#memory, at, width);
+    return get(this.#memory, at, width);
   }
 
   #put(at: number, width: number, value: number): void {
-    write(this.#memory, at, width, value);
+    put(this.#memory, at, width, value);
   }
 }
 
@@ -486,14 +396,4 @@ function isAwaited(at: number, value: number): boolean {
   if (at === F.deviceStatus) return value === AcknowledgeBit.reset;
   if (at !== F.deviceFeatureSelect && at !== F.driverFeatureSelect && at !== F.queueSelect) return false;
   return value !== NO_SELECTION && (value & AcknowledgeBit.select) !== 0;
-}
-
-function read(bytes: Uint8Array, at: number, width: number): number {
-  let value = 0;
-  for (let i = width - 1; i >= 0; i--) value = value * 256 + bytes[at + i];
-  return value;
-}
-
-function write(bytes: Uint8Array, at: number, width: number, value: number): void {
-  for (let i = 0; i < width; i++) bytes[at + i] = value >>> (8 * i);
 }
