@@ -56,6 +56,7 @@ export interface OpenInline {
 export async function openInline(parts: InlineParts): Promise<OpenInline> {
   const { fn, admin, options, features } = parts;
   const without = (obstacle: string): OpenInline => ({ inline: null, obstacle, flowFilter: null });
+  if (options.unknownRevision !== null) return without(options.unknownRevision);
   if (options.ipsec === 'software' || options.ipsec === 'off') return without('inline IPsec is not wanted');
   if (!features.has(Feature.IPSEC)) return without('the device does not offer VIRTIO_NET_F_IPSEC');
   if (admin === null) return without('the device does not offer VIRTIO_F_ADMIN_VQ');

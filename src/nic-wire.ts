@@ -17,7 +17,11 @@ import type { WireRevision } from './virtio/revision.ts';
 import type { VirtioTransport } from './virtio/transport.ts';
 
 /** Options of which the revision is known. */
-export type OpenOptions = ResolvedOptions & { readonly wire: WireRevision };
+export type OpenOptions = ResolvedOptions & {
+  readonly wire: WireRevision;
+  /** Why inline IPsec cannot be had, when the device has it and does not say which revision it speaks; else null. */
+  readonly unknownRevision: string | null;
+};
 
 /** What a device speaks that does not say: without IPsec the revisions are the same. */
 const DEFAULT_REVISION: WireRevision = 'virtio-1.4';
@@ -29,23 +33,32 @@ const READING: readonly number[] = [
   AdminOpcode.DEVICE_CAP_GET,
 ];
 
-/** `options` with the revision that the device speaks. Throws VfioError; whatever else is wrong shows when the device is brought up. */
+/** What was found out: the revision, or why not; neither when the device has no inline IPsec. */
+interface Answer {
+  readonly revision: WireRevision | null;
+  readonly obstacle: string | null;
+}
+
+const NO_IPSEC: Answer = { revision: null, obstacle: null };
+
+/**
+ * `options` with the revision that the device speaks. The packet header with IPSEC depends on it, so of a device that does not tell IPSEC is not
+ * taken, unless it must be. Throws VfioError; whatever else is wrong shows when the device is brought up.
+ */
 export async function withRevision(
   fn: DeviceFunction,
   transport: VirtioTransport,
   options: ResolvedOptions,
 ): Promise<OpenOptions> {
-  if (options.wire !== 'auto') return { ...options, wire: options.wire };
+  if (options.wire !== 'auto') return { ...options, wire: options.wire, unknownRevision: null };
   const inlineWanted = options.ipsec === 'auto' || options.ipsec === 'inline';
-  const revision = inlineWanted ? await askDevice(fn, transport, options) : null;
-  return { ...options, wire: revision ?? DEFAULT_REVISION };
+  const { revision, obstacle } = inlineWanted ? await askDevice(fn, transport, options) : NO_IPSEC;
+  const known = { ...options, wire: revision ?? DEFAULT_REVISION, unknownRevision: null };
+  if (obstacle === null || options.ipsec !== 'auto') return known;
+  return { ...known, ipsec: 'software', unknownRevision: obstacle };
 }
 
-async function askDevice(
-  fn: DeviceFunction,
-  transport: VirtioTransport,
-  options: ResolvedOptions,
-): Promise<WireRevision | null> {
+async function askDevice(fn: DeviceFunction, transport: VirtioTransport, options: ResolvedOptions): Promise<Answer> {
   const made: AdminQueue[] = [];
   const required = platformFeatures(fn);
   const wanted = genericFeatures(options).or(FeatureSet.of(Feature.ADMIN_VQ, Feature.IPSEC));
@@ -55,10 +68,10 @@ async function askDevice(
   };
   try {
     await initializeDevice(transport, { required, wanted, resetTimeout: options.resetTimeout, setup });
-    return made.length === 0 ? null : await readRevision(made[0]);
+    return made.length === 0 ? NO_IPSEC : await readRevision(made[0]);
   } catch (error) {
     if (error instanceof VfioError || fn.gone || !(error instanceof VipsecError)) throw error;
-    return null;
+    return { revision: null, obstacle: `${error.message} [${error.code}]` };
   } finally {
     // The queue's memory may go only when the device does not use it any more.
     if (!fn.gone) await resetDevice(transport, options.resetTimeout).catch(() => {});
@@ -66,11 +79,17 @@ async function askDevice(
   }
 }
 
-async function readRevision(admin: AdminQueue): Promise<WireRevision | null> {
+async function readRevision(admin: AdminQueue): Promise<Answer> {
+  const unknown = (obstacle: string): Answer => ({ revision: null, obstacle });
   const offered = await admin.listQuery();
-  if (!READING.every((opcode) => offered.includes(opcode))) return null;
+  if (!READING.every((opcode) => offered.includes(opcode))) {
+    return unknown('the device does not offer the commands that read capabilities');
+  }
   await admin.listUse(READING);
   const ids = await admin.capabilityIds();
-  if (!ids.includes(IpsecCapability.sa)) return null;
-  return recogniseRevision(await admin.deviceCapability(IpsecCapability.sa));
+  if (!ids.includes(IpsecCapability.sa)) return unknown('the device has no VIRTIO_NET_IPSEC_SA_CAP');
+  const revision = recogniseRevision(await admin.deviceCapability(IpsecCapability.sa));
+  return revision === null
+    ? unknown('the device does not tell which wire revision it speaks')
+    : { revision, obstacle: null };
 }

@@ -98,7 +98,7 @@ describe.each(WIRE_REVISIONS)('a device of %s whose inline IPsec cannot be used'
   it.each<FaultName>(['admin-error', 'admin-silent', 'admin-list-empty', 'admin-short-reply', 'capability-malformed'])(
     'protects in software instead, and nothing leaves in clear, with the fault %s',
     async (fault) => {
-      const pair = await openPair({ faults: [fault], nic: { ...quick, wire }, wire }, { ipsec: false, wire });
+      const pair = await openPair({ faults: [fault], nic: quick, wire }, { ipsec: false, wire });
       const { a, b } = pair;
       const { outbound, inbound } = saPair();
       const out = await a.ipsec.addSa(outbound);
