@@ -140,6 +140,7 @@ function threads(
   unit: string,
   options: ForwardingOptions,
   sample: (forwarding: Forwarding) => Promise<number[]>,
+  goal?: number,
 ): Benchmark {
   const measure = async () => {
     const forwarding = new Forwarding(options);
@@ -150,7 +151,7 @@ function threads(
       await forwarding.close();
     }
   };
-  return { name, measure };
+  return goal === undefined ? { name, measure } : { name, measure, goal };
 }
 
 async function forwardingRates(forwarding: Forwarding): Promise<number[]> {
@@ -187,8 +188,8 @@ async function wakeTimes(forwarding: Forwarding): Promise<number[]> {
 export const suite: BenchSuite = {
   name: 'nic',
   *benchmarks() {
-    yield threads('nic.forward.64B.mpps', 'Mpps', { pairs: 1, device: 'separate' }, forwardingRates);
-    yield threads('nic.forward.2q.ratio', 'ratio', { pairs: 2, device: 'together' }, scaling);
+    yield threads('nic.forward.64B.mpps', 'Mpps', { pairs: 1, device: 'separate' }, forwardingRates, 10);
+    yield threads('nic.forward.2q.ratio', 'ratio', { pairs: 2, device: 'together' }, scaling, 1.7);
     yield threads('nic.interrupt.wake.us', 'us', { pairs: 1, device: 'separate', role: 'wake' }, wakeTimes);
     yield rate('nic.forward_same_thread.64B.mpps', 'Mpps', () => forward(false));
     yield rate('nic.forward_inline.64B.mpps', 'Mpps', () => forward(true));
