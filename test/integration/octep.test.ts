@@ -25,6 +25,7 @@ import {
   startDevice,
   until,
 } from './support.ts';
+import { hire } from './worker-support.ts';
 
 afterEach(cleanUp);
 
@@ -98,6 +99,19 @@ describe('a NIC on an octeon_ep class function', () => {
       },
       () => `${got} packets of 12`,
     );
+  });
+
+  it('hands queue pairs to other threads, which notify with where their rings stand', async () => {
+    const device = await startDevice({ ...published, queuePairs: 2 });
+    const nic = await open(device.addresses[0], { queuePairs: 2, workerQueues: 1 });
+    const host = await hire(nic.workerQueues[0]);
+    for (const policy of ['poll', 'interrupt'] as const) {
+      await host.policy(1, policy);
+      await host.send(1, frames);
+      expect((await host.receive(1, frames.length)).map(({ frame }) => frame)).toEqual(frames);
+    }
+    const [, received] = await Promise.all([send(nic, frames, null), receive(nic, frames.length)]);
+    expect(received.map(({ frame }) => frame)).toEqual(frames);
   });
 
   it('refuses options that the hardware cannot have', async () => {
