@@ -14,7 +14,7 @@ import type { InlineIpsec } from './ipsec/inline.ts';
 import type { SoftwareSide } from './ipsec/manager.ts';
 import { SaPlace, type SaState } from './ipsec/sa-state.ts';
 import { burstsOf, type Sleeper, type WaitPolicy, waitForPackets } from './nic-interrupts.ts';
-import { SaSegments, Split } from './nic-segments.ts';
+import { Found, SaSegments, Split } from './nic-segments.ts';
 import { Ethernet } from './packet/fields.ts';
 import { fillChecksum } from './packet/fill-checksum.ts';
 import { NO_PACKET, PacketFlag, type PacketPool } from './packet/pool.ts';
@@ -29,7 +29,7 @@ export type TxRing = Pick<
 >;
 export type RxRing = Pick<
   RxQueue,
-  'burst' | 'networkHeader' | 'broken' | 'counters' | 'enableInterrupts' | 'disableInterrupts'
+  'burst' | 'hasChains' | 'networkHeader' | 'broken' | 'counters' | 'enableInterrupts' | 'disableInterrupts'
 >;
 
 /** What is used of the SAs: the parts of `IpsecManager` that are on the data path. Another thread has its own. */
@@ -72,6 +72,8 @@ export class NicTxQueue {
   /** Packets, and segments of those that were cut. */
   readonly #cut = new Uint32Array(CHUNK + MAX_SEGMENTS);
   readonly #single = new Uint32Array(1);
+  /** Whether the burst that is being sent may have chains of slots. */
+  #hasChains = false;
 
   constructor(ring: TxRing, pool: PacketPool, ipsec: DataPathIpsec, options: NicQueueOptions = {}) {
     this.#ring = ring;
@@ -106,7 +108,9 @@ export class NicTxQueue {
     if (ring.room < n) ring.reclaim();
     const count = Math.min(n, ring.room, packets.length);
     if (count <= 0) return ring.burst(packets, n);
-    if (this.#segments.isAmong(packets, count)) return this.#burstCut(packets, count);
+    const found = this.#segments.look(packets, count);
+    this.#hasChains = (found & Found.chain) !== 0;
+    if ((found & Found.segmented) !== 0) return this.#burstCut(packets, count);
     for (let from = 0; from < count; from += CHUNK) this.#chunk(packets, from, Math.min(from + CHUNK, count));
     return count;
   }
@@ -147,6 +151,7 @@ export class NicTxQueue {
   /** hot: sends or drops `packets[from..to)`; the ring has room for them. */
   #chunk(packets: Uint32Array, from: number, to: number): void {
     const { sa, length, next } = this.#pool;
+    const hasChains = this.#hasChains;
     const { state } = this.#ipsec;
     const { place } = state;
     const send = this.#send;
@@ -184,7 +189,7 @@ export class NicTxQueue {
         send[sending++] = p;
         continue;
       }
-      const bytes = (next[p] === NO_PACKET ? length[p] : this.#pool.chainLength(p)) - LINK_HEADER;
+      const bytes = (hasChains && next[p] !== NO_PACKET ? this.#pool.chainLength(p) : length[p]) - LINK_HEADER;
       let verdict: number = where === SaPlace.inlineOutbound ? Verdict.tooBig : state.whyUnknown(handle);
       if (bytes > 0 && bytes <= longest) {
         run++;
@@ -263,7 +268,9 @@ export class NicTxQueue {
 
   /** Returns the packets that the device is done with to the pool, and says how many. */
   reclaim(): number {
-    return this.#ring.reclaim();
+    const n = this.#ring.reclaim();
+    if (n === 0 && this.#ring.broken !== null) this.#onBroken();
+    return n;
   }
 
   /** Packets that `burst` would take now without waiting for the device. */
@@ -342,6 +349,7 @@ export class NicRxQueue {
   /** hot: examines `out[from..to)` and moves what is delivered to `out[kept…)`. Returns the new `kept`. */
   #chunk(out: Uint32Array, from: number, to: number, kept: number): number {
     const { sa, flags, length, next: chained } = this.#pool;
+    const hasChains = this.#ring.hasChains;
     const { state } = this.#ipsec;
     const { selective } = state;
     const candidates = this.#candidates;
@@ -371,7 +379,7 @@ export class NicRxQueue {
             runBytes = 0;
           }
           run++;
-          runBytes += (chained[p] === NO_PACKET ? length[p] : this.#pool.chainLength(p)) - LINK_HEADER;
+          runBytes += (hasChains && chained[p] !== NO_PACKET ? this.#pool.chainLength(p) : length[p]) - LINK_HEADER;
           if ((flags[p] & PacketFlag.softExpiry) !== 0) state.deviceSoftExpiry(handle);
         } else {
           verdict = Verdict.selector;

@@ -22,6 +22,7 @@ class FakeRing implements TxRing, RxRing {
   broken: VirtioError | null = null;
   room = 512;
   size = 512;
+  hasChains = true;
   readonly #pool: PacketPool;
 
   constructor(pool: PacketPool) {

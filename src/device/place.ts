@@ -39,6 +39,8 @@ const COUNTED = 128;
 /** Times that a frame is spread over buffers whose lengths differ from what they were a moment ago. */
 const ATTEMPTS = 3;
 const MAX_U16 = 0xffff;
+/** Bytes that a fault says were received. */
+const RUNT = 4;
 
 export interface PlacerOptions {
   readonly pool: PacketPool;
@@ -57,6 +59,7 @@ export class FramePlacer {
   readonly #pool: PacketPool;
   readonly #counters: Float64Array;
   readonly #faults: FrameFaults | null;
+  readonly #makesRunts: boolean;
   readonly #header = new NetHeader();
   /** By queue pair: how many buffers were there when they were too few for the next frame. */
   readonly #tooFew: Uint16Array;
@@ -77,6 +80,7 @@ export class FramePlacer {
     this.#pool = options.pool;
     this.#counters = options.counters;
     this.#faults = frameFaults(options.faults);
+    this.#makesRunts = options.faults.has('rx-runt');
     this.#tooFew = new Uint16Array(options.pairs);
   }
 
@@ -135,7 +139,7 @@ export class FramePlacer {
         if (queue.broken === null) queue.putBack(1);
         return false;
       }
-      queue.complete(first, this.#options.faults.has('rx-runt') ? 4 : total);
+      queue.complete(first, this.#makesRunts ? RUNT : total);
     } else {
       // "each buffer MUST be at least the size of the header" (5.1.9.3.1).
       if (!this.#mergeable || room < layout.length) {

@@ -86,6 +86,7 @@ export class Transmitter {
   readonly #refused = new Uint32Array(BURST);
   readonly #verdicts = new Uint8Array(BURST);
   readonly #faults: FrameFaults | null;
+  readonly #completes: boolean;
   /** The large packet that was taken last, as `sendDirect` is told of it. */
   #source: FrameSource | null = null;
   #layout: NetHeaderLayout | null = null;
@@ -102,6 +103,7 @@ export class Transmitter {
     this.#pool = options.pool;
     this.#counters = options.counters;
     this.#faults = frameFaults(options.faults);
+    this.#completes = !options.faults.has('tx-never-completes');
     this.#large = options.arena.allocate(Large.size);
     this.#segmenter = new Segmenter(options.pool);
   }
@@ -164,7 +166,7 @@ export class Transmitter {
         this.blocked = true;
         break;
       }
-      if (!this.#options.faults.has('tx-never-completes')) queue.complete(id, 0);
+      if (this.#completes) queue.complete(id, 0);
       if (count === Fate.whole) this.#emit(packet, pair);
       else this.#dropped[drops++] = packet;
       if (count > 0) this.#segment(count, pair);

@@ -44,6 +44,10 @@ class MergingRxQueue extends RxQueue {
     this.#maxBuffers = Math.min(queue.size, Math.ceil((LONGEST_PACKET + layout.length) / room));
   }
 
+  override get hasChains(): boolean {
+    return this.#mergeable;
+  }
+
   override burst(out: Uint32Array, max: number): number {
     // hot:
     const queue = this.queue;

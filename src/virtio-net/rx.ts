@@ -103,6 +103,11 @@ export class RxQueue {
     this.dropped = new Uint32Array(queue.size);
   }
 
+  /** Whether a packet may be spread over several slots. */
+  get hasChains(): boolean {
+    return false;
+  }
+
   /** Why the queue is closed, or null. */
   get broken(): VirtioError | null {
     return this.queue.broken;
