@@ -99,13 +99,13 @@ export async function receiveFrames(nic: Nic, count: number, timeoutMs = 20_000)
   );
 }
 
-/** As `receiveFrames`, but asleep between the frames, or not, as the policy of the first queue says. */
-export async function waitForFrames(nic: Nic, count: number, timeoutMs = 20_000): Promise<void> {
+/** Waits for frame `index` of the wire, asleep or not, as the policy of the first queue says. */
+export async function waitForFrame(nic: Nic, index: number, timeoutMs = 20_000): Promise<void> {
   const { packets } = nic;
   const [{ rx }] = nic.queues;
   const burst = new Uint32Array(BURST);
-  for (let received = 0; received < count; ) {
-    if (!(await rx.wait(timeoutMs))) throw new Error(`${received} of ${count} frames, then none in ${timeoutMs} ms`);
+  for (let received = index; received === index; ) {
+    if (!(await rx.wait(timeoutMs))) throw new Error(`frame ${index} did not come in ${timeoutMs} ms`);
     const n = rx.burst(burst, BURST);
     for (let i = 0; i < n; i++) {
       const frame = packets.read(burst[i]);

@@ -2,6 +2,7 @@
  * The other end of a NIC's link: it sends and expects the frames of `frames.ts`, sends back what comes, and keeps count of what it saw.
  * The same in a scenario's host half and in a test that has no guest.
  */
+import { setTimeout as sleep } from 'node:timers/promises';
 import type { FramePort } from '../host/frames.ts';
 import { checkTestFrame, isTestFrame, testFrame } from './frames.ts';
 import { isIpsec, isIpv4, turnRound } from './packets.ts';
@@ -9,8 +10,16 @@ import { isIpsec, isIpv4, turnRound } from './packets.ts';
 const WAIT_MS = 20_000;
 
 export type WireRequest =
-  /** Frames 0 to `count - 1` of the wire, one every `gapMs` (0: all at once). Answered when they are sent. */
-  | { readonly kind: 'send'; readonly count: number; readonly mtu: number; readonly gapMs?: number }
+  /** `count` frames of the wire from number `first` (0) on, after `delayMs`. Answered when they are sent. */
+  | {
+      readonly kind: 'send';
+      readonly count: number;
+      readonly mtu: number;
+      readonly first?: number;
+      readonly delayMs?: number;
+    }
+  /** Takes nothing for a while: what the NIC sends meanwhile has to wait. */
+  | { readonly kind: 'hold'; readonly ms: number }
   /** Frames 0 to `count - 1` of the NIC must have come, in order and byte for byte. */
   | { readonly kind: 'expect'; readonly count: number; readonly mtu: number }
   /** From now on: what comes goes back as it is (`loop`), back to its sender as an answer (`reflect`), or nowhere (`off`). */
@@ -40,7 +49,12 @@ export class WireEnd {
   async serve(request: WireRequest): Promise<WireAnswer> {
     switch (request.kind) {
       case 'send':
-        return { detail: await this.#send(request.count, request.mtu, request.gapMs ?? 0) };
+        if (request.delayMs !== undefined) await sleep(request.delayMs);
+        offerFrames(this.#port, request.count, request.mtu, request.first);
+        return {};
+      case 'hold':
+        this.#port.hold(request.ms);
+        return {};
       case 'expect':
         return { detail: await expectFrames(this.#port, request.count, request.mtu) };
       case 'echo':
@@ -56,14 +70,6 @@ export class WireEnd {
         await this.#setLink(request.up);
         return {};
     }
-  }
-
-  async #send(count: number, mtu: number, gapMs: number): Promise<string> {
-    for (let i = 0; i < count; i++) {
-      this.#port.send(testFrame('wire', i, mtu));
-      if (gapMs > 0) await new Promise((resolve) => setTimeout(resolve, gapMs));
-    }
-    return `${count} frames`;
   }
 
   #echo(how: 'loop' | 'reflect' | 'off'): void {
@@ -91,7 +97,7 @@ export async function expectFrames(port: FramePort, count: number, mtu: number, 
   return `${count} frames, ${bytes} bytes`;
 }
 
-/** Sends frames 0 to `count - 1` of the wire. */
-export function offerFrames(port: FramePort, count: number, mtu: number): void {
-  for (let i = 0; i < count; i++) port.send(testFrame('wire', i, mtu));
+/** Sends `count` frames of the wire from number `first` on. */
+export function offerFrames(port: FramePort, count: number, mtu: number, first = 0): void {
+  for (let i = first; i < first + count; i++) port.send(testFrame('wire', i, mtu));
 }

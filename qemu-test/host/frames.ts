@@ -97,6 +97,13 @@ export class FramePort {
     });
   }
 
+  /** Reads nothing for `ms` milliseconds. */
+  hold(ms: number): void {
+    const peer = this.#peer;
+    peer?.pause();
+    setTimeout(() => peer?.resume(), ms);
+  }
+
   /** Forgets the frames that nobody took. */
   discard(): void {
     this.#received = [];

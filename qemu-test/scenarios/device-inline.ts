@@ -1,7 +1,7 @@
 /**
  * Our driver in the guest, through kernel VFIO and the vIOMMU, on the IPsec function of the software device: capabilities, and the bodies
  * that also run on QEMU's virtio-net and over vfio-user. The wire brings back what the device encrypts, so the device must open it
- * again; whether it is right is for Linux to say, in `inline-*.ts`.
+ * again; whether it is right is for Linux to say, in `xfrm-inline.ts`.
  */
 import { algorithmNames, Feature, modeName, openNic } from '../../src/index.ts';
 import { addPair, IpsecCheck, ipsecBody, keyOf } from '../bodies/ipsec.ts';

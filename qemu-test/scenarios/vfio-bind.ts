@@ -1,4 +1,6 @@
-/** A function goes from the kernel to vfio-pci, back, and again; what the driver must refuse on the way. */
+/**
+ * A stock guest with its NICs; then a function goes from the kernel to vfio-pci, back, and again; what the driver must refuse on the way.
+ */
 import { once } from 'node:events';
 import { bindFunction, unbindFunction } from '../../src/vfio/bind.ts';
 import { readIdentity } from '../../src/vfio/config-space.ts';
@@ -10,7 +12,12 @@ import type { Scenario } from '../scenario.ts';
 const NIC_MAC = '52:54:00:00:02:01';
 const VIRTIO_NET = { vendorId: 0x1af4, deviceId: 0x1041 } as const;
 
+const MTU = 1400;
+const ARP = 0x0806;
+
 const Check = {
+  interface: 'Linux binds the function and shows the MAC and MTU that QEMU gave it',
+  transmit: 'a broadcast of the guest reaches the host with its source address',
   list: 'the list of functions names driver, group and what is missing',
   notBound: 'opening a function that the kernel drives is refused and names the driver',
   route: 'binding the function of the default route is refused',
@@ -24,10 +31,10 @@ const Check = {
 } as const;
 
 export const scenario: Scenario = {
-  title: 'bind, open, unbind, and bind again',
+  title: 'a stock guest and its NIC; bind, open, unbind, and bind again',
   machine: { qemu: 'stock' },
   devices: [
-    { kind: 'virtio-net', id: 'nic', mac: NIC_MAC, iommu: true, link: 'host' },
+    { kind: 'virtio-net', id: 'nic', mac: NIC_MAC, mtu: MTU, iommu: true, link: 'host' },
     { kind: 'virtio-net', id: 'uplink', mac: '52:54:00:00:02:02', iommu: false, link: 'host' },
   ],
   modules: ['virtio_pci', 'virtio_net', 'vfio_pci', 'vfio_iommu_type1'],
@@ -37,6 +44,15 @@ export const scenario: Scenario = {
   async guest(guest) {
     const nic = guest.address('nic');
     const interfaceName = guest.interface('nic');
+
+    await guest.check(Check.interface, () => {
+      same('MAC', guest.read(`/sys/class/net/${interfaceName}/address`), NIC_MAC);
+      same('MTU', guest.read(`/sys/class/net/${interfaceName}/mtu`), String(MTU));
+      return guest.must(`ethtool -i ${interfaceName}`).split('\n')[0];
+    });
+    guest.must(`ip addr add 10.9.1.1/24 dev ${interfaceName} && ip link set ${interfaceName} up`);
+    guest.sh('ping -c 3 -W 1 -i 0.2 10.9.1.2');
+    await guest.hear('seen');
 
     await guest.check(Check.list, () => {
       const found = listFunctions().find((fn) => fn.address === nic);
@@ -83,6 +99,15 @@ export const scenario: Scenario = {
       return open(nic);
     });
     await guest.check(Check.foreign, () => mustFail('NOT_BOUND', () => unbindFunction(guest.address('uplink'))));
+  },
+
+  async host(host) {
+    await host.check(Check.transmit, async () => {
+      const source = Buffer.from(NIC_MAC.replaceAll(':', ''), 'hex');
+      const frame = await host.link('nic').next((f) => f.readUInt16BE(12) === ARP, 50_000);
+      if (!frame.subarray(6, 12).equals(source)) throw new Error(`from ${frame.toString('hex', 6, 12)}`);
+    });
+    host.tell('seen');
   },
 };
 

@@ -1,0 +1,3 @@
+import { interopScenario } from '../bodies/interop.ts';
+
+export const scenario = interopScenario({ parts: ['aead', 'cipher', 'integrity', 'options'], where: 'software' });
