@@ -109,7 +109,9 @@ export class NicRings {
       throw new VirtioError('QUEUE_PAIRS', `the device has ${config.maxQueuePairs} queue pairs, not ${queuePairs}`);
     }
     const mergeable = features.has(Feature.MRG_RXBUF);
-    const stride = options.packetStride ?? (mergeable ? MIN_STRIDE : strideFor(this.mtu));
+    // Software IPsec works on packets in one slot, so that a packet as the link carries it has to fit.
+    const isSpread = mergeable && options.ipsec === 'off';
+    const stride = options.packetStride ?? (isSpread ? MIN_STRIDE : strideFor(this.mtu));
     const share = Math.floor((options.packets ?? 4 * queuePairs * 2 * queueSize) / queuePairs);
     const { causes } = transport;
     this.interrupts =

@@ -1,31 +1,10 @@
 /** Requests of the device to announce the addresses. */
-import { fork } from 'node:child_process';
-import { once } from 'node:events';
-import { join } from 'node:path';
-import { fileURLToPath } from 'node:url';
 import { afterEach, describe, expect, it } from 'vitest';
 import { Feature, type NicOptions, openNic } from '../../src/index.ts';
-import { atEnd, cleanUp, directory, open, startDevice, until } from './support.ts';
+import { hostDevice } from './hosted.ts';
+import { atEnd, cleanUp, open, startDevice, until } from './support.ts';
 
 afterEach(cleanUp);
-
-const script = fileURLToPath(new URL('./device-host.mjs', import.meta.url));
-
-/** A device in another process, which can be told to ask. */
-async function askingDevice() {
-  const child = fork(script, { stdio: ['ignore', 'inherit', 'inherit', 'ipc'] });
-  atEnd(() => {
-    child.disconnect();
-  });
-  const socket = join(directory(), 'nic.sock');
-  const tell = async (message: object) => {
-    const answer = once(child, 'message');
-    child.send({ id: 1, ...message });
-    expect((await answer)[0]).toEqual({ id: 1, error: null });
-  };
-  await tell({ options: { sockets: [socket] } });
-  return { address: `vfio-user:${socket}`, ask: () => tell({ announce: true }) };
-}
 
 async function openAt(address: string, options: NicOptions = {}) {
   const nic = await openNic(address, { ipsec: 'off', ...options });
@@ -38,8 +17,8 @@ describe('a device that has moved', () => {
     { name: 'by an interrupt', interrupts: true },
     { name: 'without one, in time', interrupts: false },
   ])('asks, and is told when the application has announced itself: $name', async ({ interrupts }) => {
-    const { address, ask } = await askingDevice();
-    const nic = await openAt(address, { interrupts });
+    const device = await hostDevice();
+    const nic = await openAt(device.addresses[0], { interrupts });
     let calls = 0;
     let done = 0;
     nic.onAnnounce(async () => {
@@ -47,7 +26,7 @@ describe('a device that has moved', () => {
       await new Promise((resolve) => setTimeout(resolve, 20));
       done++;
     });
-    await ask();
+    await device.announce();
     await until(
       () => done === 1,
       () => `${calls} calls`,
@@ -60,7 +39,7 @@ describe('a device that has moved', () => {
       return commands - own;
     };
     const before = await others();
-    await ask();
+    await device.announce();
     await until(
       () => done === 2,
       () => `${calls} calls`,
@@ -72,9 +51,9 @@ describe('a device that has moved', () => {
   });
 
   it('is heard by somebody who listens later, and by nobody who has stopped', async () => {
-    const { address, ask } = await askingDevice();
-    const nic = await openAt(address);
-    await ask();
+    const device = await hostDevice();
+    const nic = await openAt(device.addresses[0]);
+    await device.announce();
     let first = 0;
     const stop = nic.onAnnounce(() => void first++);
     await until(
@@ -84,7 +63,7 @@ describe('a device that has moved', () => {
     stop();
     let second = 0;
     nic.onAnnounce(() => void second++);
-    await ask();
+    await device.announce();
     await until(
       () => second > 0,
       () => 'nobody was called',

@@ -2,6 +2,8 @@
 import { afterEach, describe, expect, it } from 'vitest';
 import { Feature, FeatureSet, type Nic, type NicOptions, openNic, PacketFlag } from '../../src/index.ts';
 import { inTunnel, type Large, large } from '../device/helpers/large.ts';
+import { udpFrame } from '../device/helpers/net-driver.ts';
+import { hostDevice } from './hosted.ts';
 import { atEnd, cleanUp, freshKey, startDevice, until } from './support.ts';
 
 afterEach(cleanUp);
@@ -185,6 +187,53 @@ describe.each(['split', 'packed'] as const)('over %s rings, a packet of 60 KiB',
       expect(Buffer.compare((await receive(right, 1))[0].bytes, TCP.frame)).toBe(0);
     },
   );
+});
+
+describe('a link with jumbo frames', () => {
+  const jumbo = async (options: NicOptions): Promise<[Nic, Nic]> => {
+    const device = await hostDevice({ functions: 2, mtu: 9000 });
+    const nics: Nic[] = [];
+    for (const address of device.addresses) {
+      const nic = await openNic(address, { ipsec: 'off', ...options });
+      atEnd(() => nic.close());
+      nics.push(nic);
+    }
+    return [nics[0], nics[1]];
+  };
+  const whole = (nic: Nic, bytes: Uint8Array, handle = 0): number => {
+    const p = make(nic, { frame: bytes, header: {}, payload: bytes }, handle);
+    nic.packets.flags[p] = 0;
+    return p;
+  };
+
+  it.each<{ name: string; options: NicOptions; slots: number }>([
+    { name: 'in slots that hold them', options: {}, slots: 1 },
+    { name: 'over buffers that are merged', options: { offloads: { mergeBuffers: true } }, slots: 5 },
+  ])('carries them, $name', async ({ options, slots }) => {
+    const [left, right] = await jumbo(options);
+    expect(left.mtu).toBe(9000);
+    const frame = udpFrame(9014);
+    for (let i = 0; i < 5; i++) await send(left, whole(left, frame));
+    for (const got of await receive(right, 5)) {
+      expect(Buffer.compare(got.bytes, frame)).toBe(0);
+      expect(got.slots).toBe(slots);
+    }
+  });
+
+  it('carries them under an SA in software, whether buffers may be merged or not', async () => {
+    for (const mergeBuffers of [false, true]) {
+      const [left, right] = await jumbo({ ipsec: 'software', offloads: { mergeBuffers } });
+      const aead = { name: 'aes-gcm', key: freshKey(), salt: freshKey(4) } as const;
+      const tunnel = { source: '192.0.2.1', destination: '192.0.2.2' };
+      const sa = await left.ipsec.addSa({ direction: 'outbound', mode: 'tunnel', spi: 0x2000, aead, tunnel });
+      const other = await right.ipsec.addSa({ direction: 'inbound', mode: 'tunnel', spi: 0x2000, aead, tunnel });
+      const frame = udpFrame(8900);
+      await send(left, whole(left, frame, sa.handle));
+      const [got] = await receive(right, 1);
+      expect(got.sa).toBe(other.handle);
+      expect(Buffer.compare(got.bytes, frame)).toBe(0);
+    }
+  });
 });
 
 it('offloads that an application switches off are off', async () => {
