@@ -10,6 +10,7 @@ import { countsBuffer } from '../src/ipsec/sa-state.ts';
 import { layoutOf, virtqueueOptions } from '../src/nic-pair.ts';
 import { EventFd } from '../src/sys/eventfd.ts';
 import { close, ftruncate, memfdCreate } from '../src/sys/libc.ts';
+import { MappingLedger } from '../src/sys/mapping-ledger.ts';
 import { Feature, FeatureSet } from '../src/virtio/features.ts';
 import { TxCounter } from '../src/virtio-net/tx.ts';
 import { virtqueueBytes } from '../src/virtqueue/create.ts';
@@ -123,6 +124,7 @@ export class Forwarding {
       pool: { memory: { fd: memory, ...pool }, stride: STRIDE, headroom: HEADROOM },
       interrupt: interrupt.fd,
       control: control.buffer,
+      ledger: new MappingLedger().buffer,
       sas: {
         handles: HANDLES,
         inboundLimit: HANDLES,

@@ -13,6 +13,7 @@ import { constants as os } from 'node:os';
 import { SystemError } from '../errors.ts';
 import { ffi } from './ffi/ffi.ts';
 import { Advice, fstat, HUGE_PAGE_SIZE, MapFlag, madvise, mmap, munmap, PAGE_SIZE, Prot } from './libc.ts';
+import { noteMapped, noteUnmapped } from './mapping-ledger.ts';
 
 export interface MappedMemory {
   /** Virtual address of byte 0 in this process (below 2^53, so an exact number). */
@@ -91,6 +92,15 @@ export function mapShared(
   return wrap(mmap(0, size, prot, flags, fd, offset), size);
 }
 
+/**
+ * Puts zeros in the place of what a thread had mapped that has ended: what was there is gone. Should the thread still run, it touches
+ * nothing of others.
+ */
+export function abandonMapping(address: number, size: number): void {
+  const flags = MapFlag.private | MapFlag.anonymous | MapFlag.fixed | MapFlag.noReserve;
+  mmap(address, size, Prot.read | Prot.write, flags, -1, 0);
+}
+
 /** Gives an address range back to the system when no view of it is left. */
 const ranges = new FinalizationRegistry<{ readonly address: number; readonly size: number }>(({ address, size }) =>
   munmap(address, size),
@@ -100,8 +110,8 @@ const ranges = new FinalizationRegistry<{ readonly address: number; readonly siz
 export function unmapMemory(memory: MappedMemory): void {
   if (!mapped.delete(memory)) return;
   const { address, size } = memory;
-  const flags = MapFlag.private | MapFlag.anonymous | MapFlag.fixed | MapFlag.noReserve;
-  mmap(address, size, Prot.read | Prot.write, flags, -1, 0);
+  noteUnmapped(address);
+  abandonMapping(address, size);
   ranges.register(memory.u8.buffer, { address, size });
 }
 
@@ -125,5 +135,6 @@ function wrap(address: number, size: number): MappedMemory {
     u32: new Uint32Array(buffer),
   };
   mapped.add(memory);
+  noteMapped(address, size);
   return memory;
 }

@@ -54,6 +54,8 @@ export interface QueueHandle {
   /** Eventfd of the receive queue's interrupt; null without. */
   readonly interrupt: number | null;
   readonly control: SharedArrayBuffer;
+  /** Where the thread writes down what it maps: see `sys/mapping-ledger.ts`. */
+  readonly ledger: SharedArrayBuffer;
   readonly sas: SaHandling;
   /** Commands, answers and events; to be transferred with the handle. */
   readonly port: MessagePort;

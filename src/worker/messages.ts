@@ -37,8 +37,8 @@ export type Answer = bigint | number | null;
 export type WorkerMessage =
   | { readonly type: 'answer'; readonly id: number; readonly value: Answer }
   | { readonly type: 'failure'; readonly id: number; readonly code: string; readonly message: string }
-  /** The queue was opened; address and size of what was mapped for it. */
-  | { readonly type: 'opened'; readonly mappings: readonly (readonly [address: number, size: number])[] }
+  /** The queue was opened. */
+  | { readonly type: 'opened' }
   | { readonly type: 'broken'; readonly code: string; readonly message: string }
   | {
       readonly type: 'event';

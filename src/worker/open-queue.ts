@@ -18,6 +18,7 @@
 import { VirtioError } from '../errors.ts';
 import { makeQueues } from '../nic-pair.ts';
 import { PacketPool } from '../packet/pool.ts';
+import { dropLedger, keepLedger, MappingLedger } from '../sys/mapping-ledger.ts';
 import { type DmaMemory, type MappedMemory, mapShared, unmapMemory } from '../sys/memory.ts';
 import { IOVA_BOUNDARY } from '../vfio/dma.ts';
 import type { SharedDma } from '../vfio/function.ts';
@@ -43,6 +44,8 @@ export function openQueue(handle: QueueHandle): WorkerNicQueue {
   if (!control.pass(Owner.offered, Owner.worker)) {
     throw new VirtioError('QUEUE_TAKEN', `queue pair ${handle.index} was opened before, or its NIC is closed`);
   }
+  const ledger = new MappingLedger(handle.ledger);
+  keepLedger(ledger);
   const mappings: MappedMemory[] = [];
   let sleeper: WorkerSleeper | null = null;
   try {
@@ -71,14 +74,15 @@ export function openQueue(handle: QueueHandle): WorkerNicQueue {
       { queue: rings.tx, notifier: notifier('tx', rings.tx), counters: control.counters.tx.counters },
     );
     sleeper = new WorkerSleeper(handle.interrupt);
-    post({ type: 'opened', mappings: mappings.map(({ address, size }) => [address, size] as const) });
-    const parts = { index, mac, mtu, pool, rings, queues, control, ipsec, sleeper, port, mappings };
+    post({ type: 'opened' });
+    const parts = { index, mac, mtu, pool, rings, queues, control, ipsec, sleeper, port, mappings, ledger };
     const queue = new WorkerNicQueue(parts);
     queues.rx.refill();
     return queue;
   } catch (error) {
     sleeper?.close();
     for (const memory of mappings) unmapMemory(memory);
+    dropLedger(ledger);
     control.pass(Owner.worker, Owner.none);
     handle.port.close();
     throw error;

@@ -14,6 +14,7 @@ import {
   type TxRing,
 } from '../nic-queues.ts';
 import type { PacketPool } from '../packet/pool.ts';
+import { dropLedger, type MappingLedger } from '../sys/mapping-ledger.ts';
 import { type MappedMemory, unmapMemory } from '../sys/memory.ts';
 import type { RxQueue } from '../virtio-net/rx.ts';
 import type { TxQueue } from '../virtio-net/tx.ts';
@@ -36,6 +37,7 @@ export interface WorkerParts {
   readonly sleeper: WorkerSleeper;
   readonly port: MessagePort;
   readonly mappings: readonly MappedMemory[];
+  readonly ledger: MappingLedger;
 }
 
 export class WorkerNicQueue implements Disposable {
@@ -152,7 +154,7 @@ export class WorkerNicQueue implements Disposable {
   #release(reason: VirtioError): void {
     if (this.#end !== null) return;
     this.#end = reason;
-    const { rings, ipsec, sleeper, control, port, mappings } = this.#parts;
+    const { rings, ipsec, sleeper, control, port, mappings, ledger } = this.#parts;
     rings.rx.fail(reason);
     rings.tx.fail(reason);
     // What is known of sequence numbers after a stop is known no more: all of them count as used.
@@ -161,6 +163,7 @@ export class WorkerNicQueue implements Disposable {
     sleeper.close();
     // The device may still send what is in the ring: the NIC wipes the packets when it has been reset.
     for (const memory of mappings) unmapMemory(memory);
+    dropLedger(ledger);
     control.pass(Owner.worker, Owner.none);
     this.#send({ type: 'released', sequences });
     port.close();

@@ -16,7 +16,9 @@ import type { SaEntry, SaThread } from '../ipsec/sa-thread.ts';
 import type { NicRings, WorkerPair, WorkerRing } from '../nic-rings.ts';
 import { EventFd } from '../sys/eventfd.ts';
 import { ffi, type Watch } from '../sys/ffi/ffi.ts';
-import { close, FcntlCommand, fcntl, MapFlag, mmap, Prot } from '../sys/libc.ts';
+import { close, FcntlCommand, fcntl } from '../sys/libc.ts';
+import { MappingLedger } from '../sys/mapping-ledger.ts';
+import { abandonMapping } from '../sys/memory.ts';
 import { ControlBlock, Owner, type PairCounters, Wish } from './control-block.ts';
 import type { QueueHandle, RingHandle, SaHandling } from './handle.ts';
 import { type Answer, type Command, makeTicket, takeTicket, type WorkerMessage } from './messages.ts';
@@ -60,7 +62,8 @@ interface Tenancy {
   readonly descriptors: number[];
   readonly relays: { readonly eventfd: EventFd; readonly watch: Watch }[];
   readonly pending: Map<number, Pending>;
-  mappings: readonly (readonly [address: number, size: number])[];
+  /** What the thread has mapped. */
+  readonly ledger: MappingLedger;
 }
 
 export class WorkerQueue implements SaThread {
@@ -188,7 +191,7 @@ export class WorkerQueue implements SaThread {
       descriptors: [],
       relays: [],
       pending: new Map(),
-      mappings: [],
+      ledger: new MappingLedger(),
     };
     try {
       const interrupt = rings.interrupts.handOver(pair.index);
@@ -204,6 +207,7 @@ export class WorkerQueue implements SaThread {
         pool: { memory: this.#share(tenancy, pair.pool), stride: pair.stride, headroom: pair.headroom },
         interrupt: interrupt === null ? null : duplicate(tenancy, interrupt),
         control: control.buffer,
+        ledger: tenancy.ledger.buffer,
         sas,
         port: port2,
       };
@@ -281,7 +285,6 @@ export class WorkerQueue implements SaThread {
     const { onOpened, onBroken, onEvent } = this.#parts;
     switch (message.type) {
       case 'opened':
-        tenancy.mappings = message.mappings;
         this.#state = 'open';
         onOpened(this);
         return;
@@ -309,7 +312,8 @@ export class WorkerQueue implements SaThread {
     this.#tenancy = null;
     this.#state = 'free';
     tenancy.control.pass(Owner.offered, Owner.none);
-    if (sequences === null) for (const [address, size] of tenancy.mappings) abandon(address, size);
+    // Packets and crypto contexts, with the keys in them.
+    if (sequences === null) for (const { address, size } of tenancy.ledger.entries) abandonMapping(address, size);
     for (const id of [...tenancy.pending.keys()]) settle(tenancy, id)?.reject(gone(this.index));
     addCounters(this.#past, tenancy.control.counters);
     giveBack(tenancy);
@@ -327,12 +331,6 @@ function duplicate(tenancy: Tenancy, fd: number): number {
   const own = fcntl(fd, FcntlCommand.duplicate, 0);
   tenancy.descriptors.push(own);
   return own;
-}
-
-/** Puts zeros in the place of what a thread had mapped that has ended; should it not have, it touches nothing of others. */
-function abandon(address: number, size: number): void {
-  const flags = MapFlag.private | MapFlag.anonymous | MapFlag.fixed | MapFlag.noReserve;
-  mmap(address, size, Prot.read | Prot.write, flags, -1, 0);
 }
 
 function settle(tenancy: Tenancy, id: number): Pending | undefined {

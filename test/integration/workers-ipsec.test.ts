@@ -1,5 +1,7 @@
 import { afterEach, describe, expect, it } from 'vitest';
 import { type SaNotification, SaPair } from '../../src/index.ts';
+import { ffi } from '../../src/sys/ffi/ffi.ts';
+import { MappingLedger } from '../../src/sys/mapping-ledger.ts';
 import { capture, cleanUp, isProtected, openPair, receive, saPair, send, until } from './support.ts';
 import { Host, handOver, hire, type Spinning, turns } from './worker-support.ts';
 
@@ -203,6 +205,62 @@ describe.each(['software', 'auto'] as const)('SAs of worker threads, ipsec %s', 
     await expect(sa.move(ipsec === 'software' ? 'inline' : 'software', rekeyed.outbound)).rejects.toThrow(
       code('SA_MOVE'),
     );
+  });
+});
+
+describe('a thread with SAs that dies', () => {
+  it('leaves no key in memory', async () => {
+    const { a } = await wired('software');
+    const [queue] = a.workerQueues;
+    const host = new Host();
+    const handle = await queue.transfer();
+    await host.open(handle);
+    await until(
+      () => queue.state === 'open',
+      () => queue.state,
+    );
+    const { outbound } = saPair({
+      aead: { name: 'aes-gcm', key: '8f1d2c3b4a59687786a5b4c3d2e1f00f', salt: '01020304' },
+    });
+    const sa = await a.ipsec.addSa(outbound, { queue: 1 });
+    await host.send(1, frames.slice(0, 3), sa.handle);
+    const { entries } = new MappingLedger(handle.ledger);
+    // Rings, packets, and whatever the engine has.
+    expect(entries.length).toBeGreaterThanOrEqual(3);
+    const contents = () => entries.map(({ address, size }) => Buffer.from(ffi().view(address, size)));
+    expect(contents().some((bytes) => bytes.some((byte) => byte !== 0))).toBe(true);
+    await host.worker.terminate();
+    await until(
+      () => queue.state === 'free',
+      () => queue.state,
+    );
+    for (const bytes of contents()) expect(bytes.every((byte) => byte === 0)).toBe(true);
+  });
+
+  it('does not disturb those of other threads, nor the library that they share', async () => {
+    const { a, b, wire } = await wired('software', 3);
+    const [first, second] = await Promise.all(a.workerQueues.map((queue) => hire(queue)));
+    const pairs = [saPair(), saPair(), saPair()];
+    for (const { inbound } of pairs) await b.ipsec.addSa(inbound);
+    const [mine, one, two] = await Promise.all(
+      pairs.map(({ outbound }, i) => a.ipsec.addSa(outbound, i === 0 ? {} : { queue: i })),
+    );
+    const spinning = first.spin(1, frames[0]);
+    await flood(spinning, one.handle, () => one.traffic().packets > 20n);
+    await first.worker.terminate();
+    await until(
+      () => a.workerQueues[0].state === 'free',
+      () => 'the queue did not come back',
+    );
+    await second.send(2, frames.slice(0, 20), two.handle);
+    await send(a, frames.slice(0, 20), mine);
+    const got = await receive(b, 40 + Number(one.traffic().packets), 200);
+    expect(got.every(({ sa }) => sa !== 0)).toBe(true);
+    expect([mine, two].map((sa) => sa.traffic().packets)).toEqual([20n, 20n]);
+    const other = await a.ipsec.addSa(saPair().outbound, { queue: 2 });
+    await second.send(2, frames.slice(0, 5), other.handle);
+    expect(other.traffic().packets).toBe(5n);
+    checkWire(wire.frames);
   });
 });
 

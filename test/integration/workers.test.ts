@@ -1,13 +1,16 @@
 import { afterEach, describe, expect, it, vi } from 'vitest';
 import type { FaultName } from '../../src/device/index.ts';
-import type { WaitPolicy } from '../../src/index.ts';
+import { Feature, type WaitPolicy } from '../../src/index.ts';
 import { UserRegion } from '../../src/vfio/user-region.ts';
+import { ProtocolFeature } from '../../src/virtio/vhost-user-protocol.ts';
+import { startBackEnd, cleanUp as stopBackEnds } from '../virtio/vhost-user/fake.ts';
 import { capture, cleanUp, open, receive, send, startDevice, until } from './support.ts';
 import { Host, hire, turns } from './worker-support.ts';
 
 afterEach(async () => {
   vi.restoreAllMocks();
   await cleanUp();
+  await stopBackEnds();
 });
 
 const frames = capture('http-ipv4');
@@ -152,6 +155,21 @@ describe('the end of a thread with a queue pair', () => {
     expect(ends).toEqual(['released', 'died', 'died', 'died']);
   });
 
+  it('is the end of the queue when the device cannot reset a single one', async () => {
+    const { nic } = await nicWithWorkers(2, [], { decline: [Feature.RING_RESET] });
+    const [queue] = nic.workerQueues;
+    const host = await hire(queue);
+    await host.do('close', { index: 1 });
+    await until(
+      () => queue.state === 'free',
+      () => 'the queue did not come back',
+    );
+    await expect(queue.transfer()).rejects.toThrow(code('NO_RING_RESET'));
+    expect(queue.state).toBe('free');
+    await send(nic, frames.slice(0, 3), null);
+    expect(await receive(nic, 3)).toHaveLength(3);
+  });
+
   it('leaves no descriptors behind', async () => {
     const { nic } = await nicWithWorkers();
     const [queue] = nic.workerQueues;
@@ -223,5 +241,33 @@ describe('the end of a NIC with worker threads', () => {
     );
     expect(nic.broken).toEqual(code('USED_ID'));
     expect(await spinning.ended).toBe('USED_ID');
+  });
+});
+
+describe('a queue pair of a vhost-user port in a worker thread', () => {
+  it.each(['split', 'packed'] as const)('kicks and is interrupted without the control thread: %s', async (ring) => {
+    const { VERSION_1, MQ, CTRL_VQ, EVENT_IDX, RING_PACKED } = Feature;
+    const features = [VERSION_1, MQ, CTRL_VQ, EVENT_IDX, RING_PACKED];
+    const { MQ: PAIRS, REPLY_ACK, STATUS, CONFIGURE_MEM_SLOTS, RESET_DEVICE } = ProtocolFeature;
+    const backEnd = await startBackEnd({
+      process: true,
+      device: {
+        loop: true,
+        features,
+        protocol: [PAIRS, REPLY_ACK, STATUS, CONFIGURE_MEM_SLOTS, RESET_DEVICE],
+        queuePairs: 2,
+      },
+    });
+    const nic = await open(`vhost-user:${backEnd.path}`, { queuePairs: 2, workerQueues: 1, ring });
+    const host = await hire(nic.workerQueues[0]);
+    await host.policy(1, 'interrupt');
+    for (const some of [frames.slice(0, 1), frames.slice(0, 1), frames]) {
+      const arrived = host.receive(1, some.length, 5000);
+      await host.send(1, some);
+      expect((await arrived).map(({ frame }) => frame)).toEqual(some);
+    }
+    await nic.close();
+    await backEnd.settled();
+    expect(backEnd.violations).toEqual([]);
   });
 });
