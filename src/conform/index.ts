@@ -6,6 +6,7 @@
  */
 import type { Check } from './check.ts';
 import { adminChecks } from './checks/admin.ts';
+import { adminQueueChecks } from './checks/admin-queue.ts';
 import { capabilityChecks } from './checks/capabilities.ts';
 import { controlCountingChecks } from './checks/control-counting.ts';
 import { controlReceiveChecks } from './checks/control-receive.ts';
@@ -19,9 +20,11 @@ import { interruptChecks } from './checks/interrupts.ts';
 import { ipsecChecks } from './checks/ipsec.ts';
 import { ipsecTrafficChecks } from './checks/ipsec-traffic.ts';
 import { memberCommandChecks } from './checks/member-commands.ts';
+import { netConfigChecks } from './checks/net-config.ts';
 import { objectChecks } from './checks/objects.ts';
 import { packedQueueChecks } from './checks/packed-queues.ts';
 import { pciChecks } from './checks/pci.ts';
+import { pciNotifyChecks } from './checks/pci-notify.ts';
 import { queueChecks } from './checks/queues.ts';
 import { resetChecks } from './checks/reset.ts';
 import { suspendChecks } from './checks/suspend.ts';
@@ -43,8 +46,10 @@ export { type ConformanceOptions, type ConformanceReport, runConformance } from 
 /** All checks, area by area. */
 export const CHECKS: readonly Check[] = [
   ...pciChecks,
+  ...pciNotifyChecks,
   ...interruptChecks,
   ...initChecks,
+  ...netConfigChecks,
   ...resetChecks,
   ...suspendChecks,
   ...queueChecks,
@@ -53,6 +58,7 @@ export const CHECKS: readonly Check[] = [
   ...controlSteeringChecks,
   ...controlCountingChecks,
   ...adminChecks,
+  ...adminQueueChecks,
   ...memberCommandChecks,
   ...capabilityChecks,
   ...objectChecks,

@@ -30,7 +30,7 @@ code,pre{font-family:var(--mono);font-size:.88em}
 main>.bar{margin-top:.9rem}
 .overview{width:100%;border-collapse:collapse;font-variant-numeric:tabular-nums}
 .overview th{padding:.25rem .6rem .25rem 0;text-align:left;font-weight:400}
-.overview thead th{color:var(--soft);font-size:.82rem;text-align:right}
+.overview thead th{padding-right:0;padding-left:.6rem;color:var(--soft);font-size:.82rem;text-align:right;white-space:nowrap}
 .overview td{padding:.25rem 0 .25rem .6rem;text-align:right;color:var(--tone)}
 .overview td.fail{font-weight:700}
 .overview .share{width:32%}

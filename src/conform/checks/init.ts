@@ -8,36 +8,20 @@ import { Driver } from '../driver.ts';
 import { hasExtendedCapability, SINGLE_ROOT_IOV } from '../extended.ts';
 import { udpFrame } from '../frames.ts';
 import { readAccepted, writeAccepted } from '../structures.ts';
+import { readConfig } from './net-config.ts';
 
 const STATUS = '2.1.2';
 const FEATURES = '2.2.2';
 const RESERVED = '6.2';
 const COMMON = '4.1.4.3.1';
-const NET = '5.1.4.1';
 
 /** Bits that older versions of the standard have given a meaning, beside those of this one. */
 const OTHER_KNOWN = [6, 24, 27, 30, 42];
 /** What devices may insist on by the standard (6.2). */
 const INSISTED = FeatureSet.of(Feature.VERSION_1, Feature.ACCESS_PLATFORM, Feature.ORDER_PLATFORM);
-const MTU = { min: 68, max: 65535, advised: 1280 } as const;
-const MAX_PAIRS = 0x8000;
-const SPEED = { max: 0x7fffffff, unknown: 0xffffffff } as const;
-const DUPLEX = [0, 1, 0xff];
 
 function expectTaken(taken: boolean, features: FeatureSet): void {
   expect(taken, () => `FEATURES_OK was refused for ${features.names().join(', ')}`);
-}
-
-function config(bench: Bench) {
-  return bench.target.structures.device;
-}
-
-/** Reads a field of the network configuration, `width` bytes. */
-function read(bench: Bench, name: string, at: number, width: 1 | 2 | 4): number {
-  const device = config(bench);
-  const value = width === 1 ? device.read8(at) : width === 2 ? device.read16(at) : device.read32(at);
-  bench.log(`${name} ${value}`);
-  return value;
 }
 
 /** What a driver may read of the configuration: the fields whose features are offered. */
@@ -175,10 +159,10 @@ export const initChecks: readonly Check[] = [
       const offered = bench.offered();
       const all = fields(offered);
       need(all.length > 0, 'the device offers no feature with a configuration field');
-      const before = all.map(({ name, at, width }) => read(bench, name, at, width));
+      const before = all.map(({ name, at, width }) => readConfig(bench, name, at, width));
       const features = withRequirementsMet(offered);
       expectTaken(await Driver.negotiate(bench.target, bench.patience, features), features);
-      const after = all.map(({ name, at, width }) => read(bench, name, at, width));
+      const after = all.map(({ name, at, width }) => readConfig(bench, name, at, width));
       // The link may come and go meanwhile.
       const different = all.filter(({ name }, i) => name !== 'status' && before[i] !== after[i]);
       expect(
@@ -312,78 +296,6 @@ export const initChecks: readonly Check[] = [
       expect(count <= 0x10000 - first, `admin_queue_num is ${count}, admin_queue_index ${first}`);
     },
   ),
-  must('INI-022', NET, 'With MQ, max_virtqueue_pairs is from 1 to 0x8000', ['mq-zero-pairs'], (bench) => {
-    bench.needFeatures(Feature.MQ);
-    const pairs = read(bench, 'max_virtqueue_pairs', NetConfigField.maxVirtqueuePairs, 2);
-    expect(pairs >= 1 && pairs <= MAX_PAIRS, `max_virtqueue_pairs is ${pairs}`);
-  }),
-  must('INI-023', NET, 'mtu is from 68 to 65535', ['config-mtu-low'], (bench) => {
-    bench.needFeatures(Feature.MTU);
-    const mtu = read(bench, 'mtu', NetConfigField.mtu, 2);
-    expect(mtu >= MTU.min && mtu <= MTU.max, `mtu is ${mtu}`);
-  }),
-  should('INI-024', NET, 'mtu is at least 1280', ['config-mtu-low'], (bench) => {
-    bench.needFeatures(Feature.MTU);
-    const mtu = read(bench, 'mtu', NetConfigField.mtu, 2);
-    expect(mtu >= MTU.advised, `mtu is ${mtu}`);
-  }),
-  must('INI-025', NET, 'mtu does not change', ['config-mtu-changes'], async (bench) => {
-    bench.needFeatures(Feature.MTU);
-    const before = read(bench, 'mtu', NetConfigField.mtu, 2);
-    await bench.up({ features: [Feature.MTU] });
-    const after = read(bench, 'mtu', NetConfigField.mtu, 2);
-    expect(before === after, `mtu was ${before} and is ${after}`);
-  }),
-  must('INI-026', NET, 'With RSS or HASH_REPORT, rss_max_key_size is at least 40', ['rss-without-room'], (bench) => {
-    need(bench.offered().hasAny(Feature.RSS, Feature.HASH_REPORT), 'the device offers neither RSS nor HASH_REPORT');
-    const size = read(bench, 'rss_max_key_size', NetConfigField.rssMaxKeySize, 1);
-    expect(size >= 40, `rss_max_key_size is ${size}`);
-  }),
-  must('INI-027', NET, 'With RSS, rss_max_indirection_table_length is at least 128', ['rss-without-room'], (bench) => {
-    bench.needFeatures(Feature.RSS);
-    const length = read(bench, 'rss_max_indirection_table_length', NetConfigField.rssMaxIndirectionTableLength, 2);
-    expect(length >= 128, `rss_max_indirection_table_length is ${length}`);
-  }),
-  must(
-    'INI-028',
-    NET,
-    'With SPEED_DUPLEX, speed is at most 0x7fffffff, or 0xffffffff',
-    ['config-speed'],
-    async (bench) => {
-      await bench.up({ features: [Feature.SPEED_DUPLEX] });
-      const speed = read(bench, 'speed', NetConfigField.speed, 4);
-      expect(speed <= SPEED.max || speed === SPEED.unknown, `speed is ${hex(speed)}`);
-    },
-  ),
-  must('INI-029', NET, 'With SPEED_DUPLEX, duplex is 0, 1 or 0xff', ['config-duplex'], async (bench) => {
-    await bench.up({ features: [Feature.SPEED_DUPLEX] });
-    const duplex = read(bench, 'duplex', NetConfigField.duplex, 1);
-    expect(DUPLEX.includes(duplex), `duplex is ${duplex}`);
-  }),
-  should(
-    'INI-030',
-    NET,
-    'speed and duplex do not change while the link is up',
-    ['config-speed-changes'],
-    async (bench) => {
-      await bench.up({ features: [Feature.SPEED_DUPLEX, Feature.STATUS] });
-      const up = () => (read(bench, 'status', NetConfigField.status, 2) & 1) !== 0;
-      need(up(), 'the link is down');
-      const values = () =>
-        [read(bench, 'speed', NetConfigField.speed, 4), read(bench, 'duplex', NetConfigField.duplex, 1)].join();
-      const before = values();
-      await bench.never(() => false, '');
-      const after = values();
-      need(up(), 'the link went down');
-      expect(before === after, `speed and duplex were ${before} and are ${after}`);
-    },
-  ),
-  should('INI-031', NET, 'HASH_REPORT is not offered without CTRL_VQ', ['features-without-ctrl'], (bench) =>
-    expectCtrl(bench, Feature.HASH_REPORT),
-  ),
-  should('INI-032', NET, 'CTRL_RX_EXTRA is not offered without CTRL_VQ', ['features-without-ctrl'], (bench) =>
-    expectCtrl(bench, Feature.CTRL_RX_EXTRA),
-  ),
   should(
     'INI-033',
     '5.1.3',
@@ -403,15 +315,6 @@ export const initChecks: readonly Check[] = [
     'whether a function is on an add-in card does not show',
   ),
 ];
-
-function expectCtrl(bench: Bench, bit: number): void {
-  const offered = bench.offered();
-  const name = FeatureSet.of(bit).names()[0];
-  bench.log(
-    `${name} ${offered.has(bit) ? '' : 'not '}offered, VIRTIO_NET_F_CTRL_VQ ${offered.has(Feature.CTRL_VQ) ? '' : 'not '}offered`,
-  );
-  expect(!offered.has(bit) || offered.has(Feature.CTRL_VQ), `${name} is offered without VIRTIO_NET_F_CTRL_VQ`);
-}
 
 async function adminQueues(bench: Bench): Promise<{ first: number; count: number; queues: number }> {
   bench.needFeatures(Feature.ADMIN_VQ);

@@ -1,9 +1,9 @@
 /** PCI: discovery and the capabilities that lead to the virtio structures (Virtio 1.4, 4.1.2 to 4.1.4). */
 import { readIdentity, type VirtioCapability } from '../../vfio/config-space.ts';
-import { Feature } from '../../virtio/features.ts';
 import { CommonCfgField, DeviceType, VirtioCapLength, VirtioCfgType, VirtioPciId } from '../../virtio/pci-layout.ts';
 import type { Bench } from '../bench.ts';
 import { type Check, expect, hex, must, need, should, untried } from '../check.ts';
+import { capabilities, expectAligned, expectPresent } from './pci-support.ts';
 
 /** The transitional id of a network device (table in 4.1.2.1). */
 const TRANSITIONAL_NET = 0x1000;
@@ -28,71 +28,6 @@ function needNonTransitional(bench: Bench): void {
   need(!(ids.deviceId < VirtioPciId.modern && io), 'the device is transitional');
 }
 
-/** The capabilities of a type, logged. */
-function capabilities(bench: Bench, type: number): readonly VirtioCapability[] {
-  const found = bench.target.structures.virtio.filter((cap) => cap.type === type);
-  for (const { at, bar, offset, length, extra } of found) {
-    bench.log(
-      `capability at ${hex(at)}: type ${type}, BAR ${bar}, offset ${hex(offset)}, length ${length}, ${extra.length} extra bytes`,
-    );
-  }
-  return found;
-}
-
-function expectPresent(bench: Bench, type: number, name: string): void {
-  expect(capabilities(bench, type).length > 0, `there is no ${name} capability`);
-}
-
-function expectAligned(bench: Bench, type: number, name: string, alignment: number): void {
-  const found = capabilities(bench, type);
-  need(found.length > 0, `there is no ${name} capability`);
-  for (const { at, offset } of found) {
-    expect(
-      offset % alignment === 0,
-      `the offset ${hex(offset)} of capability ${hex(at)} is not a multiple of ${alignment}`,
-    );
-  }
-}
-
-/** `queue_notify_off` of every queue that there is. */
-function notifyOffsets(bench: Bench): number[] {
-  const { common } = bench.target.structures;
-  const offsets: number[] = [];
-  for (let index = 0; index < common.read16(CommonCfgField.numQueues); index++) {
-    common.write16(CommonCfgField.queueSelect, index);
-    if (common.read16(CommonCfgField.queueSize) > 0) offsets.push(common.read16(CommonCfgField.queueNotifyOff));
-  }
-  return offsets;
-}
-
-function expectNotifyRoom(bench: Bench, width: number): void {
-  const multiplier = bench.target.structures.notifyMultiplier;
-  const [cap] = capabilities(bench, VirtioCfgType.NOTIFY);
-  for (const [index, offset] of notifyOffsets(bench).entries()) {
-    const end = offset * multiplier + width;
-    expect(
-      cap.length >= end,
-      `queue ${index}: cap.length ${cap.length} is less than ${offset} * ${multiplier} + ${width}`,
-    );
-  }
-}
-
-function withData(bench: Bench): boolean {
-  return bench.offered().has(Feature.NOTIFICATION_DATA);
-}
-
-function needPlain(bench: Bench): void {
-  need(!withData(bench), 'the device offers VIRTIO_F_NOTIFICATION_DATA');
-}
-
-function needData(bench: Bench): void {
-  need(withData(bench), 'the device does not offer VIRTIO_F_NOTIFICATION_DATA');
-}
-
-function isPowerOfTwo(value: number): boolean {
-  return value > 0 && (value & (value - 1)) === 0;
-}
-
 /** Lengths of the capabilities' structures by type (4.1.4). */
 const EXTRA_LENGTH: Readonly<Record<number, number>> = {
   [VirtioCfgType.NOTIFY]: VirtioCapLength.notify,
@@ -108,7 +43,6 @@ function wide(cap: VirtioCapability): { offset: number; length: number } {
 }
 
 const DISCOVERY = '4.1.2.1';
-const NOTIFY = '4.1.4.4.1';
 
 export const pciChecks: readonly Check[] = [
   must(
@@ -229,101 +163,6 @@ export const pciChecks: readonly Check[] = [
       'the common configuration structure is not inside its BAR',
     );
   }),
-  must('PCI-012', NOTIFY, 'There is a notification capability', ['no-notify'], (bench) =>
-    expectPresent(bench, VirtioCfgType.NOTIFY, 'notification'),
-  ),
-  must(
-    'PCI-013',
-    NOTIFY,
-    'Without NOTIFICATION_DATA, the offset of the notification structure is 2-byte aligned',
-    ['no-notification-data+notify-misaligned'],
-    (bench) => {
-      needPlain(bench);
-      expectAligned(bench, VirtioCfgType.NOTIFY, 'notification', 2);
-    },
-  ),
-  must(
-    'PCI-014',
-    NOTIFY,
-    'Without NOTIFICATION_DATA, notify_off_multiplier is 0 or an even power of 2',
-    ['no-notification-data+notify-multiplier'],
-    (bench) => {
-      needPlain(bench);
-      const multiplier = bench.target.structures.notifyMultiplier;
-      bench.log(`notify_off_multiplier ${multiplier}`);
-      expect(
-        multiplier === 0 || (isPowerOfTwo(multiplier) && multiplier % 2 === 0),
-        `notify_off_multiplier is ${multiplier}`,
-      );
-    },
-  ),
-  must(
-    'PCI-015',
-    NOTIFY,
-    'Without NOTIFICATION_DATA, the notification structure has at least 2 bytes',
-    ['no-notification-data+notify-short'],
-    (bench) => {
-      needPlain(bench);
-      for (const { length } of capabilities(bench, VirtioCfgType.NOTIFY))
-        expect(length >= 2, `cap.length is ${length}`);
-    },
-  ),
-  must(
-    'PCI-016',
-    NOTIFY,
-    'Without NOTIFICATION_DATA, cap.length holds queue_notify_off * notify_off_multiplier + 2 of every queue',
-    ['no-notification-data+notify-outside-bar'],
-    (bench) => {
-      needPlain(bench);
-      expectNotifyRoom(bench, 2);
-    },
-  ),
-  must(
-    'PCI-017',
-    NOTIFY,
-    'With NOTIFICATION_DATA, notify_off_multiplier is 0 or a power of 2 that is a multiple of 4',
-    ['notification-data'],
-    (bench) => {
-      needData(bench);
-      const multiplier = bench.target.structures.notifyMultiplier;
-      bench.log(`notify_off_multiplier ${multiplier}`);
-      expect(
-        multiplier === 0 || (isPowerOfTwo(multiplier) && multiplier % 4 === 0),
-        `notify_off_multiplier is ${multiplier}`,
-      );
-    },
-  ),
-  must(
-    'PCI-018',
-    NOTIFY,
-    'With NOTIFICATION_DATA, the offset of the notification structure is 4-byte aligned',
-    ['notification-data'],
-    (bench) => {
-      needData(bench);
-      expectAligned(bench, VirtioCfgType.NOTIFY, 'notification', 4);
-    },
-  ),
-  must(
-    'PCI-019',
-    NOTIFY,
-    'With NOTIFICATION_DATA, the notification structure has at least 4 bytes',
-    ['notification-data'],
-    (bench) => {
-      needData(bench);
-      for (const { length } of capabilities(bench, VirtioCfgType.NOTIFY))
-        expect(length >= 4, `cap.length is ${length}`);
-    },
-  ),
-  must(
-    'PCI-020',
-    NOTIFY,
-    'With NOTIFICATION_DATA, cap.length holds queue_notify_off * notify_off_multiplier + 4 of every queue',
-    ['notification-data'],
-    (bench) => {
-      needData(bench);
-      expectNotifyRoom(bench, 4);
-    },
-  ),
   must('PCI-021', '4.1.4.5.1', 'There is an ISR status capability', ['no-isr'], (bench) =>
     expectPresent(bench, VirtioCfgType.ISR, 'ISR status'),
   ),
