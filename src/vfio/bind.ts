@@ -15,6 +15,7 @@ import {
   type KernelFiles,
   namesOf,
   normalizeAddress,
+  OCTEON_DRIVER,
   PciClass,
   type PciDescription,
   VFIO_DRIVER,
@@ -44,7 +45,7 @@ const CLEAR = '\n';
 
 /**
  * Gives function `address` to vfio-pci; does nothing when it is there already. Throws InputError `BAD_ADDRESS`, VfioError:
- * `NO_SUCH_FUNCTION`, `NOT_A_NETWORK_FUNCTION`, `NO_IOMMU`, `GROUP_NOT_VIABLE`, `CARRIES_ROUTE`, `NO_VFIO_DRIVER`,
+ * `NO_SUCH_FUNCTION`, `NOT_A_NETWORK_FUNCTION`, `PHYSICAL_FUNCTION`, `OCTEON_DRIVER`, `NO_IOMMU`, `GROUP_NOT_VIABLE`, `CARRIES_ROUTE`, `NO_VFIO_DRIVER`,
  * `NOT_PERMITTED`, `BIND_FAILED`. When it fails the function goes back to the driver it had.
  */
 export function bindFunction(address: string, options: BindOptions = {}): BindResult {
@@ -103,6 +104,8 @@ function checkBindable(fn: PciDescription, options: BindOptions): void {
     const what = fn.class.toString(16).padStart(6, '0');
     throw new VfioError('NOT_A_NETWORK_FUNCTION', `${fn.address} is not a network function (its class is ${what})`);
   }
+  if (fn.virtio === 'octeon-pf') throw physicalFunction(fn.address);
+  if (fn.virtio === 'octeon' && fn.driver === OCTEON_DRIVER) throw losesWindow(fn.address);
   if ((fn.group === null || fn.noIommu) && !unsafeNoIommu) throw noIommu(fn.address);
   const held = fn.others.filter((other) => !other.harmless);
   if (held.length > 0) throw groupNotViable(fn, held);
@@ -113,6 +116,19 @@ function checkBindable(fn: PciDescription, options: BindOptions): void {
       hint: 'move the route to another interface first, or this machine may be cut off',
     });
   }
+}
+
+function physicalFunction(address: string): VfioError {
+  return new VfioError('PHYSICAL_FUNCTION', `${address} carries virtual functions, which end when its driver lets go`, {
+    hint: 'bind one of its virtual functions; docs/bring-up.md tells how to create them',
+  });
+}
+
+/** octep_vdpa gives a virtual function its BAR 4, and takes it back when it is unbound from that function. */
+function losesWindow(address: string): VfioError {
+  return new VfioError('OCTEON_DRIVER', `${OCTEON_DRIVER} takes BAR 4 away from ${address} when it lets go of it`, {
+    hint: 'create the virtual functions again with sriov_drivers_autoprobe 0, so that octep_vdpa never has them',
+  });
 }
 
 /** The function has no IOMMU between it and memory. */

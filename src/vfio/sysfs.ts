@@ -21,7 +21,10 @@ export const PciClass = { network: 0x02, bridge: 0x06, encryption: 0x10, acceler
 const VIRTIO_VENDOR = 0x1af4;
 const VIRTIO_NET = { modern: 0x1041, transitional: 0x1000 } as const;
 const OCTEON_VENDOR = 0x177d;
-const OCTEON_IDS: readonly number[] = [0xb900, 0xb903, 0xba00, 0xba03, 0xbd00, 0xbd03];
+const OCTEON_PHYSICAL: readonly number[] = [0xb900, 0xba00, 0xbd00];
+const OCTEON_VIRTUAL: readonly number[] = [0xb903, 0xba03, 0xbd03];
+/** The kernel's driver of these functions: what it does to a virtual one when it lets go is told in `bind.ts`. */
+export const OCTEON_DRIVER = 'octep_vdpa';
 
 /** Drivers that leave a function alone, so that another one of its group can be used (Documentation/driver-api/vfio.rst). */
 const HARMLESS_DRIVERS: readonly string[] = ['vfio-pci', 'pci-stub', 'pcieport'];
@@ -29,7 +32,8 @@ export const VFIO_DRIVER = 'vfio-pci';
 /** Name of an IOMMU group that is none: the kernel makes one when no-IOMMU mode is on. */
 const NO_IOMMU_NAME = 'vfio-noiommu';
 
-export type VirtioKind = 'modern' | 'transitional' | 'octeon' | 'none';
+/** `octeon` is a virtual function, `octeon-pf` the physical one that carries them. */
+export type VirtioKind = 'modern' | 'transitional' | 'octeon' | 'octeon-pf' | 'none';
 
 export interface GroupMember {
   readonly address: string;
@@ -91,6 +95,7 @@ export function describeFunction(address: string, files: KernelFiles = KERNEL_FI
   const group = linkName(join(path, 'iommu_group'));
   const noIommu = group !== null && text(join(path, 'iommu_group/name')) === NO_IOMMU_NAME;
   const others = group === null ? [] : groupMembers(address, files);
+  const virtio = virtioKind(vendor, device);
   return {
     address,
     vendor,
@@ -98,13 +103,13 @@ export function describeFunction(address: string, files: KernelFiles = KERNEL_FI
     subsystemVendor: number(join(path, 'subsystem_vendor')) ?? 0,
     subsystemDevice: number(join(path, 'subsystem_device')) ?? 0,
     class: number(join(path, 'class')) ?? 0,
-    virtio: virtioKind(vendor, device),
+    virtio,
     driver,
     interfaces: interfacesOf(path),
     group,
     noIommu,
     others,
-    missing: missing(driver, group, noIommu, others),
+    missing: missing(virtio, driver, group, noIommu, others),
   };
 }
 
@@ -134,11 +139,13 @@ function groupMembers(address: string, files: KernelFiles): GroupMember[] {
 }
 
 function missing(
+  virtio: VirtioKind,
   driver: string | null,
   group: string | null,
   noIommu: boolean,
   others: readonly GroupMember[],
 ): string[] {
+  if (virtio === 'octeon-pf') return ['it carries virtual functions, which are to be used'];
   const list: string[] = [];
   if (group === null) list.push('no IOMMU');
   if (noIommu) list.push('no IOMMU (the unsafe no-IOMMU mode is on)');
@@ -156,7 +163,9 @@ export function namesOf(members: readonly GroupMember[]): string {
 function virtioKind(vendor: number, device: number): VirtioKind {
   if (vendor === VIRTIO_VENDOR && device === VIRTIO_NET.modern) return 'modern';
   if (vendor === VIRTIO_VENDOR && device === VIRTIO_NET.transitional) return 'transitional';
-  return vendor === OCTEON_VENDOR && OCTEON_IDS.includes(device) ? 'octeon' : 'none';
+  if (vendor !== OCTEON_VENDOR) return 'none';
+  if (OCTEON_PHYSICAL.includes(device)) return 'octeon-pf';
+  return OCTEON_VIRTUAL.includes(device) ? 'octeon' : 'none';
 }
 
 /** Content of a file without white space around it; undefined when it cannot be read. */

@@ -47,11 +47,13 @@ describe('the list of functions', () => {
       { address: '0000:00:1f.2', ids: [0x8086, 0x2922], class: 0x010601 },
       { address: '0000:01:00.0', ids: [0x177d, 0xb903], class: 0x120000 },
       { address: '0000:00:03.0', ids: [0x1af4, 0x1000] },
+      { address: '0000:01:00.1', ids: [0x177d, 0xb900] },
     ]);
     const found = listFunctions(tree.files).map(({ address, virtio }) => [address, virtio]);
     expect(found).toEqual([
       ['0000:00:03.0', 'transitional'],
       ['0000:01:00.0', 'octeon'],
+      ['0000:01:00.1', 'octeon-pf'],
       ['0000:02:00.0', 'none'],
     ]);
   });
@@ -124,6 +126,16 @@ describe('bind', () => {
     ['an absent function', [], 'NO_SUCH_FUNCTION'],
     ['a disk', [{ ...kernelNic, class: 0x010802 }], 'NOT_A_NETWORK_FUNCTION'],
     ['a function without an IOMMU', [{ address: NIC, driver: 'virtio-pci' }], 'NO_IOMMU'],
+    [
+      'a physical function that carries virtual ones',
+      [{ ...kernelNic, ids: [0x177d, 0xba00] as const }],
+      'PHYSICAL_FUNCTION',
+    ],
+    [
+      'a virtual function that would lose its window',
+      [{ ...kernelNic, ids: [0x177d, 0xbd03] as const, driver: 'octep_vdpa' }],
+      'OCTEON_DRIVER',
+    ],
     [
       'a function whose group the kernel uses',
       [kernelNic, { address: '0000:01:00.1', driver: 'ahci', group: '7' }],
