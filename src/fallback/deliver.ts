@@ -12,6 +12,7 @@ import { JobStatus } from './engines/engine.ts';
 import { closeEsnGap } from './esn-gap.ts';
 import { completeSimple } from './esp-inbound-simple.ts';
 import { renewGrant } from './grant.ts';
+import { correctChecksum } from './nat.ts';
 import { isNew, markSeen } from './replay.ts';
 import { drop, RECORD, SaKind, SaWord } from './sa-table.ts';
 import { selectorMatches } from './selector.ts';
@@ -219,6 +220,7 @@ function deliverTransport(
   moveUp(pool.u16, pool.u32, outer - linkHeader, start, linkHeader + headerLength);
   const ip = start + linkHeader;
   rewriteHeader(pool.u8, ip, total, burst.state[(position << 3) + At.nextHeaderAt] + shift, headerLength, nextHeader);
+  if (udp !== 0) correctChecksum(path.table.words, record, pool.u8, ip, ip + headerLength, ip + total, nextHeader);
   if ((path.table.words[record] & SaKind.selector) !== 0 && !fitsSelector(path, record, ip, ip + total)) {
     return Verdict.selector;
   }

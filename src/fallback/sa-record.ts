@@ -6,6 +6,7 @@ import type { SecurityAssociation, Selector } from '../ipsec/sa.ts';
 import { Ah, IpProtocol } from '../packet/fields.ts';
 import type { Transform } from './engines/engine.ts';
 import { packetSizes } from './esp.ts';
+import { originalAddress } from './nat.ts';
 import { MaxPacket } from './pmtu.ts';
 import { carryWindow, startWindow, windowBlocks } from './replay.ts';
 import { RECORD, SaKind, type SaTable, SaWord, Sizes } from './sa-table.ts';
@@ -120,6 +121,8 @@ export function writeRecord(
     words[record + SaWord.windowMask] = sa.replayWindow === 0 ? 0 : windowBlocks(sa.replayWindow) - 1;
     if (sa.replayWindow !== 0) restartWindow(table, slot);
     writeDestination(words, record, sa);
+    words[record + SaWord.originalSource] = originalAddress(sa.udpEncap?.originalSource);
+    words[record + SaWord.originalDestination] = originalAddress(sa.udpEncap?.originalDestination);
   }
 }
 

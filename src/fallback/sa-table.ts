@@ -63,10 +63,12 @@ export const SaWord = {
   destinationBits: 24,
   /** Inbound: slot of the next SA with the same SPI, less specific in its destination. */
   nextSameSpi: 25,
-  /** Ports of UDP encapsulation, source first; memory order. */
+  /** Outbound: ports of UDP encapsulation, source first; memory order. Inbound: what `nat.ts` keeps. */
   ports: 26,
+  originalSource: 26,
   /** Outbound: bytes of TFC padding. */
   tfc: 27,
+  originalDestination: 27,
   /** How much `packetsLeft` and `bytesLeft` were when they were last set. */
   packetsGranted: 28,
   bytesGranted: 29,

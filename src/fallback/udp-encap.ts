@@ -10,8 +10,7 @@
  *
  * The checksum over IPv4 is 0 (2.1); over IPv6 it is computed, and a zero one is refused (RFC 8200, 8.1: zero needs
  * an agreement that RFC 6935 describes and that this SA does not carry). A checksum that is not zero is verified.
- * Left out: correcting the inner checksums that a NAT broke in transport mode (3.1.2), which needs the original addresses
- * from IKE.
+ * `nat.ts` corrects the inner checksums that a NAT broke in transport mode (3.1.2).
  */
 import { addBytes, finish, ipv4PseudoSum, ipv6PseudoSum } from '../packet/checksum.ts';
 import { Esp, IpProtocol, Udp } from '../packet/fields.ts';

@@ -111,6 +111,8 @@ export function whyNotInline(sa: SecurityAssociation, capability: InlineCapabili
 
 /** What no device of the revision can be told. */
 function whyNotObject(sa: SecurityAssociation, wire: IpsecWire): string | null {
+  if (sa.udpEncap?.originalSource ?? sa.udpEncap?.originalDestination)
+    return 'addresses before NAT are not expressible';
   if (sa.tfcPadding > 0) return 'TFC padding is not expressible';
   if (sa.direction === 'outbound' && sa.initial.iv !== undefined) return 'an initial IV is not expressible';
   const usual = sa.direction === 'outbound' ? 1n : 0n;

@@ -3,7 +3,7 @@
  */
 import { formatIp, formatPrefix } from '../packet/addresses.ts';
 import type { SaHandle, SaTraffic } from './ipsec.ts';
-import type { Aead, Auth, Cipher, SecurityAssociation, Selector } from './sa.ts';
+import type { Aead, Auth, Cipher, SecurityAssociation, Selector, UdpEncap } from './sa.ts';
 
 type Data = string | number | boolean | null | readonly Data[] | { readonly [name: string]: Data };
 
@@ -25,7 +25,7 @@ export function describeSa(sa: SecurityAssociation): Description {
     ...(tunnel && {
       tunnel: { ...tunnel, source: formatIp(tunnel.source), destination: formatIp(tunnel.destination) },
     }),
-    ...(udpEncap && { udpEncap: { ...udpEncap } }),
+    ...(udpEncap && { udpEncap: encapsulationData(udpEncap) }),
     options: { ...sa.options },
     replayWindow: sa.replayWindow,
     lifetime: {
@@ -63,6 +63,14 @@ function trafficData({ packets, bytes, dropped, softExpired, sequence, engine }:
     softExpired,
     ...(sequence === undefined ? {} : { sequence: String(sequence) }),
     ...(engine === undefined ? {} : { engine }),
+  };
+}
+
+function encapsulationData({ originalSource, originalDestination, ...ports }: UdpEncap): Description {
+  return {
+    ...ports,
+    ...(originalSource && { originalSource: formatIp(originalSource) }),
+    ...(originalDestination && { originalDestination: formatIp(originalDestination) }),
   };
 }
 

@@ -60,6 +60,19 @@ export interface Tunnel {
   readonly flowLabel: number;
 }
 
+/** UDP encapsulation (RFC 3948). */
+export interface UdpEncap {
+  readonly sourcePort: number;
+  readonly destinationPort: number;
+  /**
+   * Inbound transport mode: the addresses that the peer's packets had before a NAT changed them (NAT-OA, RFC 3947, 5.2); one
+   * that is absent was not changed. With either, TCP and UDP checksums are corrected by the difference; with
+   * neither they are computed anew (RFC 3948, 3.1.2).
+   */
+  readonly originalSource?: Uint8Array;
+  readonly originalDestination?: Uint8Array;
+}
+
 export interface SaOptions {
   readonly esn: boolean;
   readonly copyDscp: boolean;
@@ -103,7 +116,7 @@ export interface SecurityAssociation {
   readonly auth?: Auth;
   /** Only in tunnel mode, and there always outbound. Inbound: used to find the SA by destination when it is there. */
   readonly tunnel?: Tunnel;
-  readonly udpEncap?: { readonly sourcePort: number; readonly destinationPort: number };
+  readonly udpEncap?: UdpEncap;
   readonly options: SaOptions;
   /** Packets; 0 is no replay check. */
   readonly replayWindow: number;

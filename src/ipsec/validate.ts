@@ -58,7 +58,13 @@ export interface SecurityAssociationInput {
     flowLabel?: IntegerInput;
   };
   /** Ports default to 4500. */
-  readonly udpEncap?: { sourcePort?: IntegerInput; destinationPort?: IntegerInput };
+  readonly udpEncap?: {
+    sourcePort?: IntegerInput;
+    destinationPort?: IntegerInput;
+    /** Inbound transport mode only. */
+    originalSource?: AddressInput;
+    originalDestination?: AddressInput;
+  };
   readonly options?: Partial<SaOptions>;
   /** Packets; 0, or 32 to 65536. Default 64. */
   readonly replayWindow?: IntegerInput;
@@ -180,13 +186,32 @@ function readInitial(sa: Fields, direction: Direction, esn: boolean, ivLength: n
   return { sequence, iv: new Uint8Array(iv) };
 }
 
-function readUdpEncap(sa: Fields, protocol: Protocol): SecurityAssociation['udpEncap'] {
+function readUdpEncap(
+  sa: Fields,
+  protocol: Protocol,
+  mode: Mode,
+  direction: Direction,
+): SecurityAssociation['udpEncap'] {
   if (!sa.has('udpEncap')) return undefined;
   if (protocol === 'ah') {
     throw fieldError(SaErrorCode.combination, sa.at('udpEncap'), 'AH cannot be carried in UDP (RFC 3948, 1)');
   }
-  const fields = new Fields(sa.raw('udpEncap'), sa.at('udpEncap'), ['sourcePort', 'destinationPort']);
+  const known = ['sourcePort', 'destinationPort', 'originalSource', 'originalDestination'];
+  const fields = new Fields(sa.raw('udpEncap'), sa.at('udpEncap'), known);
+  const original = (name: string): Uint8Array | undefined => {
+    if (!fields.has(name)) return undefined;
+    if (mode === 'transport' && direction === 'inbound') return fields.address(name);
+    throw fieldError(SaErrorCode.combination, fields.at(name), 'belongs to inbound transport mode (RFC 3948, 3.1.2)');
+  };
+  const originalSource = original('originalSource');
+  const originalDestination = original('originalDestination');
+  if (originalSource && originalDestination && originalSource.length !== originalDestination.length) {
+    const what = 'must be of the same family as originalSource';
+    throw fieldError(SaErrorCode.combination, fields.at('originalDestination'), what);
+  }
   return {
+    ...(originalSource && { originalSource }),
+    ...(originalDestination && { originalDestination }),
     sourcePort: fields.integer('sourcePort', 1, U16, UdpEsp.port),
     destinationPort: fields.integer('destinationPort', 1, U16, UdpEsp.port),
   };
@@ -231,7 +256,7 @@ export function validateSa(input: unknown, path = 'sa'): SecurityAssociation {
   }
   if (mode === 'tunnel' && direction === 'outbound') sa.required('tunnel');
   const tunnel = sa.has('tunnel') ? readTunnel(sa.raw('tunnel'), sa.at('tunnel')) : undefined;
-  const udpEncap = readUdpEncap(sa, protocol);
+  const udpEncap = readUdpEncap(sa, protocol, mode, direction);
   const options = readOptions(sa.raw('options'), sa.at('options'));
   const replayWindow = sa.integer('replayWindow', 0, Window.max, Window.default);
   if (replayWindow !== 0 && replayWindow < Window.min) {

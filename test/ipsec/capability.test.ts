@@ -66,6 +66,18 @@ describe('a device that offers everything', () => {
   });
 });
 
+describe('an inbound SA in UDP that knows the addresses before NAT', () => {
+  it('is told nothing of what the object cannot say', () => {
+    const udpEncap = { sourcePort: 4500, destinationPort: 4500 };
+    const change = { mode: 'transport' } as const;
+    const known = { ...udpEncap, originalSource: Uint8Array.of(10, 0, 0, 1) };
+    expect(whyNotInline(inbound({ ...change, udpEncap: known }), capability())).toBe(
+      'addresses before NAT are not expressible',
+    );
+    expect(whyNotInline(inbound({ ...change, udpEncap }), capability())).toBeNull();
+  });
+});
+
 describe('a device that offers less', () => {
   it.each<[string, InlineCapability, SecurityAssociation]>([
     ['the device takes no outbound SAs', capability({ limits: { inbound: 8, outbound: 0 } }), outbound()],

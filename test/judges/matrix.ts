@@ -17,7 +17,12 @@ export interface SaText {
   readonly cipher?: { name: string; key?: string; salt?: string };
   readonly auth?: { name: string; key: string; salt?: string; icvLength: number };
   readonly tunnel?: { source: string; destination: string; ttl?: number; hopLimit?: number };
-  readonly udpEncap?: { sourcePort: number; destinationPort: number };
+  readonly udpEncap?: {
+    sourcePort: number;
+    destinationPort: number;
+    originalSource?: string;
+    originalDestination?: string;
+  };
   readonly options: { esn?: boolean };
   readonly replayWindow: number;
   readonly initial: { sequence: string };

@@ -1,0 +1,93 @@
+/**
+ * A NAT between us and a peer in transport mode (RFC 3948, 3.1.2): the peer is Scapy, and tshark says whether the checksums of
+ * what we take out are right.
+ */
+import { afterAll, describe, expect, it } from 'vitest';
+import { formatIp } from '../../src/packet/addresses.ts';
+import { addBytes, finish, ipv6PseudoSum, setIpv4Checksum } from '../../src/packet/checksum.ts';
+import { realPackets, type SaText } from './matrix.ts';
+import { Ours } from './ours.ts';
+import { askScapy } from './scapy.ts';
+import { askTshark } from './tshark.ts';
+
+const ours = new Ours();
+afterAll(() => ours[Symbol.dispose]());
+
+/** As tshark names them. */
+const Status = { bad: '0', good: '1' } as const;
+const PREFERENCES = ['tcp.check_checksum:TRUE', 'udp.check_checksum:TRUE'];
+
+const sa: SaText = {
+  protocol: 'esp',
+  mode: 'transport',
+  spi: '0xc0ffee01',
+  cipher: { name: 'aes-cbc', key: '11'.repeat(16) },
+  auth: { name: 'hmac-sha256', key: '22'.repeat(32), icvLength: 16 },
+  udpEncap: { sourcePort: 4500, destinationPort: 4500 },
+  options: {},
+  replayWindow: 64,
+  initial: { sequence: '7' },
+};
+
+/** Checksum status of the TCP or UDP header of each packet. */
+function statuses(packets: readonly Uint8Array[]): string[] {
+  const rows = askTshark(packets, [], ['tcp.checksum.status', 'udp.checksum.status'], PREFERENCES);
+  return rows.map((row) => row['tcp.checksum.status'] || row['udp.checksum.status']);
+}
+
+/** Where the addresses are, and how long: source, then destination. */
+const at = (packet: Uint8Array) => (packet[0] >> 4 === 4 ? { from: 12, size: 4 } : { from: 8, size: 16 });
+
+function withAddresses(packet: Uint8Array, first: number): Uint8Array {
+  const { from, size } = at(packet);
+  const out = packet.slice();
+  for (let i = 0; i < 2 * size; i++) out[from + i] = i % size === 0 ? first : (packet[from + i] + first) & 0xff;
+  return out;
+}
+
+/** The NAT: other addresses, and the checksums that it can see. */
+function translate(packet: Uint8Array): Uint8Array {
+  const out = withAddresses(packet, 0x20);
+  if (out[0] >> 4 === 4) setIpv4Checksum(out, 0, 20);
+  else {
+    out.set([0, 0], 46);
+    const length = out.length - 40;
+    const check = finish(addBytes(out, 40, length, ipv6PseudoSum(out, 0, 17, length)));
+    out.set([check >> 8, check & 0xff], 46);
+  }
+  return out;
+}
+
+describe.each([4, 6] as const)('Scapy behind a NAT, IPv%i', (family) => {
+  const isTransport = (packet: Uint8Array): boolean => [6, 17].includes(packet[family === 4 ? 9 : 6]);
+  const transports = realPackets(family, 12).filter(isTransport);
+  const known = statuses(transports);
+  const packets = transports.filter((_, i) => known[i] === Status.good);
+  const answers = askScapy(
+    packets.map((packet) => ({ op: 'encrypt', sa, packet: Buffer.from(packet).toString('hex'), sequence: '7' })),
+  );
+  const wire = answers.map((answer) => {
+    if (!('packet' in answer)) throw new Error(JSON.stringify(answer));
+    return translate(Uint8Array.from(Buffer.from(answer.packet, 'hex')));
+  });
+
+  it('sends TCP and UDP whose checksums the NAT has broken', () => {
+    const protocols = new Set(packets.map((packet) => packet[family === 4 ? 9 : 6]));
+    expect([...protocols].sort()).toEqual([17, 6]);
+    const broken = packets.map((packet) => withAddresses(packet, 0x20));
+    expect(statuses(broken)).toEqual(packets.map(() => Status.bad));
+  });
+
+  it('is understood with right checksums when the original addresses are known, and when they are not', () => {
+    const { from, size } = at(packets[0]);
+    for (const originals of [true, false]) {
+      const opened = wire.map((bytes, i) => {
+        const address = (offset: number) => formatIp(packets[i].slice(offset, offset + size));
+        const original = originals ? { originalSource: address(from), originalDestination: address(from + size) } : {};
+        return ours.unprotect({ ...sa, udpEncap: { sourcePort: 4500, destinationPort: 4500, ...original } }, bytes);
+      });
+      expect(opened.map((bytes) => bytes.length)).toEqual(packets.map((packet) => packet.length));
+      expect(statuses(opened)).toEqual(packets.map(() => Status.good));
+    }
+  });
+});
