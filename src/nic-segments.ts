@@ -133,16 +133,20 @@ export class SaSegments {
     return count !== 0 && segmenter.headers + segmenter.payload(0) <= pool.stride - pool.headroom ? count : 0;
   }
 
-  /** hot: bytes of a chain of slots; 0 when it is none, or too long. */
+  /** hot: bytes of a chain of slots and references; 0 when it is none, or too long. */
   #measure(p: number): number {
     const pool = this.#pool;
     let bytes = 0;
     for (let q = p; q !== NO_PACKET; q = pool.next[q]) {
-      if (q >= pool.count) return 0;
-      const at = pool.offset[q];
-      const size = pool.length[q];
-      if (size === 0 || at < pool.slot(q) || at + size > pool.slot(q) + pool.stride) return 0;
-      bytes += size;
+      if (q >= pool.count) {
+        if (!pool.references.has(q)) return 0;
+        bytes += pool.references.length[q - pool.count];
+      } else {
+        const at = pool.offset[q];
+        const size = pool.length[q];
+        if (size === 0 || at < pool.slot(q) || at + size > pool.slot(q) + pool.stride) return 0;
+        bytes += size;
+      }
       // Also ends a chain that leads back to itself.
       if (bytes > MAX_LARGE_FRAME) return 0;
     }
@@ -151,18 +155,23 @@ export class SaSegments {
 
   /** hot: copies the next `bytes` of the packet to `to`. */
   #copyPayload(to: number, bytes: number): void {
-    const { u8, offset, length, next } = this.#pool;
+    const { u8, count, offset, length, next, references } = this.#pool;
     let done = 0;
     while (done < bytes) {
-      const left = length[this.#slot] - this.#used;
+      const slot = this.#slot;
+      const left = (slot < count ? length[slot] : references.length[slot - count]) - this.#used;
       if (left === 0) {
-        this.#slot = next[this.#slot];
+        this.#slot = next[slot];
         this.#used = 0;
         continue;
       }
       const n = Math.min(left, bytes - done);
-      const from = offset[this.#slot] + this.#used;
-      u8.copyWithin(to + done, from, from + n);
+      if (slot < count) {
+        const from = offset[slot] + this.#used;
+        u8.copyWithin(to + done, from, from + n);
+      } else {
+        references.copy(slot, this.#used, n, u8, to + done);
+      }
       this.#used += n;
       done += n;
     }

@@ -9,8 +9,7 @@
  * ```
  *
  * The control path is promises, the data path is bursts of packet numbers and never throws: when the device breaks its rules or is lost,
- * bursts give 0, whatever is pending rejects, and `broken` says why. Left out: GSO, the control queue but for the
- * number of queue pairs.
+ * bursts give 0, whatever is pending rejects, and `broken` says why.
  */
 import { VfioError, VipsecError, VirtioError } from './errors.ts';
 import { SoftwareIpsec } from './fallback/software.ts';

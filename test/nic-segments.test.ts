@@ -4,6 +4,7 @@ import { Verdict } from '../src/fallback/verdict.ts';
 import { SaPlace } from '../src/ipsec/sa-state.ts';
 import { PacketFlag } from '../src/packet/pool.ts';
 import { ChecksumState, transportChecksum } from '../src/packet/transport-checksum.ts';
+import { mapAnonymous, unmapMemory } from '../src/sys/memory.ts';
 import { inTunnel, type LargeOptions, large } from './device/helpers/large.ts';
 import { outbound } from './ipsec/support.ts';
 import { type TxSetup, txSetup } from './nic-support.ts';
@@ -188,6 +189,43 @@ describe('a packet that cannot be cut', () => {
     expect(tx.dropped[Verdict.malformed]).toBe(1);
     expect(pool.available).toBe(free);
   });
+});
+
+it('a packet whose payload is memory of the application is cut like any other, and the memory comes back', () => {
+  setup.close();
+  setup = txSetup({ references: 8 });
+  const { ring, tx, make, pool } = setup;
+  const memory = mapAnonymous(0x10000);
+  try {
+    const arena = pool.references.open({ ...memory, iova: 0, iovaLow: 0, iovaHigh: 0 });
+    const handle = inlineSa(7);
+    const packet = tcp(20000, 1300);
+    const headers = packet.header.hdrLen ?? 0;
+    memory.u8.set(packet.payload, 100);
+    const before = pool.available;
+    // Headers and a little payload in a slot, the rest in two pieces of the application's memory.
+    const p = make({ ...packet, frame: packet.frame.subarray(0, headers + 10) }, handle);
+    const first = pool.refer(arena, 110, 7000);
+    const second = pool.refer(arena, 7110, 20000 - 7010);
+    pool.next[p] = first;
+    pool.next[first] = second;
+    expect(tx.burst(Uint32Array.of(p), 1)).toBe(1);
+    expect(Buffer.concat(ring.sent.map(({ bytes }) => bytes.subarray(headers))).equals(packet.payload)).toBe(true);
+    expect(ring.sent.every(({ bytes }) => isChecksummed(bytes))).toBe(true);
+    const back = new Uint32Array(4);
+    expect(arena.reclaim(back)).toBe(2);
+    expect([...back.subarray(0, 2)]).toEqual([110, 7110]);
+    // One that is no reference any more is refused.
+    const again = make({ ...packet, frame: packet.frame.subarray(0, headers + 10) }, handle);
+    pool.next[again] = first;
+    const count = ring.sent.length;
+    expect(() => tx.burst(Uint32Array.of(again), 1)).toThrow(RangeError);
+    expect(ring.sent).toHaveLength(count);
+    ring.complete();
+    expect(pool.available).toBe(before);
+  } finally {
+    unmapMemory(memory);
+  }
 });
 
 describe('a chain of slots', () => {

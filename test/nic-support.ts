@@ -69,10 +69,11 @@ export interface TxSetup {
   close(): void;
 }
 
-export function txSetup(options: { packets?: number; ring?: number; mtu?: number } = {}): TxSetup {
+export function txSetup(options: { packets?: number; ring?: number; mtu?: number; references?: number } = {}): TxSetup {
   const { packets = 512, ring: size = 512, mtu = 1500 } = options;
   const memory = mapAnonymous(packets * 2048);
-  const pool = new PacketPool(memory, { stride: 2048, headroom: 128 });
+  const { references = 0 } = options;
+  const pool = new PacketPool(memory, { stride: 2048, headroom: 128, references });
   const manager = new IpsecManager({
     inline: null,
     inlineObstacle: 'no device',

@@ -124,6 +124,19 @@ export class PacketReferences {
     return n;
   }
 
+  /** Copies `bytes` of the attached reference `p`, from its byte `skip` on, to `out[at…]`. */
+  copy(p: number, skip: number, bytes: number, out: Uint8Array, at: number): void {
+    // hot:
+    const r = p - this.first;
+    const arena = this.#state[r] === State.attached ? this.#arenas[this.#arena[r]] : null;
+    if (arena === null || arena === undefined || skip + bytes > this.length[r]) {
+      throw new RangeError(`packet ${p} has no ${bytes} bytes at ${skip}`);
+    }
+    const from = this.#start[r] + skip;
+    // A view for each piece: it costs 60 ns, a loop over the bytes of a segment twenty times as much.
+    out.set(arena.memory.u8.subarray(from, from + bytes), at);
+  }
+
   /** A copy of the bytes of `p`; empty when it is no reference. */
   read(p: number): Uint8Array {
     const r = p - this.first;
