@@ -53,6 +53,7 @@ export function openQueue(handle: QueueHandle): WorkerNicQueue {
     const features = FeatureSet.fromWords([...handle.features]);
     const { stride, headroom } = handle.pool;
     const pool = new PacketPool(map(handle.pool.memory), { stride, headroom });
+    pool.keepForReceive(handle.rx.options.size);
     const open = ({ options, memory }: RingHandle) => createVirtqueue(ringFormat(features), map(memory), options);
     const rings = { rx: open(handle.rx), tx: open(handle.tx) };
     pool.keepForReceive(rings.rx.size);

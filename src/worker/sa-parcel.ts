@@ -3,6 +3,7 @@
  * which whoever takes them out wipes, and the sender once more when the answer is there or will never come.
  */
 import type { SecurityAssociation } from '../ipsec/sa.ts';
+import { SecretBytes } from '../ipsec/secret.ts';
 
 /** `sa` with its secrets in shared memory, or with zeros in their place: enough for a data path that leaves the arithmetic to the device. */
 export function packSa(sa: SecurityAssociation, withKeys: boolean): SecurityAssociation {
@@ -16,7 +17,11 @@ export function packSa(sa: SecurityAssociation, withKeys: boolean): SecurityAsso
 
 /** `sa` with its secrets in private memory; those of `sa` are wiped. */
 export function unpackSa(sa: SecurityAssociation): SecurityAssociation {
-  const own = withSecrets(sa, (bytes) => Uint8Array.from(bytes));
+  const own = withSecrets(
+    sa,
+    (bytes) => SecretBytes.copy(bytes),
+    (iv) => Uint8Array.from(iv),
+  );
   wipeParcel(sa);
   return own;
 }
@@ -26,8 +31,12 @@ export function wipeParcel(sa: SecurityAssociation): void {
   withSecrets(sa, (bytes) => bytes.fill(0));
 }
 
-/** A copy of `sa` in which each secret has become what `of` makes of it. */
-function withSecrets(sa: SecurityAssociation, of: (bytes: Uint8Array) => Uint8Array): SecurityAssociation {
+/** A copy of `sa` in which each key and salt has become what `of` makes of it, and the IV what `ofIv` does. */
+function withSecrets(
+  sa: SecurityAssociation,
+  of: (bytes: Uint8Array) => Uint8Array,
+  ofIv: (bytes: Uint8Array) => Uint8Array = of,
+): SecurityAssociation {
   const part = <T extends { readonly key: Uint8Array; readonly salt?: Uint8Array }>(one: T): T => ({
     ...one,
     key: of(one.key),
@@ -39,6 +48,6 @@ function withSecrets(sa: SecurityAssociation, of: (bytes: Uint8Array) => Uint8Ar
     ...(sa.aead === undefined ? {} : { aead: part(sa.aead) }),
     ...(sa.cipher === undefined ? {} : { cipher: part(sa.cipher) }),
     ...(sa.auth === undefined ? {} : { auth: part(sa.auth) }),
-    ...(iv === undefined ? {} : { initial: { ...sa.initial, iv: of(iv) } }),
+    ...(iv === undefined ? {} : { initial: { ...sa.initial, iv: ofIv(iv) } }),
   };
 }
