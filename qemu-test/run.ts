@@ -98,7 +98,8 @@ async function runAll(
   progress.close();
   const taps = await findTaps(components, scenarios);
   const results = new Map<string, ScenarioResult>();
-  const queue = [...scenarios];
+  // The long ones first: at the end none is waited for alone.
+  const queue = [...scenarios].sort(([, a], [, b]) => b.timeout - a.timeout);
   const worker = async () => {
     for (let next = queue.shift(); next !== undefined && !stopped.signal.aborted; next = queue.shift()) {
       const [name, scenario] = next;

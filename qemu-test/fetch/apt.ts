@@ -105,6 +105,9 @@ export class PrivateApt {
       'Dir::Etc::sourceparts "-";',
       'Dir::Etc::parts "-";',
       'Dir::Etc::main "-";',
+      // The keys for sources that name none.
+      'Dir::Etc::trusted "/etc/apt/trusted.gpg";',
+      'Dir::Etc::trustedparts "/etc/apt/trusted.gpg.d";',
       `Dir::State ${at('.')};`,
       `Dir::State::lists ${at('lists')};`,
       `Dir::State::status ${at('status')};`,

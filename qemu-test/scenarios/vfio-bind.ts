@@ -38,7 +38,7 @@ export const scenario: Scenario = {
     { kind: 'virtio-net', id: 'uplink', mac: '52:54:00:00:02:02', iommu: false, link: 'host' },
   ],
   modules: ['virtio_pci', 'virtio_net', 'vfio_pci', 'vfio_iommu_type1'],
-  timeout: 90,
+  timeout: 120,
   checks: Object.values(Check),
 
   async guest(guest) {
@@ -61,6 +61,9 @@ export const scenario: Scenario = {
       same('interfaces', found?.interfaces, [interfaceName]);
       same('others', found?.others, []);
       same('missing', found?.missing, ['driver virtio-pci, not vfio-pci']);
+      const { stdout } = guest.node('tools/vipsec.js', ['devices', '--json']);
+      const shown: { functions: { address: string; ready: boolean }[] } = JSON.parse(stdout);
+      same('vipsec devices', shown.functions.find((fn) => fn.address === nic)?.ready, false);
       return `IOMMU group ${found?.group}`;
     });
     await guest.check(Check.notBound, async () => {
