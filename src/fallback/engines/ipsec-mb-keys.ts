@@ -158,8 +158,8 @@ export const REGION_SHIFT = 18;
 export const REGION_MASK = (1 << REGION_SHIFT) - 1;
 
 /**
- * The key slots of the contexts of one engine. Slots never move. A region is in huge pages where they can be had, and
- * does not cross a multiple of 4 GiB.
+ * The key slots of the contexts of one engine. Slots never move. A region does not cross a multiple of 4 GiB; all but the first are
+ * in huge pages where they can be had.
  */
 export class KeySlots {
   /** Bytes of a slot. */
@@ -211,7 +211,7 @@ export class KeySlots {
   #addRegion(): void {
     const i = this.#regions.length;
     const slots = i === 0 ? FEW_CONTEXTS : 1 << REGION_SHIFT;
-    const region = mapUnbroken(slots * this.slotSize, { reserve: false, hugePages: true });
+    const region = mapUnbroken(slots * this.slotSize, { reserve: false, hugePages: i > 0 });
     this.#regions.push(region);
     if (i >= this.low.length) {
       this.low = grown(this.low, 2 * this.low.length);
