@@ -1,6 +1,5 @@
 /** Control commands that say when to notify, and that ask what was counted (Virtio 1.4, 5.1.9.5.10 and 5.1.9.5.11). */
 import { Feature } from '../../virtio/features.ts';
-import { CommonCfgField } from '../../virtio/pci-layout.ts';
 import {
   COALESCING_LENGTH,
   type Coalescing,
@@ -18,6 +17,7 @@ import { type Check, expect, hex, must, should, untried } from '../check.ts';
 import type { ControlConsole, ControlReply } from '../control-console.ts';
 import type { Driver } from '../driver.ts';
 import { expectQuiet, notifiedDriver, ownFrame, TRANSMIT } from './notified.ts';
+import { resetQueue } from './queue-reset.ts';
 
 const COALESCING = '5.1.9.5.10.6';
 const STATISTICS = '5.1.9.5.11.12';
@@ -82,16 +82,10 @@ async function expectParameters(
 
 /** Resets a queue, and enables it again. */
 async function renew(bench: Bench, driver: Driver, index: number): Promise<void> {
-  const { common } = bench.target.structures;
-  common.write16(CommonCfgField.queueSelect, index);
-  common.write16(CommonCfgField.queueReset, 1);
-  await bench.eventually(
-    () => common.read16(CommonCfgField.queueReset) === 0,
-    `queue_reset of queue ${index} does not return to 0`,
-  );
+  await resetQueue(bench, index);
   driver.forget(index);
   driver.addQueue(index);
-  bench.log(`queue ${index} was reset and enabled again`);
+  bench.log(`queue ${index} was enabled again`);
 }
 
 /** A queue that is enabled again has the parameters for all of its kind. */

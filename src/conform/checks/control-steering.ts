@@ -1,7 +1,6 @@
 /** Control commands that say where packets are received: multiqueue, hashes, receive-side scaling (Virtio 1.4, 5.1.9.5.6 to 5.1.9.5.8, 5.1.9.4.3). */
 import { EtherType } from '../../packet/fields.ts';
 import { Feature } from '../../virtio/features.ts';
-import { CommonCfgField } from '../../virtio/pci-layout.ts';
 import { NetConfigField } from '../../virtio-net/config.ts';
 import {
   ControlClass,
@@ -18,6 +17,7 @@ import { type Check, expect, hex, must, need, should, Untestable, untried } from
 import { arrivalQueue, type Controlled, controlled, delivered } from '../delivery.ts';
 import type { Received } from '../driver.ts';
 import { ipInIpFrame, otherFrame, udpFrame } from '../frames.ts';
+import { resetQueue } from './queue-reset.ts';
 
 const STEERING = '5.1.9.5.6';
 const STEERING_DEVICE = '5.1.9.5.6.2';
@@ -109,18 +109,6 @@ async function scaled(
   const name = `RSS_CONFIG with table ${full.indirectionTable.join(' ')}, unclassified ${full.unclassifiedQueue}`;
   await all.control.done(name, ControlClass.MQ, MqCommand.RSS_CONFIG, encodeRssConfig(full));
   return { ...all, config: full };
-}
-
-/** Resets receive queue `index` (2.6.1). */
-async function resetQueue(bench: Bench, index: number): Promise<void> {
-  const { common } = bench.target.structures;
-  common.write16(CommonCfgField.queueSelect, index);
-  common.write16(CommonCfgField.queueReset, 1);
-  await bench.eventually(
-    () => common.read16(CommonCfgField.queueReset) === 0,
-    `queue_reset of queue ${index} does not return to 0`,
-  );
-  bench.log(`queue ${index} was reset`);
 }
 
 export const controlSteeringChecks: readonly Check[] = [

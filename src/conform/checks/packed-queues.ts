@@ -5,9 +5,9 @@ import type { Bench, UpOptions } from '../bench.ts';
 import { type Check, expect, must, should, untried } from '../check.ts';
 import type { Driver } from '../driver.ts';
 import { isEqual, udpFrame } from '../frames.ts';
-import { succeeded } from '../offer.ts';
 import { DESCRIPTOR, DescriptorFlag, type RingFormat } from '../ring.ts';
 import { PackedRing } from '../ring-packed.ts';
+import { expectAnyCuts, expectAnySplit, expectUsedTogether } from './framing.ts';
 import { expectNotified, expectQuiet, type Notified, notifiedDriver, ownFrame, TRANSMIT } from './notified.ts';
 
 const DEVICE = '2.8.12';
@@ -111,33 +111,14 @@ export const packedQueueChecks: readonly Check[] = [
     LISTS,
     'The descriptors of a list are used in the order in which they were made available',
     ['first-descriptor-only'],
-    async (bench) => {
-      const { driver, network } = await bench.network({ ...PACKED, rx: { count: 8, split: 3 } });
-      const header = driver.layout.length;
-      for (const cuts of [[], [header], [header + 14], [5, header, header + 20, header + 60]]) {
-        const sent = udpFrame(network.outward);
-        await network.send(sent, {}, { cuts });
-        const came = await network.departure(`a frame whose buffer was cut at ${cuts.join(', ') || 'nothing'}`);
-        expect(isEqual(came, sent), `the frame that was cut at ${cuts.join(', ')} was sent with other bytes`);
-        bench.log(`a list of ${cuts.length + 1} descriptors: sent as it was`);
-      }
-    },
+    (bench) => expectAnyCuts(bench, PACKED),
   ),
   must(
     'PKD-008',
     LISTS,
     'The descriptors of an administration command are used in order',
     ['first-descriptor-only'],
-    async (bench) => {
-      const admin = bench.console(await bench.up({ ...PACKED, admin: true }));
-      const whole = succeeded(await admin.listQuery());
-      for (const split of [2, 3, 7]) {
-        const result = succeeded(
-          await admin.listQuery({ split, writable: 64, name: `LIST_QUERY in ${split} + ${split} descriptors` }),
-        );
-        expect(isEqual(result, whole), `LIST_QUERY in ${split} + ${split} descriptors gives another result`);
-      }
-    },
+    (bench) => expectAnySplit(bench, PACKED),
   ),
   must(
     'PKD-009',
@@ -280,22 +261,7 @@ export const packedQueueChecks: readonly Check[] = [
     '2.8.9',
     'The first buffer of a request of several is marked used after the others',
     ['rx-buffers-apart'],
-    async (bench) => {
-      const size = 256;
-      const { driver, network } = await bench.network({
-        ...PACKED,
-        features: [Feature.MRG_RXBUF],
-        rx: { count: 16, size },
-      });
-      const ring = driver.ring(RECEIVE);
-      const length = 1000;
-      const needed = Math.ceil((driver.layout.length + length) / size);
-      await network.inject(udpFrame({ ...network.inward, length }));
-      await bench.eventually(() => ring.pending > 0, 'the packet did not arrive');
-      const seen = ring.pending;
-      bench.log(`${seen} buffers used at once for a packet that needs ${needed}`);
-      expect(seen >= needed, `the first buffer was marked used with ${seen} of ${needed}`);
-    },
+    (bench) => expectUsedTogether(bench, PACKED),
   ),
   must('PKD-020', '2.8.16', 'Notifications without new buffers do no harm', ['notifications-fatal'], async (bench) => {
     const { driver } = await up(bench);

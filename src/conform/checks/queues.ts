@@ -4,8 +4,8 @@ import type { Bench } from '../bench.ts';
 import { type Check, expect, must, should, untried } from '../check.ts';
 import type { Driver } from '../driver.ts';
 import { isEqual, udpFrame } from '../frames.ts';
-import { succeeded } from '../offer.ts';
 import { SplitRing } from '../ring-split.ts';
+import { expectAnyCuts, expectAnySplit } from './framing.ts';
 import { expectNotified, expectQuiet, type Notified, notifiedDriver, ownFrame, TRANSMIT } from './notified.ts';
 
 const SUPPRESSION = '2.7.7.2';
@@ -26,39 +26,15 @@ function splitRing(driver: Driver): SplitRing {
 }
 
 export const queueChecks: readonly Check[] = [
-  must(
-    'QUE-001',
-    '2.7.4.1',
-    'The arrangement of descriptors does not matter',
-    ['first-descriptor-only'],
-    async (bench) => {
-      const { driver, network } = await bench.network({ ring: 'split', rx: { count: 8, split: 3 }, size: 64 });
-      const header = driver.layout.length;
-      const arrangements = [[], [header], [header + 14], [5, header, header + 20, header + 60]];
-      for (const cuts of arrangements) {
-        const sent = udpFrame(network.outward);
-        await network.send(sent, {}, { cuts });
-        const came = await network.departure(`a frame whose buffer was cut at ${cuts.join(', ') || 'nothing'}`);
-        expect(isEqual(came, sent), `the frame that was cut at ${cuts.join(', ')} was sent with other bytes`);
-        bench.log(`buffer cut at ${cuts.join(', ') || 'nothing'}: sent as it was`);
-      }
-    },
+  must('QUE-001', '2.7.4.1', 'The arrangement of descriptors does not matter', ['first-descriptor-only'], (bench) =>
+    expectAnyCuts(bench, { ring: 'split' }),
   ),
   must(
     'QUE-002',
     '2.7.4.1',
     'The arrangement of descriptors of an administration command does not matter',
     ['first-descriptor-only'],
-    async (bench) => {
-      const admin = bench.console(await bench.up({ ring: 'split', admin: true }));
-      const whole = succeeded(await admin.listQuery());
-      for (const split of [2, 3, 7]) {
-        const result = succeeded(
-          await admin.listQuery({ split, writable: 64, name: `LIST_QUERY in ${split} + ${split} descriptors` }),
-        );
-        expect(isEqual(result, whole), `LIST_QUERY in ${split} + ${split} descriptors gives another result`);
-      }
-    },
+    (bench) => expectAnySplit(bench, { ring: 'split' }),
   ),
   must(
     'QUE-003',

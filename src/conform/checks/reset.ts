@@ -14,6 +14,7 @@ import { udpFrame } from '../frames.ts';
 import { offeredCapabilities, succeeded, useCapabilities, useCommands } from '../offer.ts';
 import { anySa, saBytes } from '../samples.ts';
 import { readAccepted } from '../structures.ts';
+import { resetQueue } from './queue-reset.ts';
 
 const COMMON = '4.1.4.3.1';
 const TRANSMIT = 1;
@@ -32,17 +33,6 @@ function offerFrame(bench: Bench, driver: Driver): void {
 /** With RING_RESET. */
 async function resettable(bench: Bench): Promise<Driver> {
   return await bench.up({ features: [Feature.RING_RESET] });
-}
-
-/** Writes 1 to `queue_reset`, and waits until the reset is over (4.1.5.1.3). */
-async function resetQueue(bench: Bench, index: number): Promise<void> {
-  const { common } = bench.target.structures;
-  common.write16(F.queueSelect, index);
-  common.write16(F.queueReset, 1);
-  await bench.eventually(() => common.read16(F.queueReset) === 0, `queue_reset of queue ${index} does not return to 0`);
-  const enabled = common.read16(F.queueEnable);
-  bench.log(`queue ${index}: wrote 1 to queue_reset, queue_enable reads ${enabled}`);
-  expect(enabled === 0, `queue_enable of queue ${index} reads ${enabled} after the reset of the queue`);
 }
 
 /** A function with objects of both kinds, that was then reset. */
