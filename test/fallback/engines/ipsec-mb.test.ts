@@ -114,6 +114,46 @@ function ipsecMbSuite(): void {
     },
   );
 
+  it('does with 9000 keys, of all transforms and in bursts of any of them, what node:crypto does', () => {
+    const memory = mapAnonymous(64 * STRIDE);
+    const reference = plainMemory(memory.size);
+    const engine = new IpsecMbEngine(memory);
+    const judge = new NodeEngine(reference);
+    const burst = new CryptoBurst();
+    const random = new Random(9);
+    const keys = new Map(can.map((transform) => [transform, [] as { seed: number; context: number }[]]));
+    try {
+      for (let i = 0; i < 9000; i++) {
+        const transform = can[i % can.length];
+        const context = engine.createContext(transform, randomKeys(new Random(i), transform), 'encrypt');
+        keys.get(transform)?.push({ seed: i, context });
+      }
+      for (const [transform, all] of keys) {
+        const text = random.bytes(memory.size);
+        memory.u8.set(text);
+        reference.u8.set(text);
+        burst.count = 64;
+        burst.aadLength = transform.family === 'aead' ? 8 : 0;
+        randomNonces(random, burst);
+        const judged = new Uint32Array(burst.count);
+        for (let i = 0; i < burst.count; i++) {
+          layOut(burst, i, STRIDE, 24, 16 * (1 + random.below(90)));
+          const { seed, context } = all[random.below(all.length)];
+          burst.context[i] = context;
+          judged[i] = judge.createContext(transform, randomKeys(new Random(seed), transform));
+        }
+        engine.encrypt(transform, burst);
+        burst.context.set(judged);
+        judge.encrypt(transform, burst);
+        expect(Buffer.compare(memory.u8, reference.u8), transform.id).toBe(0);
+      }
+    } finally {
+      engine.close();
+      burst.close();
+      unmapMemory(memory);
+    }
+  });
+
   it('shares the job slots of the library with other engines of this thread without mixing them up', () => {
     const memories = [mapAnonymous(64 * STRIDE), mapAnonymous(64 * STRIDE)];
     const bursts = [new CryptoBurst(), new CryptoBurst()];
