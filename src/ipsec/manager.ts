@@ -394,16 +394,16 @@ export class IpsecManager implements Ipsec {
 
   /**
    * A thread has let go of its queue, or died: its SAs are over. `sequences` are the next sequence numbers of those that sent in software;
-   * of others every number counts as used.
+   * of others every number counts as used. With `closing` their objects are left to the reset of the device that follows.
    */
-  async threadEnded(thread: SaThread, sequences: ReadonlyMap<number, bigint>): Promise<void> {
+  async threadEnded(thread: SaThread, sequences: ReadonlyMap<number, bigint>, closing = false): Promise<void> {
     const ends: Promise<void>[] = [];
     for (const managed of [...this.#sas.values()]) {
       if (managed.thread !== thread) continue;
       this.#sas.delete(managed.handle);
       managed.keepTraffic();
       managed.claim.release(sequences.get(managed.handle));
-      ends.push(this.#endElsewhere(managed, true));
+      if (!closing) ends.push(this.#endElsewhere(managed, true));
     }
     this.#queues.ended(thread);
     await Promise.allSettled(ends);

@@ -25,7 +25,7 @@ export interface WorkerQueuesOptions {
 /** What is told to whoever manages the SAs. */
 export interface ThreadListener {
   threadOpened(thread: SaThread): void;
-  threadEnded(thread: SaThread, sequences: ReadonlyMap<number, bigint>): Promise<void>;
+  threadEnded(thread: SaThread, sequences: ReadonlyMap<number, bigint>, closing: boolean): Promise<void>;
   threadEvent(handle: number, event: keyof SaEvents, args: SaEvents[keyof SaEvents]): void;
 }
 
@@ -35,8 +35,7 @@ export class WorkerQueues implements SaThreads {
   /** Queue pairs of the control thread, which come first. */
   readonly #own: number;
   #listener: ThreadListener | null = null;
-  /** What follows from the ends of threads. */
-  readonly #ends = new Set<Promise<void>>();
+  #closing = false;
 
   constructor(options: WorkerQueuesOptions) {
     const { rings, handles, inboundLimit, engine } = options;
@@ -90,13 +89,12 @@ export class WorkerQueues implements SaThreads {
 
   /** The NIC ends: resolves when all threads have let go, or after `ms` milliseconds. */
   async release(reason: VipsecError, ms: number): Promise<void> {
+    this.#closing = true;
     await Promise.all(this.list.map((queue) => queue.release(reason, ms)));
-    await Promise.allSettled([...this.#ends]);
   }
 
   #ended(queue: WorkerQueue, sequences: ReadonlyMap<number, bigint>): void {
-    const end = this.#listener?.threadEnded(queue, sequences) ?? Promise.resolve();
-    this.#ends.add(end);
-    end.finally(() => this.#ends.delete(end));
+    // It never rejects, and nobody has to wait for it.
+    void this.#listener?.threadEnded(queue, sequences, this.#closing);
   }
 }

@@ -1,8 +1,8 @@
 import { afterEach, describe, expect, it } from 'vitest';
-import { type SaNotification, SaPair } from '../../src/index.ts';
+import { HashType, type SaNotification, SaPair } from '../../src/index.ts';
 import { ffi } from '../../src/sys/ffi/ffi.ts';
 import { MappingLedger } from '../../src/sys/mapping-ledger.ts';
-import { capture, cleanUp, isProtected, openPair, receive, saPair, send, until } from './support.ts';
+import { capture, cleanUp, fixChecksum, isProtected, openPair, receive, saPair, send, until } from './support.ts';
 import { Host, handOver, hire, type Spinning, turns } from './worker-support.ts';
 
 afterEach(cleanUp);
@@ -357,6 +357,32 @@ describe('inbound SAs', () => {
     expect(next.traffic().packets).toBe(0n);
   });
 
+  it('that run on the device are spread over the threads by RSS, each packet once', async () => {
+    const nic = { queuePairs: 3, workerQueues: 2, ipsec: 'auto', offloads: { rss: true } } as const;
+    const { a, b } = await openPair({ queuePairs: 3, nic }, { nic: { ipsec: 'software' } });
+    const [first, second] = await Promise.all(a.workerQueues.map((queue) => hire(queue)));
+    await a.control?.setRss({
+      hashTypes: HashType.UDPV4,
+      unclassifiedQueue: 0,
+      indirectionTable: [0, 1, 2, 1],
+      maxTransmitQueues: 3,
+      key: Uint8Array.from({ length: 40 }, (_, i) => i * 37 + 11),
+    });
+    const { outbound, inbound } = saPair();
+    const sa = await a.ipsec.addSa(inbound);
+    const peer = await b.ipsec.addSa(outbound);
+    const flows = Array.from({ length: 60 }, (_, i) => udpFrame(2000 + i));
+    const got = [first.receive(1, 60, 3000), second.receive(2, 60, 3000)];
+    await send(b, flows, peer);
+    const all = [await receive(a, 0, 2000), ...(await Promise.all(got))];
+    for (const some of all) expect(some.length).toBeGreaterThan(0);
+    expect(all.flat().every(({ sa: handle }) => handle === sa.handle)).toBe(true);
+    const text = (some: readonly Uint8Array[]) => some.map((frame) => Buffer.from(frame).toString('hex')).sort();
+    expect(text(all.flat().map(({ frame }) => frame))).toEqual(text(flows));
+    expect(sa.traffic().packets).toBe(60n);
+    expect(a.statistics().rx).toMatchObject({ packets: 60, securityError: 0, unknownSa: 0 });
+  });
+
   it('are rekeyed in pairs while a thread sends, without a gap', async () => {
     const { a, b, wire } = await wired('software');
     const host = await hire(a.workerQueues[0]);
@@ -392,6 +418,17 @@ describe('inbound SAs', () => {
     await mine.close();
   });
 });
+
+/** A UDP packet over IPv4 from a port. */
+function udpFrame(port: number): Buffer {
+  const frame = Buffer.alloc(64);
+  frame.write('02000000000202000000000108004500003200010000401100000a0000010a000002', 'hex');
+  fixChecksum(frame);
+  frame.writeUInt16BE(port, 34);
+  frame.writeUInt16BE(9, 36);
+  frame.writeUInt16BE(30, 38);
+  return frame;
+}
 
 /** The frame of the way back: addresses and ports the other way round. */
 function reversed(frame: Buffer): Buffer {
