@@ -69,7 +69,7 @@ const MAX_SEGMENTED = 0xffff + Ethernet.length + 2 * Vlan.length;
 /** What `#prepare` found: one buffer of one descriptor, or a chain; else the counter of why the packet is dropped. */
 const Prepared = { single: 0, chain: -1 } as const;
 
-/** `burst` reclaims once this many are out: packets that come back soon are still in the cache. */
+/** `burst` reclaims once this many are out: packets that come back soon are still in the cache. Chains hold many slots: they come back at once. */
 const RECLAIM_AT = 64;
 
 export class TxQueue {
@@ -135,7 +135,7 @@ export class TxQueue {
     // hot:
     const queue = this.#queue;
     const { free } = queue;
-    if (free < n || queue.size - free >= RECLAIM_AT) this.reclaim();
+    if (free < n || queue.size - free >= RECLAIM_AT || this.#hasChains) this.reclaim();
     let count = Math.min(n, queue.free);
     if (count < n) this.counters[TxCounter.ringFull]++;
     if (count <= 0 || queue.broken !== null) return 0;

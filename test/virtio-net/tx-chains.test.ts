@@ -103,6 +103,22 @@ describe('a packet over several slots', () => {
   });
 });
 
+it('chains that the device is done with give their slots back with the next burst, however few they are', () => {
+  const q = queues({ features: OFFLOADS, checksum: true, maxLength: 9000 });
+  for (let round = 0; round < 10; round++) {
+    send(
+      q,
+      chain(
+        q,
+        Array.from({ length: 9 }, (_, i) => content(900, i)),
+      ),
+    );
+    q.sent();
+    // All but those of this chain, and of the one before.
+    expect(q.pool.available).toBeGreaterThanOrEqual(64 - 18);
+  }
+});
+
 describe('a packet that the device is to segment', () => {
   const TCP_AT = 34;
   /** Ethernet, IPv4 and TCP headers of 20 + `options` bytes, and `payload` bytes. */
