@@ -2,7 +2,7 @@ import { spawn } from 'node:child_process';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { afterEach, describe, expect, it } from 'vitest';
 import type { FaultName } from '../../src/device/index.ts';
-import { openNic } from '../../src/index.ts';
+import { openNic, WIRE_REVISIONS } from '../../src/index.ts';
 import { capture, cleanUp, open, openPair, receive, saPair, send, startDevice, until } from './support.ts';
 
 afterEach(cleanUp);
@@ -11,44 +11,47 @@ const gone = expect.objectContaining({ code: 'DEVICE_GONE' });
 const ip = capture('http-ipv4').filter((frame) => frame.readUInt16BE(12) === 0x0800);
 
 describe('a device that dies in the middle', () => {
-  it('leaves a NIC that says so, bursts that give 0, calls that reject, and nothing in clear on the wire', async () => {
-    const { a, b, deviceA, wire } = await openPair({}, { ipsec: false });
-    const { outbound, inbound } = saPair();
-    const out = await a.ipsec.addSa(outbound);
-    await b.ipsec.addSa(inbound);
-    const told: string[] = [];
-    a.onBroken((error) => told.push(error.code));
-    const traffic = (async () => {
-      for (let i = 0; i < 1000 && a.broken === null; i++) await send(a, ip, out);
-    })();
-    await until(
-      () => wire.frames.length > 200,
-      () => 'no traffic',
-    );
-    // A device that hangs and is killed a little later, while the driver waits for its answer.
-    spawn('sh', ['-c', `sleep 0.3; kill -9 ${deviceA.process.pid}`], { stdio: 'ignore' });
-    deviceA.process.kill('SIGSTOP');
-    await expect(a.ipsec.addSa(saPair().outbound)).rejects.toThrow(gone);
-    await until(
-      () => a.broken !== null,
-      () => 'the NIC did not notice',
-    );
-    await traffic;
-    await sleep(0);
-    expect(a.broken).toEqual(gone);
-    expect(told).toEqual(['DEVICE_GONE']);
-    const packets = new Uint32Array(32);
-    expect(a.queues[0].rx.burst(packets, 32)).toBe(0);
-    expect(a.queues[0].tx.burst(packets, a.packets.allocate(packets, 4))).toBe(0);
-    await expect(a.ipsec.addSa(saPair().outbound)).rejects.toThrow(gone);
-    await expect(out.modify(saPair({ spi: out.spi }).outbound)).rejects.toThrow(gone);
-    await out.remove();
-    expect(() => a.link).toThrow(gone);
-    expect(wire.frames.every(({ frame }) => frame[14 + 9] === 50)).toBe(true);
-    await a.close();
-    await receive(b, 0);
-    expect(b.broken).toBeNull();
-  });
+  it.each(WIRE_REVISIONS)(
+    'leaves a NIC that says so, bursts that give 0, calls that reject, and nothing in clear on the wire of %s',
+    async (revision) => {
+      const { a, b, deviceA, wire } = await openPair({ wire: revision }, { ipsec: false });
+      const { outbound, inbound } = saPair();
+      const out = await a.ipsec.addSa(outbound);
+      await b.ipsec.addSa(inbound);
+      const told: string[] = [];
+      a.onBroken((error) => told.push(error.code));
+      const traffic = (async () => {
+        for (let i = 0; i < 1000 && a.broken === null; i++) await send(a, ip, out);
+      })();
+      await until(
+        () => wire.frames.length > 200,
+        () => 'no traffic',
+      );
+      // A device that hangs and is killed a little later, while the driver waits for its answer.
+      spawn('sh', ['-c', `sleep 0.3; kill -9 ${deviceA.process.pid}`], { stdio: 'ignore' });
+      deviceA.process.kill('SIGSTOP');
+      await expect(a.ipsec.addSa(saPair().outbound)).rejects.toThrow(gone);
+      await until(
+        () => a.broken !== null,
+        () => 'the NIC did not notice',
+      );
+      await traffic;
+      await sleep(0);
+      expect(a.broken).toEqual(gone);
+      expect(told).toEqual(['DEVICE_GONE']);
+      const packets = new Uint32Array(32);
+      expect(a.queues[0].rx.burst(packets, 32)).toBe(0);
+      expect(a.queues[0].tx.burst(packets, a.packets.allocate(packets, 4))).toBe(0);
+      await expect(a.ipsec.addSa(saPair().outbound)).rejects.toThrow(gone);
+      await expect(out.modify(saPair({ spi: out.spi }).outbound)).rejects.toThrow(gone);
+      await out.remove();
+      expect(() => a.link).toThrow(gone);
+      expect(wire.frames.every(({ frame }) => frame[14 + 9] === 50)).toBe(true);
+      await a.close();
+      await receive(b, 0);
+      expect(b.broken).toBeNull();
+    },
+  );
 
   it('lets a command that waits for its answer reject at once', async () => {
     const device = await startDevice({ faults: ['admin-silent'] });
@@ -95,10 +98,10 @@ describe('a device that dies in the middle', () => {
 });
 
 describe('a NIC that is closed', () => {
-  it('leaves a device that can be opened again, with none of the old SAs', async () => {
-    const device = await startDevice();
+  it.each(WIRE_REVISIONS)('leaves a device of %s that can be opened again, with none of the old SAs', async (wire) => {
+    const device = await startDevice({ wire });
     for (let i = 0; i < 3; i++) {
-      const nic = await open(device.addresses[0]);
+      const nic = await open(device.addresses[0], { wire });
       const sa = await nic.ipsec.addSa(saPair().outbound);
       expect(sa.placement.where).toBe('inline');
       expect((await sa.query())?.objectId).toBe(0);
