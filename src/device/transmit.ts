@@ -4,23 +4,20 @@
  * A buffer is copied once, header and frame together, into a packet of the pool; everything after that looks at the
  * copy, which the driver cannot change. A frame that asked for SECURITY goes out protected or not at all.
  *
- * A packet that the driver wants segmented, or that has a checksum to fill, goes on as it is when the other end takes such
- * (`unfinished.ts`), a large one straight from buffer to buffer if that can be. Else the device fills the checksum, and cuts
- * the packet from a place of its own (`packet/segment.ts`). What asked for SECURITY is always finished first: segments are protected one by one.
+ * A checksum that the driver has left open stays open when the other end takes such (`unfinished.ts`), else the device fills it. Packets that
+ * stand for several are the business of `transmit-large.ts`. What asked for SECURITY is always finished first: segments are protected one by one.
  */
 import { Verdict } from '../fallback/verdict.ts';
-import { addBytes, finish } from '../packet/checksum.ts';
+import { addBytes, addWords, finish } from '../packet/checksum.ts';
 import { Ethernet } from '../packet/fields.ts';
-import { GSO_TUNNEL, GsoSet } from '../packet/gso.ts';
 import { PacketFlag } from '../packet/pool.ts';
-import { MAX_LARGE_FRAME, MAX_SEGMENTS, Segmenter } from '../packet/segment.ts';
+import { MAX_SEGMENTS } from '../packet/segment.ts';
 import { ResourceType } from '../virtio/admin-wire.ts';
 import { Feature, type FeatureSet } from '../virtio/features.ts';
 import {
   decodeNetHeader,
   GsoType,
   isAcceptable,
-  isAmong,
   NetHeader,
   NetHeaderField,
   NetHeaderFlag,
@@ -32,7 +29,6 @@ import { NetCounter } from './counters.ts';
 import { type FrameFaults, frameFaults } from './fault-frames.ts';
 import type { FaultSet } from './faults.ts';
 import type { FramePool } from './frame-pool.ts';
-import { FrameSource } from './frame-source.ts';
 import { isIpFrame } from './frames.ts';
 import type { GuestMemory } from './guest-memory.ts';
 import type { DeviceIpsec } from './ipsec.ts';
@@ -40,17 +36,11 @@ import type { Link } from './links/link.ts';
 import { type QueueStatistics, Stat } from './queue-statistics.ts';
 import { type DeviceQueue, NO_BUFFER } from './queues.ts';
 import type { Steering } from './steering.ts';
-import { takesLarge, Unfinished } from './unfinished.ts';
+import { Fate, LargePackets } from './transmit-large.ts';
+import { Unfinished } from './unfinished.ts';
 
 /** Most frames that one poll takes from a queue. */
 const BURST = 64;
-/** Private bytes for one packet that is to be segmented, its header in front; and for what is read of a short one. */
-const Large = { headroom: 64, size: 0x11000 } as const;
-/** Bytes of a large packet that are looked at before anything else: header and all headers. */
-const HEAD = 1024;
-/** What becomes of a buffer, if not a number of segments. */
-const Fate = { dropped: 0, whole: -1, passed: -2 } as const;
-
 export interface TransmitterOptions {
   readonly arena: Arena;
   readonly pool: FramePool;
@@ -80,20 +70,16 @@ export class Transmitter {
   /** Whether one of them asked for IPsec. */
   #secured = false;
   readonly #segments = new Uint32Array(MAX_SEGMENTS);
-  readonly #segmenter: Segmenter;
-  readonly #large: number;
+  readonly #large: LargePackets;
   readonly #dropped = new Uint32Array(BURST);
   readonly #refused = new Uint32Array(BURST);
   readonly #verdicts = new Uint8Array(BURST);
   readonly #faults: FrameFaults | null;
   readonly #completes: boolean;
-  /** The large packet that was taken last, as `sendDirect` is told of it. */
-  #source: FrameSource | null = null;
   #layout: NetHeaderLayout | null = null;
   #checksums = false;
   /** `Unfinished`: what the other end takes during this poll. */
   #taken: number = Unfinished.nothing;
-  #gsoTypes = 0;
   /** The queue that is polled, and its packets so far whose checksum was left to the device. */
   #queue = 0;
   #checksummed = 0;
@@ -104,24 +90,23 @@ export class Transmitter {
     this.#counters = options.counters;
     this.#faults = frameFaults(options.faults);
     this.#completes = !options.faults.has('tx-never-completes');
-    this.#large = options.arena.allocate(Large.size);
-    this.#segmenter = new Segmenter(options.pool);
+    this.#large = new LargePackets(options, this.#header, () => this.#flush());
   }
 
   close(): void {
-    this.#options.arena.release(this.#large, Large.size);
+    this.#large.close();
   }
 
   start(layout: NetHeaderLayout, features: FeatureSet): void {
     this.#layout = layout;
     this.#checksums = features.has(Feature.CSUM);
-    this.#gsoTypes = sentGsoTypes(features);
+    this.#large.start(sentGsoTypes(features));
     this.blocked = false;
   }
 
   stop(): void {
     this.#layout = null;
-    this.#source = null;
+    this.#large.stop();
     this.blocked = false;
   }
 
@@ -147,6 +132,7 @@ export class Transmitter {
     this.#secured = false;
     let left = room;
     this.#taken = this.#options.link.taken;
+    this.#large.taken = this.#taken;
     const { statistics } = this.#options;
     const packetsBefore = this.#counters[NetCounter.txPackets];
     const bytesBefore = this.#counters[NetCounter.txBytes];
@@ -158,8 +144,8 @@ export class Transmitter {
       const id = queue.take();
       if (id === NO_BUFFER) break;
       const packet = this.#fresh[taken];
-      const large = this.#isLarge(queue, layout);
-      const count = large ? this.#stage(queue, layout, packet, pair) : this.#receive(queue, layout, packet);
+      const isLarge = this.#large.isLarge(queue, layout);
+      const count = isLarge ? this.#large.stage(queue, layout, packet) : this.#receive(queue, layout, packet);
       if (queue.broken !== null) break;
       if (count > left || count > this.#pool.available) {
         queue.putBack(1);
@@ -167,9 +153,10 @@ export class Transmitter {
         break;
       }
       if (this.#completes) queue.complete(id, 0);
-      if (count === Fate.whole) this.#emit(packet, pair);
+      if (count === Fate.whole || count === Fate.unfinished) this.#emit(packet, pair);
       else this.#dropped[drops++] = packet;
       if (count > 0) this.#segment(count, pair);
+      else if (count <= Fate.unfinished) this.#countWhole(packet, count === Fate.passed, pair);
       if (count === Fate.dropped) lost++;
       left -= count < 0 ? 1 : count;
     }
@@ -186,88 +173,21 @@ export class Transmitter {
     return taken;
   }
 
-  /** hot: whether the buffer that was taken last is longer than a frame, and may be segmented. */
-  #isLarge(queue: DeviceQueue, layout: NetHeaderLayout): boolean {
-    return this.#gsoTypes !== 0 && queue.readableBytes - layout.length > this.#options.maxFrame;
-  }
-
-  /**
-   * hot: looks at the headers of the buffer that was taken last and decides what becomes of it: `Fate`, or into how many segments
-   * it is to be cut; its bytes are copied when they are needed.
-   */
-  #stage(queue: DeviceQueue, layout: NetHeaderLayout, packet: number, pair: number): number {
-    const bytes = queue.readableBytes;
-    const frame = bytes - layout.length;
-    if (frame > MAX_LARGE_FRAME) return this.#refuse(NetCounter.txLength);
-    const pool = this.#pool;
-    const attached = pool.enlarge(packet);
-    const at = attached ? pool.offset[packet] : this.#large + Large.headroom;
-    const head = Math.min(bytes, HEAD);
-    if (queue.gather(0, head, at - layout.length) < 0) return Fate.dropped;
-    const header = this.#header;
-    decodeNetHeader(layout, pool.u8, at - layout.length, at, header);
-    const count = this.#plan(at, frame, head - layout.length);
-    if (count === 0) return Fate.dropped;
-    const passes = attached && this.#passes();
-    if (passes) {
-      this.#describe(packet, frame);
-      if (this.#passDirect(queue, layout, packet, head, pair)) return Fate.passed;
-      if (queue.broken !== null) return Fate.dropped;
-    }
-    if (queue.gather(head, bytes - head, at - layout.length + head) < 0) return Fate.dropped;
-    if (!passes) return count;
-    this.#countWhole(frame);
-    return Fate.whole;
-  }
-
-  /** hot: whether the other end takes the packet that was planned as it is. */
-  #passes(): boolean {
-    const { flags, gsoType } = this.#header;
-    if ((flags & NetHeaderFlag.SECURITY) !== 0) return false;
-    const outerChecksum = (flags & NetHeaderFlag.UDP_TUNNEL_CSUM) !== 0;
-    return takesLarge(this.#taken, gsoType, this.#segmenter.isIpv6, outerChecksum);
-  }
-
-  /** hot: notes in `packet` what it stands for. */
-  #describe(packet: number, length: number): void {
-    const pool = this.#pool;
-    const header = this.#header;
-    const outer = (header.flags & NetHeaderFlag.UDP_TUNNEL_CSUM) !== 0 ? PacketFlag.outerChecksum : 0;
-    pool.flags[packet] = PacketFlag.needsChecksum | PacketFlag.segmented | outer;
-    pool.length[packet] = length;
-    pool.checksumStart[packet] = header.csumStart;
-    pool.checksumOffset[packet] = header.csumOffset;
-    pool.gsoType[packet] = header.gsoType;
-    pool.gsoSize[packet] = header.gsoSize;
-    pool.outerTransport[packet] = header.outerThOffset;
-    pool.innerNetwork[packet] = header.innerNhOffset;
-  }
-
-  /** hot: lets the other end copy the rest of a packet, of which `head` bytes were copied, from its buffer; false when it cannot. */
-  #passDirect(queue: DeviceQueue, layout: NetHeaderLayout, packet: number, head: number, pair: number): boolean {
-    const { link, steering } = this.#options;
+  /** hot: a packet that goes on without having been segmented; `passed`: it has gone already. */
+  #countWhole(packet: number, passed: boolean, pair: number): void {
+    const { statistics, steering } = this.#options;
     const { u8, offset, length } = this.#pool;
-    // What came before it goes before it.
-    this.#flush();
-    if (this.#source?.queue !== queue) this.#source = new FrameSource(queue, this.#options.memory, layout.length);
-    this.#source.begin(head - layout.length);
-    if (!link.sendDirect(packet, this.#source)) return false;
-    steering.sent(u8, offset[packet], length[packet], pair);
-    this.#counters[NetCounter.txPackets]++;
-    this.#counters[NetCounter.txBytes] += length[packet];
-    this.#countWhole(length[packet]);
-    return true;
-  }
-
-  /** hot: a packet that goes on without having been segmented. */
-  #countWhole(bytes: number): void {
-    const { statistics } = this.#options;
+    const bytes = length[packet];
     this.#checksummed++;
     this.#counters[NetCounter.txUnfinished]++;
     statistics.add(this.#queue, Stat.txGsoPackets, 1);
     statistics.add(this.#queue, Stat.txGsoBytes, bytes);
     statistics.add(this.#queue, Stat.txGsoWholePackets, 1);
     statistics.add(this.#queue, Stat.txGsoWholeBytes, bytes);
+    if (!passed) return;
+    steering.sent(u8, offset[packet], bytes, pair);
+    this.#counters[NetCounter.txPackets]++;
+    this.#counters[NetCounter.txBytes] += bytes;
   }
 
   /** hot: */
@@ -276,47 +196,28 @@ export class Transmitter {
     return Fate.dropped;
   }
 
-  /**
-   * hot: how many segments the packet of `frame` bytes at `at`, whose header was decoded and of which `visible` bytes are there, makes; 0 when
-   * it must be dropped.
-   */
-  #plan(at: number, frame: number, visible: number): number {
-    const { flags, gsoType } = this.#header;
-    const segmenter = this.#segmenter;
-    const types = this.#gsoTypes;
-    const isAsked = (flags & NetHeaderFlag.NEEDS_CSUM) !== 0 && isAmong(gsoType, types);
-    const outer = (flags & NetHeaderFlag.UDP_TUNNEL_CSUM) === 0 || (types & GsoSet.outerChecksum) !== 0;
-    const isGood = isAsked && outer && isAcceptable(flags, gsoType, true);
-    const count = isGood ? segmenter.plan(this.#header, at, frame, visible) : 0;
-    if (count === 0) return this.#refuse(NetCounter.txHeader);
-    if (segmenter.headers + Math.min(segmenter.size, frame) > this.#options.maxFrame) {
-      return this.#refuse(NetCounter.txLength);
-    }
-    return count;
-  }
-
   /** hot: emits the `count` segments of the planned packet, for which the pool has room. */
   #segment(count: number, pair: number): void {
     const pool = this.#pool;
     const { statistics } = this.#options;
+    const { segmenter } = this.#large;
     this.#checksummed++;
     const isSecured = (this.#header.flags & NetHeaderFlag.SECURITY) !== 0;
     const handle = isSecured ? this.#outboundHandle() : 0;
     if (isSecured && handle === 0) return;
     pool.allocate(this.#segments, count);
-    // What is said of a checksum is said of the outermost one (5.1.9.4.1).
-    const isTunnel = (this.#header.gsoType & GSO_TUNNEL) !== 0;
+    const { isTunnel } = this.#large;
     let segmentBytes = 0;
     for (let k = 0; k < count; k++) {
       const packet = this.#segments[k];
-      pool.length[packet] = this.#segmenter.cut(k, pool.offset[packet]);
+      pool.length[packet] = segmenter.cut(k, pool.offset[packet]);
       pool.sa[packet] = handle;
       if (!isTunnel) pool.flags[packet] = PacketFlag.checksumValid;
       segmentBytes += pool.length[packet];
       this.#emit(packet, pair);
     }
     statistics.add(this.#queue, Stat.txGsoPackets, 1);
-    statistics.add(this.#queue, Stat.txGsoBytes, this.#segmenter.length);
+    statistics.add(this.#queue, Stat.txGsoBytes, segmenter.length);
     statistics.add(this.#queue, Stat.txGsoSegments, count);
     statistics.add(this.#queue, Stat.txGsoSegmentBytes, segmentBytes);
     this.#counters[NetCounter.txSegmented]++;
@@ -355,14 +256,7 @@ export class Transmitter {
     if (u8[headerAt] === 0 && u8[headerAt + NetHeaderField.gsoType] === GsoType.NONE) return Fate.whole;
     const header = this.#header;
     decodeNetHeader(layout, u8, headerAt, at, header);
-    if (header.gsoType !== GsoType.NONE) {
-      const count = this.#plan(at, frame, frame);
-      if (count === 0) return Fate.dropped;
-      if (!this.#passes()) return this.#planAside(at, frame);
-      this.#describe(packet, frame);
-      this.#countWhole(frame);
-      return Fate.whole;
-    }
+    if (header.gsoType !== GsoType.NONE) return this.#large.short(packet);
     if (!isAcceptable(header.flags, header.gsoType, true)) return this.#refuse(NetCounter.txHeader);
     if ((header.flags & NetHeaderFlag.NEEDS_CSUM) !== 0) {
       if (!this.#leaveChecksum(packet, frame) && !this.#fillChecksum(at, frame)) {
@@ -374,13 +268,6 @@ export class Transmitter {
     const handle = this.#outboundHandle();
     pool.sa[packet] = handle;
     return handle === 0 ? Fate.dropped : Fate.whole;
-  }
-
-  /** hot: plans again a packet that has to make place for its segments. */
-  #planAside(at: number, frame: number): number {
-    const to = this.#large + Large.headroom;
-    this.#pool.u8.copyWithin(to, at, at + frame);
-    return this.#plan(to, frame, frame);
   }
 
   /** hot: leaves a checksum to the driver at the other end, when it takes that and the frame goes out as it is. */
@@ -402,9 +289,11 @@ export class Transmitter {
     const place = start + this.#header.csumOffset;
     if (!this.#checksums || start >= length || place + 2 > length) return false;
     this.#checksummed++;
-    const u8 = this.#pool.u8;
+    const { u8, u16 } = this.#pool;
+    const bytes = length - start;
+    const sum = ((at + start) & 1) === 0 ? addWords(u16, u8, at + start, bytes, 0) : addBytes(u8, at + start, bytes, 0);
     // A result of zero means "no checksum" to UDP, and 0xffff is the same number.
-    const value = finish(addBytes(u8, at + start, length - start, 0)) || 0xffff;
+    const value = finish(sum) || 0xffff;
     u8[at + place] = value >>> 8;
     u8[at + place + 1] = value & 0xff;
     return true;
