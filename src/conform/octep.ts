@@ -12,6 +12,7 @@ const ELSEWHERE: readonly (readonly [section: string, reason: string])[] = [
   ['4.1.4.5', 'the ISR byte is written by the driver, and tells of configuration changes only'],
   ['4.1.4.9', 'the structures are in a window that configuration space does not know of'],
   ['4.1.5.1', 'interrupts belong to queues from the start, and are not mapped'],
+  ['4.1.5.3', 'interrupts belong to queues from the start, and are not mapped'],
   ['2.8.10', 'the firmware looks at event suppression once, when it is started, and never asks for silence'],
 ];
 
