@@ -1,9 +1,12 @@
 import { setTimeout as sleep } from 'node:timers/promises';
 import { afterEach, describe, expect, it } from 'vitest';
 import { PacketFlag, WIRE_REVISIONS } from '../../src/index.ts';
-import { capture, cleanUp, openPair, type Received, receive, saPair, send } from './support.ts';
+import { capture, cleanUp, openPair, type Received, receive, saPair, send, settled, until } from './support.ts';
 
 afterEach(cleanUp);
+
+/** Milliseconds. */
+const PATIENCE = 25_000;
 
 const ip = capture('http-ipv4').filter((frame) => frame.readUInt16BE(12) === 0x0800);
 const numbered = (count: number) =>
@@ -44,10 +47,9 @@ describe.each(WIRE_REVISIONS)('SAs that end while packets are on their way, by %
     })();
     const mine: Received[] = [];
     const receiving = (async () => {
-      while (mine.length < frames.length) {
-        const before = mine.length;
+      const deadline = performance.now() + PATIENCE;
+      while (mine.length < frames.length && performance.now() < deadline) {
         mine.push(...(await receive(b, 0, 20)).filter(({ sa }) => sa === inn.handle));
-        if (done && mine.length === before) break;
       }
     })();
     await Promise.all([sending, receiving, churn]);
@@ -60,13 +62,17 @@ describe.each(WIRE_REVISIONS)('SAs that end while packets are on their way, by %
 
   it('leave packets that nobody takes for those of the SA that gets their id', async () => {
     const one = { maxSas: 1 };
-    const { a, b } = await openPair({ wire: revision }, { wire: revision, nic: { ...one, ipsec: 'inline' } });
+    const { a, b, wire } = await openPair({ wire: revision }, { wire: revision, nic: { ...one, ipsec: 'inline' } });
     const [old, young] = [saPair(), saPair()];
     const out = await a.ipsec.addSa(old.outbound);
     const inn = await b.ipsec.addSa(old.inbound);
     await send(a, ip.slice(0, 10), out);
     // The device has opened them and put them into the ring, from which nobody has taken them yet.
-    await sleep(50);
+    await until(
+      () => wire.frames.length === 10,
+      () => `${wire.frames.length} of 10 packets on the wire`,
+    );
+    await settled(b);
     await inn.remove();
     const next = await b.ipsec.addSa(young.inbound);
     expect((await next.query())?.objectId).toBe(0);

@@ -130,6 +130,17 @@ export async function until(condition: () => boolean, otherwise: () => string, p
   }
 }
 
+/** Answers of a device after which it has seen what was on its way to it before. */
+const TURNS = 16;
+
+/** Lets the device of `nic` take what was written to its link: each answer is a turn of its event loop, however slow the machine is. */
+export async function settled(nic: Nic): Promise<void> {
+  for (let turn = 0; turn < TURNS; turn++) {
+    void nic.link;
+    await sleep(1);
+  }
+}
+
 /** What happens to a frame on the wire: itself or others, in order. */
 export type OnTheWire = (frame: Buffer, from: 'a' | 'b') => readonly Buffer[];
 
@@ -289,6 +300,17 @@ export async function receive(nic: Nic, count: number, quiet = 20): Promise<Rece
     if (n > 0) last = performance.now();
     else if (nic.broken !== null || (out.length >= count && performance.now() - last >= quiet)) break;
     await sleep(n > 0 ? 0 : 1);
+  }
+  return out;
+}
+
+/** Takes what arrives until `last` does. */
+export async function receiveUpTo(nic: Nic, last: Buffer): Promise<Received[]> {
+  const out: Received[] = [];
+  const deadline = performance.now() + PATIENCE_MS;
+  while (!out.some(({ frame }) => frame.equals(last))) {
+    if (performance.now() >= deadline) throw new Error(`the last frame did not arrive, ${out.length} others did`);
+    out.push(...(await receive(nic, 0, 1)));
   }
   return out;
 }
