@@ -20,8 +20,8 @@ import { loadScenario, scenarioNames } from './load.ts';
 import type { Scenario } from './scenario.ts';
 
 const COMMAND = 'npm run test:qemu --';
-/** An emulated machine with two processors keeps about that many cores busy. */
-const CORES_PER_MACHINE = 2;
+/** What an emulated machine with two processors and its device processes keep busy, on the average. */
+const CORES_PER_MACHINE = 1.2;
 
 interface Options {
   readonly only: readonly string[];
@@ -40,7 +40,7 @@ const program = new Command('qemu-test')
     '--jobs <n>',
     'scenarios at a time',
     positive,
-    Math.max(1, Math.floor(availableParallelism() / CORES_PER_MACHINE)),
+    Math.max(1, Math.round(availableParallelism() / CORES_PER_MACHINE)),
   )
   .addOption(
     new Option('--interactive', 'a shell in the guest of one scenario, with `scenario` to run it').default(false),
