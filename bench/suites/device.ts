@@ -188,11 +188,11 @@ export const suite: BenchSuite = {
     yield rate('device.tcp_stream.gbps', 'Gbit/s', () => tcpStream(false, Slot.small));
     yield rate('device.tcp_stream_tso.gbps', 'Gbit/s', () => tcpStream(true, Slot.large));
     yield rate('device.tcp_stream_tso.small_slots.gbps', 'Gbit/s', () => tcpStream(true, Slot.small));
-    // Goal: 3.
-    yield ratio(
+    const tso = ratio(
       'device.tso.ratio',
       () => tcpStream(true, Slot.large),
       () => tcpStream(false, Slot.small),
     );
+    yield { ...tso, goal: 3 };
   },
 };

@@ -148,6 +148,8 @@ function heapGrowth(format: RingFormat): number {
   return (process.memoryUsage().heapUsed - before) / 4;
 }
 
+/** What tagging, and looking for packets over several buffers, may leave of the plain rate. */
+const LITTLE_LESS = 0.85;
 const PLAIN = FeatureSet.of(Feature.VERSION_1);
 const IPSEC = FeatureSet.of(Feature.VERSION_1, Feature.IPSEC, Feature.OUT_NET_HEADER);
 
@@ -157,16 +159,18 @@ export const suite: BenchSuite = {
     for (const format of ['split', 'packed'] as const) {
       yield rate(`ring.${format}.tx_rx.mpps`, 'Mpps', () => loopWorkload(format, false, IPSEC));
       yield rate(`ring.${format}.tx_rx_security.mpps`, 'Mpps', () => loopWorkload(format, true, IPSEC));
-      yield ratio(
+      const security = ratio(
         `ring.${format}.tx_rx_security.ratio`,
         () => loopWorkload(format, true, IPSEC),
         () => loopWorkload(format, false, IPSEC),
       );
-      yield ratio(
+      yield { ...security, goal: LITTLE_LESS };
+      const mergeable = ratio(
         `ring.${format}.tx_rx_mergeable.ratio`,
         () => loopWorkload(format, false, IPSEC.with(Feature.MRG_RXBUF)),
         () => loopWorkload(format, false, IPSEC),
       );
+      yield { ...mergeable, goal: LITTLE_LESS };
       yield rate(`ring.${format}.tx_rx_plain_header.mpps`, 'Mpps', () => loopWorkload(format, false, PLAIN));
       yield sampled(`ring.${format}.heap_growth.bytes_per_million`, 'B', 5, () => heapGrowth(format));
     }
