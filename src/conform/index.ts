@@ -3,6 +3,19 @@
  * the device that a driver can try, and the reason for each that it cannot.
  *
  * `runConformance` drives one function; `vipsec conform` is its command line.
+ *
+ * ```ts
+ * import { openFunction } from 'virtio-ipsec'
+ * import { CHECKS, runConformance } from 'virtio-ipsec/conform'
+ *
+ * const { checks } = await runConformance({ open: () => openFunction('0000:01:00.0'), checks: CHECKS })
+ * for (const { id, level, title, verdict, detail } of checks) {
+ *   if (verdict === 'fail') console.log(`${id} (${level}) ${title}\n${detail}`)
+ * }
+ * ```
+ *
+ * The function is reset before and after each check, and belongs to nobody else meanwhile. With `openPeer`, a second function at the other end of
+ * its link is driven too; without, checks of packets need a link that leads back.
  */
 import type { Check } from './check.ts';
 import { adminChecks } from './checks/admin.ts';
