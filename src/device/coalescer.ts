@@ -1,5 +1,5 @@
 /**
- * Coalescing of used buffer notifications (Virtio 1.4, 5.1.9.5.9; NOTF_COAL, VQ_NOTF_COAL): an interrupt that the driver wants is held
+ * Coalescing of used buffer notifications (Virtio 1.4, 5.1.9.5.10; NOTF_COAL, VQ_NOTF_COAL): an interrupt that the driver wants is held
  * back until so many packets or so much time have gone by.
  *
  * Time is looked at while the event loop is awake. Before it sleeps, all that is held back is sent: the standard allows

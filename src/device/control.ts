@@ -74,7 +74,7 @@ export interface ControlTarget {
   setHash(config: HashConfig): boolean;
   setMac(mac: Uint8Array): void;
   announced(): void;
-  /** Receive offloads, all of them negotiated: these are on, all others off (5.1.9.5.8). */
+  /** Receive offloads, all of them negotiated: these are on, all others off (5.1.9.5.9). */
   setOffloads(active: FeatureSet): void;
 }
 
@@ -110,7 +110,7 @@ export class ControlProcessor {
       this.#result = NOTHING;
       const { statistics } = this.#target;
       statistics.add(queue.index, Stat.commands, 1);
-      // The statistics of the control queue count the current command as done (5.1.9.5.10).
+      // The statistics of the control queue count the current command as done (5.1.9.5.11).
       statistics.add(queue.index, Stat.succeeded, 1);
       const answer = queue.readableBytes <= COMMAND_MAX ? this.#run(command) : { ok: false, result: NOTHING };
       const { ok } = answer;

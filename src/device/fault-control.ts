@@ -30,7 +30,7 @@ type Rule = (command: Uint8Array, next: ControlExecute) => ControlAnswer;
 const NOTHING = new Uint8Array(0);
 const DONE: ControlAnswer = { ok: true, result: NOTHING };
 const REFUSED: ControlAnswer = { ok: false, result: NOTHING };
-/** Classes that the device does not know (5.1.9.4.3, 5.1.9.5.8), and what a query of the latter gives. */
+/** Classes of inner header hashes and of RSS contexts (5.1.9.4.3, 5.1.9.5.8), and what a query of the latter gives. */
 const HASH_TUNNEL_CLASS = 7;
 const RSS_CONTEXT_CLASS = 9;
 const NO_CONTEXTS = new Uint8Array(2);

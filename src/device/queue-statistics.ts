@@ -1,4 +1,4 @@
-/** What the device counts for each virtqueue (Virtio 1.4, 5.1.9.5.10): rows of numbers, in the order of the standard's structures. */
+/** What the device counts for each virtqueue (Virtio 1.4, 5.1.9.5.11): rows of numbers, in the order of the standard's structures. */
 import type { StatisticsName } from '../virtio-net/device-statistics.ts';
 
 /** Places in a row. Receive and transmit queues share the first six; what follows means another thing in each. */

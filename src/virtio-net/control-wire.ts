@@ -31,14 +31,14 @@ export const VlanCommand = { ADD: 0, DEL: 1 } as const;
 export const AnnounceCommand = { ACK: 0 } as const;
 /** 5.1.9.5.5. */
 export const MqCommand = { VQ_PAIRS_SET: 0, RSS_CONFIG: 1, HASH_CONFIG: 2 } as const;
-/** 5.1.9.5.8: a u64 of offloads, see `encodeOffloads`. */
+/** 5.1.9.5.9: a u64 of offloads, see `encodeOffloads`. */
 export const OffloadsCommand = { SET: 0 } as const;
-/** 5.1.9.5.9. */
+/** 5.1.9.5.10. */
 export const CoalescingCommand = { TX_SET: 0, RX_SET: 1, VQ_SET: 2, VQ_GET: 3 } as const;
 /** 5.1.9.5.8: `rss_ctx_id` and, but for DEL, 6 reserved bytes and the configuration. */
 export const RssContextCommand = { CAP_GET: 0, ADD: 1, MOD: 2, DEL: 3 } as const;
 export const RssContextField = { id: 0, reserved: 2, config: 8 } as const;
-/** 5.1.9.5.10. */
+/** 5.1.9.5.11. */
 export const StatsCommand = { QUERY: 0, GET: 1 } as const;
 
 /** VLAN ids (IEEE 802.1Q). */
@@ -158,7 +158,7 @@ export function decodeMacTables(bytes: Uint8Array): MacTables | null {
   return { unicast: tables[0], multicast: tables[1] };
 }
 
-/** `struct virtio_net_ctrl_coal` (5.1.9.5.9); either 0: a notification after every packet. */
+/** `struct virtio_net_ctrl_coal` (5.1.9.5.10); either 0: a notification after every packet. */
 export interface Coalescing {
   readonly maxPackets: number;
   readonly maxMicroseconds: number;
@@ -178,7 +178,7 @@ export function decodeCoalescing(bytes: Uint8Array, at = 0): Coalescing {
   return { maxPackets: getLe(bytes, at, 4), maxMicroseconds: getLe(bytes, at + 4, 4) };
 }
 
-/** Receive offloads that can be switched while the device runs, and their bits in the command, of which two are not those of the features (5.1.9.5.8). */
+/** Receive offloads that can be switched while the device runs, and their bits in the command, of which two are not those of the features (5.1.9.5.9). */
 const OFFLOADS: readonly (readonly [feature: FeatureBit, bit: number])[] = [
   [Feature.GUEST_CSUM, 1],
   [Feature.GUEST_TSO4, 7],

@@ -1,5 +1,5 @@
 /**
- * Statistics that the device counts for each virtqueue (Virtio 1.4, 5.1.9.5.10; DEVICE_STATS): their types, the fields of each, and the
+ * Statistics that the device counts for each virtqueue (Virtio 1.4, 5.1.9.5.11; DEVICE_STATS): their types, the fields of each, and the
  * replies that hold them, for both sides.
  */
 import { Feature, type FeatureSet } from '../virtio/features.ts';

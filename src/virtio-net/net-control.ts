@@ -48,7 +48,7 @@ import {
   statisticsOf,
 } from './device-statistics.ts';
 
-/** Fields of `struct virtio_net_ctrl_coal_vq` (5.1.9.5.9). */
+/** Fields of `struct virtio_net_ctrl_coal_vq` (5.1.9.5.10). */
 const QueueCoalescing = { queue: 0, coalescing: 4, length: 12 } as const;
 /** Bit 0 of the first byte of a MAC address: a group. */
 const GROUP = 1;
@@ -203,7 +203,7 @@ export class NetControl {
     check(key.length <= rssMaxKeySize, `a key of ${key.length} bytes`);
   }
 
-  /** Switches receive offloads (5.1.9.5.8): `wanted`, of those negotiated, are on, all others off. Needs CTRL_GUEST_OFFLOADS. */
+  /** Switches receive offloads (5.1.9.5.9): `wanted`, of those negotiated, are on, all others off. Needs CTRL_GUEST_OFFLOADS. */
   async setGuestOffloads(wanted: FeatureSet): Promise<void> {
     this.#need(Feature.CTRL_GUEST_OFFLOADS);
     const unknown = wanted.minus(SWITCHABLE_OFFLOADS);
@@ -212,7 +212,7 @@ export class NetControl {
     await this.#queue.command(ControlClass.GUEST_OFFLOADS, OffloadsCommand.SET, encodeOffloads(wanted));
   }
 
-  /** Holds back interrupts of all receive or all transmit queues (5.1.9.5.9). Needs NOTF_COAL. */
+  /** Holds back interrupts of all receive or all transmit queues (5.1.9.5.10). Needs NOTF_COAL. */
   async setCoalescing(which: 'rx' | 'tx', coalescing: Coalescing): Promise<void> {
     this.#need(Feature.NOTF_COAL);
     checkCoalescing(coalescing);

@@ -1,4 +1,4 @@
-/** When held back interrupts are sent (Virtio 1.4, 5.1.9.5.9), with a clock of the test's own. */
+/** When held back interrupts are sent (Virtio 1.4, 5.1.9.5.10), with a clock of the test's own. */
 import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
 import { Coalescer } from '../../src/device/coalescer.ts';
 import { NO_FAULTS } from '../../src/device/faults.ts';
