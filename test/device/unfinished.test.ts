@@ -322,6 +322,64 @@ describe('a driver that sends packets for segmentation', () => {
     expect(counter('txHeader', 0)).toBe(1);
   });
 
+  it('with any header gets nothing through that the other driver must not be given', async () => {
+    const [left, right] = await both(TAKES.with(MRG_RXBUF));
+    const tcp = large({ version: 4, protocol: 'tcp', payload: 5000, size: 1000 });
+    const packets = [
+      tcp,
+      large({ version: 6, protocol: 'udp', payload: 3000, size: 700, extension: 8 }),
+      large({ version: 4, protocol: 'tcp', payload: 600, size: 100 }),
+      inTunnel(tcp, { outer: 4, checksum: true }),
+      inTunnel(large({ version: 6, protocol: 'tcp', payload: 900, size: 300 }), { outer: 6 }),
+    ];
+    const edge = fc.oneof(
+      fc.constantFrom(0, 1, 14, 34, 50, 64, 1448, 0x7fff, 0xffff),
+      fc.integer({ min: 0, max: 0xffff }),
+    );
+    const change = fc.record(
+      {
+        flags: fc.constantFrom(0, 1, 2, 3, 8, 9, 0xff),
+        gsoType: fc.constantFrom(0, 1, 2, 3, 4, 5, 6, 0x21, 0x24, 0x41, 0x44, 0x45, 0x61, 0x81, 0x85, 0xa1, 0xff),
+        ...{ gsoSize: edge, hdrLen: edge, csumStart: edge, csumOffset: edge, outerThOffset: edge, innerNhOffset: edge },
+      },
+      { requiredKeys: [] },
+    );
+    const spoiled = fc.array(fc.tuple(fc.nat(150), fc.nat(255)), { maxLength: 3 });
+    await fc.assert(
+      fc.asyncProperty(fc.constantFrom(...packets), change, spoiled, async (packet, fields, bytes) => {
+        const frame = packet.frame.slice();
+        for (const [at, value] of bytes) frame[at] = value;
+        await left.sendLarge(frame, { ...packet.header, ...fields });
+        // What came is in front of this one.
+        await left.send(udpFrame(77));
+        for (;;) {
+          const { header, frame: got } = await right.receive();
+          if (header.gsoType === 0 && Buffer.compare(got, udpFrame(77)) === 0) break;
+          if ((header.flags & NEEDS_CSUM) !== 0) {
+            expect(header.csumStart + header.csumOffset + 2).toBeLessThanOrEqual(got.length);
+          }
+          if (header.gsoType === 0) {
+            expect(got.length).toBeLessThanOrEqual(1522);
+            continue;
+          }
+          expect(header.flags & (NEEDS_CSUM | DATA_VALID)).toBe(NEEDS_CSUM);
+          expect(header.gsoSize).toBeGreaterThan(0);
+          expect([1, 4, 5]).toContain(header.gsoType & 0x1f);
+          expect(header.gsoType & 0x60).not.toBe(0x60);
+          expect(header.hdrLen).toBeGreaterThanOrEqual(header.csumStart + header.csumOffset + 2);
+          expect(header.hdrLen).toBeLessThan(got.length);
+          if ((header.gsoType & 0x60) !== 0) {
+            expect(header.outerThOffset + 8).toBeLessThanOrEqual(header.innerNhOffset);
+            expect(header.innerNhOffset).toBeLessThan(header.csumStart);
+          } else {
+            expect(header.flags & NetHeaderFlag.UDP_TUNNEL_CSUM).toBe(0);
+          }
+        }
+      }),
+      { numRuns: 250 },
+    );
+  });
+
   it('leaves its outer checksum open only with the feature for it', async () => {
     start();
     const left = await open('a', SENDS.without(HOST_UDP_TUNNEL_GSO_CSUM));
