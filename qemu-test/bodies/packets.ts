@@ -70,7 +70,8 @@ export function turnRound(frame: Uint8Array): void {
 }
 
 function swap(bytes: Uint8Array, a: number, b: number, length: number): void {
-  const kept = bytes.slice(a, a + length);
+  // A copy: `slice` of a Buffer would not be one.
+  const kept = Uint8Array.from(bytes.subarray(a, a + length));
   bytes.copyWithin(a, b, b + length);
   bytes.set(kept, b);
 }

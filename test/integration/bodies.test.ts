@@ -3,12 +3,13 @@
  */
 import { join } from 'node:path';
 import { afterEach, describe, expect, it } from 'vitest';
+import { flowBody, flowChecks } from '../../qemu-test/bodies/flows.ts';
 import { IpsecCheck, ipsecBody } from '../../qemu-test/bodies/ipsec.ts';
 import { NicCheck, nicBody } from '../../qemu-test/bodies/nic.ts';
 import type { Place } from '../../qemu-test/bodies/place.ts';
 import { WireEnd } from '../../qemu-test/bodies/wire.ts';
 import { FramePort } from '../../qemu-test/host/frames.ts';
-import { WIRE_REVISIONS } from '../../src/index.ts';
+import { Feature, WIRE_REVISIONS } from '../../src/index.ts';
 import { cleanUp, type DeviceSetup, directory, spoken, startDevice } from './support.ts';
 
 const MAC = '52:54:00:00:0c:01';
@@ -55,5 +56,17 @@ describe.each(WIRE_REVISIONS)('the bodies of the QEMU scenarios over vfio-user, 
     const options = where === 'inline' ? { ...spoken(setup), ipsec: where } : {};
     await ipsecBody(await placeOn(setup, made), where, options);
     expect(made.sort()).toEqual(Object.values(IpsecCheck).sort());
+  });
+});
+
+describe('the matrix of rings, queues and waiting over vfio-user', () => {
+  it.each(['split', 'packed'] as const)('loses no datagram and follows RSS: %s virtqueues', async (ring) => {
+    const made: string[] = [];
+    const place = await placeOn({ rings: ring, queuePairs: 2 }, made);
+    await place.wire({ kind: 'echo', how: 'reflect' });
+    const peer = { mac: Uint8Array.of(2, 0, 0, 0, 0, 1), address: [10, 8, 0, 1], own: [10, 8, 0, 2] };
+    const features = [Feature.CSUM, Feature.GUEST_CSUM, Feature.MRG_RXBUF, Feature.RING_RESET];
+    await flowBody(place, { ring, pairs: 2, peer, features });
+    expect(made.sort()).toEqual(flowChecks(ring, 2).sort());
   });
 });

@@ -1,14 +1,17 @@
-import { mkdtempSync, rmSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { connect, type Socket } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { countInterrupts } from '../../qemu-test/guest/place.ts';
 import { consoleFaults } from '../../qemu-test/host/faults.ts';
 import { FramePort } from '../../qemu-test/host/frames.ts';
 import { commandLine } from '../../qemu-test/host/machine.ts';
 import { lineSplitter, run } from '../../qemu-test/host/process.ts';
+import { resultTable } from '../../qemu-test/host/report.ts';
+import { tapSupport, withTaps } from '../../qemu-test/host/taps.ts';
 import { Mailbox, parseGuestMessage, parseHostMessage } from '../../qemu-test/messages.ts';
-import type { QemuNic, Scenario, ScenarioDevice } from '../../qemu-test/scenario.ts';
+import { type QemuNic, type Scenario, type ScenarioDevice, tapAddresses } from '../../qemu-test/scenario.ts';
 
 describe('messages between guest and host', () => {
   it.each([
@@ -212,6 +215,88 @@ describe('the machine', () => {
     const netdev = JSON.parse(args[args.indexOf('-netdev') + 1]);
     expect(netdev).toMatchObject({ type: 'stream', server: false, addr: { path: '/s/link-dev' } });
     expect(args.join(' ')).toMatch(/memory-backend-memfd/);
+  });
+});
+
+describe('taps', () => {
+  const nic = (id: string): QemuNic => ({
+    kind: 'virtio-net',
+    id,
+    mac: '52:54:00:00:00:01',
+    iommu: true,
+    link: 'tap',
+    queuePairs: 2,
+  });
+  const parts = { enter: ['unshare', '--net'], ip: "'/t/ip'" };
+
+  it('are in a namespace of their own, each with a subnet, and QEMU takes the place of the shell that makes them', () => {
+    const devices = [nic('a'), nic('b')];
+    const line = withTaps(['qemu', '-x'], devices, parts, '/d');
+    expect(line.slice(0, 4)).toEqual(['unshare', '--net', 'sh', '-c']);
+    expect(line.slice(5)).toEqual(['sh', 'qemu', '-x']);
+    const script = line[4].split('\n');
+    expect(script).toContain("'/t/ip' tuntap add dev tap-a mode tap multi_queue");
+    for (const { id } of devices) {
+      const { host, guest } = tapAddresses(devices, id);
+      expect(script).toContain(`'/t/ip' addr add ${host}/24 dev tap-${id}`);
+      expect(script).toContain(`'/t/ip' neigh add ${guest} lladdr 52:54:00:00:00:01 dev tap-${id}`);
+    }
+    expect(script.at(-1)).toBe('exec "$@"');
+    expect(new Set(devices.map(({ id }) => tapAddresses(devices, id).host)).size).toBe(2);
+  });
+
+  it('that cannot be had are an obstacle that is shown, with what is missing', () => {
+    const result = {
+      name: 'queues',
+      title: 't',
+      passed: false,
+      seconds: 0,
+      restarted: null,
+      obstacle: 'no tap; it needs /dev/net/tun',
+      checks: [],
+      problems: [],
+      console: [],
+    };
+    expect(resultTable([result])).toMatch(
+      /not here[\s\S]*queues cannot be run here: no tap; it needs \/dev\/net\/tun\n/,
+    );
+  });
+
+  it('are refused by a system without them with a reason', async () => {
+    const tools = mkdtempSync(join(tmpdir(), 'vipsec-tools-'));
+    try {
+      await expect(tapSupport({ tools })).rejects.toThrow(/holds no ip/);
+      // A loader that is no loader: whatever is asked of it fails.
+      mkdirSync(join(tools, 'sbin'));
+      mkdirSync(join(tools, 'lib/x86_64-linux-gnu'), { recursive: true });
+      writeFileSync(join(tools, 'sbin/ip'), '');
+      writeFileSync(join(tools, 'lib/x86_64-linux-gnu/ld-linux-x86-64.so.2'), '#!/bin/sh\necho no tun >&2; exit 1\n', {
+        mode: 0o755,
+      });
+      await expect(tapSupport({ tools })).rejects.toThrow(/no multi-queue tap.*/);
+    } finally {
+      rmSync(tools, { recursive: true, force: true });
+    }
+  });
+});
+
+describe('interrupts of a function in the guest', () => {
+  const table = [
+    '           CPU0       CPU1',
+    ' 31:          4          3  IR-PCI-MSI 524288-edge      vfio-msix[0](0000:01:00.0)',
+    ' 32:        120          7  IR-PCI-MSI 524289-edge      vfio-msix[1](0000:01:00.0)',
+    ' 33:          9          0  IR-PCI-MSI 524290-edge      vfio-msix[1](0000:02:00.0)',
+    'NMI:          0          0   Non-maskable interrupts',
+  ].join('\n');
+
+  it('are counted over all processors, for each vector', () => {
+    expect(countInterrupts(table, '0000:01:00.0', 0)).toBe(7);
+    expect(countInterrupts(table, '0000:01:00.0', 1)).toBe(127);
+    expect(countInterrupts(table, '0000:02:00.0', 1)).toBe(9);
+  });
+
+  it('are none where the vector is not in use', () => {
+    expect(countInterrupts(table, '0000:02:00.0', 2)).toBe(0);
   });
 });
 
