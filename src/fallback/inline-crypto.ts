@@ -24,72 +24,38 @@ import { Esp, EtherType, IpProtocol, Ipv4, Ipv6 } from '../packet/fields.ts';
 import { NO_PACKET, PacketFlag, type PacketPool } from '../packet/pool.ts';
 import { align } from './burst.ts';
 import { type EngineOption, EngineSource } from './engine-source.ts';
-import { CryptoBurst, type CryptoEngine, JobStatus, MAX_BURST, type Transform } from './engines/engine.ts';
-import { transformById } from './engines/transform.ts';
+import { CryptoBurst, JobStatus, MAX_BURST } from './engines/engine.ts';
 import { Chain, insertionPoint, walkIpv6 } from './extension-headers.ts';
+import {
+  type EsnState,
+  InlineContexts,
+  type InlineCryptoCounters,
+  type InlineCryptoParameters,
+  Kind,
+  Word,
+} from './inline-contexts.ts';
 import { setAad, setNonce, swapBytes } from './jobs.ts';
 import { MaxPacket } from './pmtu.ts';
 import { statelessHigh } from './sequence.ts';
 import { rewriteHeader } from './transport.ts';
 import { Verdict } from './verdict.ts';
 
+export type { EsnState, InlineCryptoCounters, InlineCryptoParameters } from './inline-contexts.ts';
+
 /** Bytes of the IV field (RFC 4106, 3.1), and what the plain text is padded to (RFC 4303, 2.4). */
 const IV_LENGTH = 8;
 const PAD_MASK = 3;
-
-/** Extended sequence numbers as their owner has told them. */
-export interface EsnState {
-  /** The high half. */
-  readonly esn: number;
-  /** Numbers have passed the middle of their 2^32: those in the lower half belong to the next. */
-  readonly newWindow: boolean;
-}
-
-export interface InlineCryptoParameters {
-  readonly direction: 'encrypt' | 'decrypt';
-  /** 16, 24 or 32 bytes; copied by the engine. */
-  readonly key: Uint8Array;
-  /** 4 bytes, the first of the nonce. */
-  readonly salt: Uint8Array;
-  /** 8, 12 or 16 bytes. */
-  readonly icvLength: number;
-  /** Null when numbers have 32 bits. */
-  readonly extended: EsnState | null;
-}
-
-export interface InlineCryptoCounters {
-  readonly packets: bigint;
-  /** Encrypt: the IV of the next packet. */
-  readonly iv: bigint;
-}
 
 export interface InlineCryptoOptions {
   /** Default `auto`. */
   readonly engine?: EngineOption;
 }
 
-/** Words per context, and what they are. */
-const RECORD = 8;
-const Word = { kind: 0, context: 1, group: 2, salt: 3, esn: 4, ivLow: 5, ivHigh: 6, icv: 7 } as const;
-const Kind = { encrypt: 1, decrypt: 2, extended: 4, newWindow: 8, exhausted: 16 } as const;
-
-/** What may go down to the engine in one call. */
-interface Group {
-  readonly transform: Transform;
-  readonly engine: CryptoEngine;
-  readonly encrypt: boolean;
-  readonly extended: boolean;
-}
-
 export class InlineCrypto {
   readonly #pool: PacketPool;
   readonly #engines: EngineSource;
   readonly #jobs = new CryptoBurst();
-  readonly #groups: Group[] = [];
-  #words = new Int32Array(64 * RECORD);
-  #packets = new Float64Array(64);
-  #contexts = 1;
-  readonly #free: number[] = [];
+  readonly #contexts: InlineContexts;
   readonly #chain = new Uint32Array(Chain.length);
   /** By job: position in the burst, where the packet's IP header and its ESP header are, and its context. */
   readonly #position = new Uint16Array(MAX_BURST);
@@ -101,6 +67,7 @@ export class InlineCrypto {
   constructor(pool: PacketPool, options: InlineCryptoOptions = {}) {
     this.#pool = pool;
     this.#engines = new EngineSource(pool.memory, options.engine ?? 'auto');
+    this.#contexts = new InlineContexts(this.#engines);
   }
 
   /**
@@ -109,72 +76,34 @@ export class InlineCrypto {
    */
   create(parameters: InlineCryptoParameters): number {
     if (this.#closed) throw new IpsecError('CLOSED', 'this InlineCrypto is closed');
-    const { direction, key, salt, icvLength, extended } = parameters;
-    const id = `aes-${key.length * 8}-gcm-${icvLength}`;
-    const transform = transformById(id);
-    if (transform === undefined || salt.length !== 4) {
-      throw new IpsecError('TRANSFORM_UNKNOWN', `no transform ${id} with ${salt.length} bytes of salt`);
-    }
-    const group = this.#group(transform, direction === 'encrypt', extended !== null);
-    const { engine } = this.#groups[group];
-    const context = engine.createContext(transform, { cipherKey: key, authKey: new Uint8Array(0) }, direction);
-    const number = this.#free.pop() ?? this.#contexts++;
-    if (number * RECORD >= this.#words.length) this.#grow();
-    const at = number * RECORD;
-    const words = this.#words;
-    words[at + Word.kind] = Kind[direction];
-    words[at + Word.context] = context;
-    words[at + Word.group] = group;
-    words[at + Word.salt] = salt[0] | (salt[1] << 8) | (salt[2] << 16) | (salt[3] << 24);
-    words[at + Word.icv] = icvLength;
-    this.#packets[number] = 0;
-    if (extended !== null) this.#setExtended(at, extended);
-    return number;
+    return this.#contexts.create(parameters);
   }
 
   /** From the next packet on numbers are extended as `state` says. Throws IpsecError `NO_SUCH_SA`, `ESN_OFF`. */
   setEsn(context: number, state: EsnState): void {
-    const at = this.#at(context);
-    if ((this.#words[at] & Kind.extended) === 0) {
-      throw new IpsecError('ESN_OFF', 'the context has sequence numbers of 32 bits');
-    }
-    this.#setExtended(at, state);
+    this.#contexts.setEsn(context, state);
   }
 
   /** The IVs before `iv` count as used: another has had them. Never goes back. Throws IpsecError `NO_SUCH_SA`, `NONCE_REUSE`. */
   skipIvs(context: number, iv: bigint): void {
-    const at = this.#at(context);
-    if (iv < this.counters(context).iv || iv >= 1n << 64n) {
-      throw new IpsecError('NONCE_REUSE', 'the context has used IVs beyond that one');
-    }
-    this.#words[at + Word.ivLow] = Number(BigInt.asIntN(32, iv));
-    this.#words[at + Word.ivHigh] = Number(BigInt.asIntN(32, iv >> 32n));
+    this.#contexts.skipIvs(context, iv);
   }
 
   /** Throws IpsecError `NO_SUCH_SA`. */
   counters(context: number): InlineCryptoCounters {
-    const at = this.#at(context);
-    const words = this.#words;
-    const low = BigInt(words[at + Word.ivLow] >>> 0);
-    const high = BigInt(words[at + Word.ivHigh] >>> 0);
-    const exhausted = (words[at + Word.kind] & Kind.exhausted) !== 0;
-    return { packets: BigInt(this.#packets[context]), iv: exhausted ? 1n << 64n : (high << 32n) | low };
+    return this.#contexts.counters(context);
   }
 
   /** Ends a context and wipes its key. Throws IpsecError `NO_SUCH_SA`. */
   destroy(context: number): void {
-    const at = this.#at(context);
-    this.#groups[this.#words[at + Word.group]].engine.destroyContext(this.#words[at + Word.context]);
-    this.#words.fill(0, at, at + RECORD);
-    this.#free.push(context);
+    this.#contexts.destroy(context);
   }
 
   /** Wipes all keys. Idempotent. */
   close(): void {
     if (this.#closed) return;
-    for (let one = 1; one < this.#contexts; one++) if (this.#words[one * RECORD] !== 0) this.destroy(one);
     this.#closed = true;
-    this.#words.fill(0);
+    this.#contexts.close();
     this.#jobs.close();
     this.#engines.close();
   }
@@ -197,28 +126,7 @@ export class InlineCrypto {
     verdicts: Uint8Array,
   ): void {
     // hot:
-    this.#check(packets, contexts, nextHeaders, n, linkHeader, verdicts);
-    let group = -1;
-    let jobs = 0;
-    for (let i = 0; i < n; i++) {
-      const at = this.#record(contexts[i], Kind.encrypt);
-      if (at === 0) {
-        verdicts[i] = Verdict.noSa;
-        continue;
-      }
-      const own = this.#words[at + Word.group];
-      if (jobs !== 0 && (own !== group || jobs === MAX_BURST)) {
-        this.#finishEncrypt(packets, group, jobs, verdicts);
-        jobs = 0;
-      }
-      group = own;
-      const verdict = this.#prepareEncrypt(packets[i], at, jobs, nextHeaders[i], linkHeader);
-      verdicts[i] = verdict;
-      if (verdict !== Verdict.ok) continue;
-      this.#owner[jobs] = contexts[i];
-      this.#position[jobs++] = i;
-    }
-    if (jobs !== 0) this.#finishEncrypt(packets, group, jobs, verdicts);
+    this.#run(Kind.encrypt, packets, contexts, nextHeaders, n, linkHeader, verdicts);
   }
 
   /**
@@ -234,34 +142,52 @@ export class InlineCrypto {
     verdicts: Uint8Array,
   ): void {
     // hot:
+    this.#run(Kind.decrypt, packets, contexts, nextHeaders, n, linkHeader, verdicts);
+  }
+
+  /** Takes the packets in runs of one group: prepares a job for each, then does all of them in one call. */
+  #run(
+    kind: number,
+    packets: Uint32Array,
+    contexts: Uint32Array,
+    nextHeaders: Uint8Array,
+    n: number,
+    linkHeader: number,
+    verdicts: Uint8Array,
+  ): void {
+    // hot:
     this.#check(packets, contexts, nextHeaders, n, linkHeader, verdicts);
+    const { words } = this.#contexts;
     let group = -1;
     let jobs = 0;
     for (let i = 0; i < n; i++) {
-      const at = this.#record(contexts[i], Kind.decrypt);
+      const at = this.#contexts.record(contexts[i], kind);
       if (at === 0) {
         verdicts[i] = Verdict.noSa;
         continue;
       }
-      const own = this.#words[at + Word.group];
+      const own = words[at + Word.group];
       if (jobs !== 0 && (own !== group || jobs === MAX_BURST)) {
-        this.#finishDecrypt(packets, group, jobs, nextHeaders, verdicts);
+        this.#finish(packets, group, jobs, nextHeaders, verdicts);
         jobs = 0;
       }
       group = own;
-      const verdict = this.#prepareDecrypt(packets[i], at, jobs, linkHeader);
+      const verdict =
+        kind === Kind.encrypt
+          ? this.#prepareEncrypt(packets[i], at, jobs, nextHeaders[i], linkHeader)
+          : this.#prepareDecrypt(packets[i], at, jobs, linkHeader);
       verdicts[i] = verdict;
       if (verdict !== Verdict.ok) continue;
       this.#owner[jobs] = contexts[i];
       this.#position[jobs++] = i;
     }
-    if (jobs !== 0) this.#finishDecrypt(packets, group, jobs, nextHeaders, verdicts);
+    if (jobs !== 0) this.#finish(packets, group, jobs, nextHeaders, verdicts);
   }
 
   #prepareEncrypt(p: number, at: number, job: number, nextHeader: number, linkHeader: number): number {
     // hot:
     const pool = this.#pool;
-    const words = this.#words;
+    const { words } = this.#contexts;
     const verdict = this.#locate(p, linkHeader, job, false);
     if (verdict !== Verdict.ok) return verdict;
     const { u8 } = pool;
@@ -303,32 +229,13 @@ export class InlineCrypto {
     return Verdict.ok;
   }
 
-  #finishEncrypt(packets: Uint32Array, group: number, count: number, verdicts: Uint8Array): void {
-    // hot:
-    const jobs = this.#jobs;
-    const { transform, engine, extended } = this.#groups[group];
-    jobs.count = count;
-    jobs.aadLength = extended ? 12 : 8;
-    engine.encrypt(transform, jobs);
-    for (let j = 0; j < count; j++) {
-      const i = this.#position[j];
-      if (jobs.status[j] === JobStatus.ok) {
-        this.#packets[this.#owner[j]]++;
-        continue;
-      }
-      // It may still be plain text: nothing of it must be left to send.
-      this.#pool.length[packets[i]] = 0;
-      verdicts[i] = Verdict.engine;
-    }
-  }
-
   #prepareDecrypt(p: number, at: number, job: number, linkHeader: number): number {
     // hot:
     const pool = this.#pool;
     const verdict = this.#locate(p, linkHeader, job, true);
     if (verdict !== Verdict.ok) return verdict;
     const body = (this.#esp[job] + Esp.length + IV_LENGTH) | 0;
-    const icv = (pool.offset[p] + pool.length[p] - this.#words[at + Word.icv]) | 0;
+    const icv = (pool.offset[p] + pool.length[p] - this.#contexts.words[at + Word.icv]) | 0;
     const plain = (icv - body) | 0;
     if (plain < Esp.trailerLength || (plain & PAD_MASK) !== 0) return Verdict.malformed;
     const iv = (body - IV_LENGTH) >> 1;
@@ -339,51 +246,50 @@ export class InlineCrypto {
     return Verdict.ok;
   }
 
-  #finishDecrypt(
-    packets: Uint32Array,
-    group: number,
-    count: number,
-    nextHeaders: Uint8Array,
-    verdicts: Uint8Array,
-  ): void {
+  /** Does the jobs of a run; what failed has no content any more. */
+  #finish(packets: Uint32Array, group: number, count: number, nextHeaders: Uint8Array, verdicts: Uint8Array): void {
     // hot:
     const jobs = this.#jobs;
-    const pool = this.#pool;
-    const { u8 } = pool;
-    const { transform, engine, extended } = this.#groups[group];
+    const counted = this.#contexts.packets;
+    const { transform, engine, encrypt, extended } = this.#contexts.groups[group];
     jobs.count = count;
     jobs.aadLength = extended ? 12 : 8;
-    engine.decrypt(transform, jobs);
+    if (encrypt) engine.encrypt(transform, jobs);
+    else engine.decrypt(transform, jobs);
     for (let j = 0; j < count; j++) {
       const i = this.#position[j];
       const p = packets[i];
       const status = jobs.status[j];
       if (status !== JobStatus.ok) {
-        pool.length[p] = 0;
+        // It may still be plain text, or not be authentic: nothing of it must be left.
+        this.#pool.length[p] = 0;
         verdicts[i] = status === JobStatus.icv ? Verdict.icv : Verdict.engine;
-        continue;
-      }
-      const body = jobs.cipherOffset[j];
-      const trailer = body + jobs.cipherLength[j] - Esp.trailerLength;
-      const padLength = u8[trailer];
-      const end = trailer - padLength;
-      let pad = end < body ? 0 : padLength;
-      while (pad > 0 && u8[end + pad - 1] === pad) pad--;
-      if (end < body || pad !== 0) {
-        verdicts[i] = Verdict.malformed;
-        continue;
-      }
-      nextHeaders[i] = u8[trailer + 1];
-      pool.length[p] = end - pool.offset[p];
-      rewriteLength(u8, this.#ip[j], end - this.#ip[j]);
-      this.#packets[this.#owner[j]]++;
+      } else if (encrypt || this.#open(p, i, j, nextHeaders)) counted[this.#owner[j]]++;
+      else verdicts[i] = Verdict.malformed;
     }
+  }
+
+  /** Takes the trailer off the decrypted packet `p` of job `j`; false when its padding is none. */
+  #open(p: number, i: number, j: number, nextHeaders: Uint8Array): boolean {
+    // hot:
+    const pool = this.#pool;
+    const { u8 } = pool;
+    const body = this.#jobs.cipherOffset[j];
+    const trailer = body + this.#jobs.cipherLength[j] - Esp.trailerLength;
+    const padLength = u8[trailer];
+    const end = trailer - padLength;
+    if (end < body) return false;
+    for (let pad = padLength; pad > 0; pad--) if (u8[end + pad - 1] !== pad) return false;
+    nextHeaders[i] = u8[trailer + 1];
+    pool.length[p] = end - pool.offset[p];
+    rewriteLength(u8, this.#ip[j], end - this.#ip[j]);
+    return true;
   }
 
   /** What encryption and decryption have in common: nonce, AAD, ranges. */
   #job(at: number, job: number, first: number, second: number, body: number, plain: number): void {
     // hot:
-    const words = this.#words;
+    const { words } = this.#contexts;
     const jobs = this.#jobs;
     const { u16 } = this.#pool;
     const e = this.#esp[job] >> 1;
@@ -441,12 +347,6 @@ export class InlineCrypto {
     return Verdict.ok;
   }
 
-  /** hot: the first word of a context of that kind; 0 for none. */
-  #record(context: number, kind: number): number {
-    const at = context < this.#contexts ? context * RECORD : 0;
-    return (this.#words[at] & kind) === 0 ? 0 : at;
-  }
-
   #check(
     packets: Uint32Array,
     contexts: Uint32Array,
@@ -462,38 +362,6 @@ export class InlineCrypto {
     if ((linkHeader & 1) !== 0 || linkHeader < 0 || linkHeader > 64) {
       throw new RangeError(`a link header of ${linkHeader} bytes: an even number from 0 to 64 is needed`);
     }
-  }
-
-  #setExtended(at: number, { esn, newWindow }: EsnState): void {
-    const words = this.#words;
-    words[at + Word.esn] = esn;
-    const kind = words[at + Word.kind] & ~Kind.newWindow;
-    words[at + Word.kind] = kind | Kind.extended | (newWindow ? Kind.newWindow : 0);
-  }
-
-  #at(context: number): number {
-    const at = Number.isInteger(context) && context > 0 && context < this.#contexts ? context * RECORD : 0;
-    if (this.#words[at] === 0) throw new IpsecError('NO_SUCH_SA', `there is no context ${context}`);
-    return at;
-  }
-
-  #group(transform: Transform, encrypt: boolean, extended: boolean): number {
-    const known = this.#groups.findIndex(
-      (one) => one.transform === transform && one.encrypt === encrypt && one.extended === extended,
-    );
-    if (known >= 0) return known;
-    const engine = this.#engines.select(transform);
-    return this.#groups.push({ transform, engine, encrypt, extended }) - 1;
-  }
-
-  #grow(): void {
-    const words = new Int32Array(this.#words.length * 2);
-    words.set(this.#words);
-    this.#words.fill(0);
-    this.#words = words;
-    const packets = new Float64Array(this.#packets.length * 2);
-    packets.set(this.#packets);
-    this.#packets = packets;
   }
 }
 
