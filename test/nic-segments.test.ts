@@ -2,11 +2,12 @@ import fc from 'fast-check';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { Verdict } from '../src/fallback/verdict.ts';
 import { SaPlace } from '../src/ipsec/sa-state.ts';
+import { NicRxQueue, type RxRing } from '../src/nic-queues.ts';
 import { PacketFlag } from '../src/packet/pool.ts';
 import { ChecksumState, transportChecksum } from '../src/packet/transport-checksum.ts';
 import { mapAnonymous, unmapMemory } from '../src/sys/memory.ts';
 import { inTunnel, type LargeOptions, large } from './device/helpers/large.ts';
-import { outbound } from './ipsec/support.ts';
+import { inbound, outbound } from './ipsec/support.ts';
 import { type TxSetup, txSetup } from './nic-support.ts';
 
 let setup: TxSetup;
@@ -251,6 +252,66 @@ describe('a chain of slots', () => {
     expect(ring.sent.map(({ packet }) => packet)).toEqual([fits]);
     expect(manager.state.bytes[handle]).toBe(900 + 40);
     expect(tx.dropped[Verdict.tooBig]).toBe(1);
+  });
+});
+
+describe('a large packet that the device has opened', () => {
+  /** A ring with these packets in it. */
+  class Arrived implements RxRing {
+    readonly counters = new Float64Array(8);
+    readonly broken = null;
+    readonly hasChains = true;
+    readonly #packets: number[];
+
+    constructor(packets: number[]) {
+      this.#packets = packets;
+    }
+
+    burst(out: Uint32Array, max: number): number {
+      const now = this.#packets.splice(0, max);
+      out.set(now);
+      return now.length;
+    }
+
+    networkHeader(): number {
+      return 0;
+    }
+    enableInterrupts(): boolean {
+      return false;
+    }
+    disableInterrupts(): void {}
+  }
+
+  /** A packet over several slots, as it comes under SA `handle`. */
+  function arrive(payload: number, handle: number): number {
+    const { make, pool } = setup;
+    const p = make(tcp(payload), handle, 700);
+    pool.flags[p] |= PacketFlag.secured;
+    return p;
+  }
+
+  it('is delivered as it is, and counts with all its bytes', () => {
+    const { pool, manager } = setup;
+    manager.state.add(8, inbound(), SaPlace.inlineInbound, 0, null);
+    const packets = [arrive(3000, 8), arrive(600, 8), arrive(9000, 8)];
+    const rx = new NicRxQueue(0, new Arrived([...packets]), pool, manager);
+    const out = new Uint32Array(8);
+    expect(rx.burst(out, 8)).toBe(3);
+    expect([...out.subarray(0, 3)]).toEqual(packets);
+    expect(pool.flags[packets[0]] & PacketFlag.segmented).not.toBe(0);
+    expect(manager.state.packets[8]).toBe(3);
+    expect(manager.state.bytes[8]).toBe(12600 + 3 * 40);
+  });
+
+  it('is dropped with all its slots when its SA may not carry it', () => {
+    const { pool, manager } = setup;
+    const selector = { destinationPort: 53 };
+    manager.state.add(8, inbound({ selector }), SaPlace.inlineInbound, 0, selector);
+    const free = pool.available;
+    const rx = new NicRxQueue(0, new Arrived([arrive(9000, 8)]), pool, manager);
+    expect(rx.burst(new Uint32Array(8), 8)).toBe(0);
+    expect(rx.dropped[Verdict.selector]).toBe(1);
+    expect(pool.available).toBe(free);
   });
 });
 
