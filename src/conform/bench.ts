@@ -44,7 +44,7 @@ export interface UpOptions {
 
 /** The features that a driver takes in any case, when they are offered: devices may insist (6). */
 /** Traces that a report shows: those nearest to what went wrong. */
-const TRACES = 8;
+const TRACES = 4;
 const BASIC = [Feature.VERSION_1, Feature.ACCESS_PLATFORM, Feature.ORDER_PLATFORM];
 
 /** What a report tells of a check. */

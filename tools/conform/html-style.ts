@@ -58,7 +58,7 @@ main>.bar{margin-top:.9rem}
 .not-applicable .reason,.untestable .reason{color:inherit;font-weight:400}
 .detail ol{margin:.5rem 0;padding-left:1.9rem;font-size:.9rem;overflow-wrap:anywhere}
 .detail li::marker{color:var(--soft)}
-.detail pre{margin:.25rem 0 .5rem;padding:.45rem .7rem;background:var(--well);border-radius:.4rem;line-height:1.45;overflow-x:auto;white-space:pre}
+.detail pre{margin:.25rem 0 .5rem;padding:.45rem .7rem;background:var(--well);border-radius:.4rem;line-height:1.45;max-height:9.2em;overflow:auto;white-space:pre}
 .meta{margin:.3rem 0 0;color:var(--soft);font-size:.82rem}
 footer{padding:2.5rem 1.25rem;color:var(--soft);font-size:.88rem}
 @media(max-width:46rem){.cards{grid-template-columns:repeat(2,1fr)}.check summary,a.check{grid-template-columns:auto auto auto 1fr}.title{grid-column:1/-1;grid-row:2}.section{justify-self:end}.overview .share,.overview thead th:nth-child(2){display:none}.overview thead th{font-size:.7rem;line-height:1.2}.detail pre{font-size:.75em}}
