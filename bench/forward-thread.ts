@@ -37,7 +37,7 @@ const KEEP_MS = 2;
 
 const { role, index, handle, rings, header, words, times }: ThreadData = workerData;
 const stopped = () => Atomics.load(words, Shared.stop) !== 0;
-const active = () => index < Atomics.load(words, Shared.active);
+const active = () => (Atomics.load(words, Shared.active) & (1 << index)) !== 0;
 
 /** An Ethernet frame of 64 bytes with an IPv4 UDP packet. */
 function frame(): Uint8Array {

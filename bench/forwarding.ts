@@ -60,9 +60,9 @@ export class Forwarding {
     while (Atomics.load(this.words, Shared.ready) < threads) await this.wait(1);
   }
 
-  /** Lets only the first `count` pairs forward from now on. */
-  activate(count: number): void {
-    Atomics.store(this.words, Shared.active, count);
+  /** Lets only the pairs forward from now on whose bits are set. */
+  activate(pairs: number): void {
+    Atomics.store(this.words, Shared.active, pairs);
   }
 
   /** Packets forwarded so far. */
@@ -75,6 +75,7 @@ export class Forwarding {
     const start = performance.now();
     const from = this.packets;
     await this.wait(ms);
+    if (this.packets === from) throw new Error('nothing moves: the machine is too busy to measure this');
     return (this.packets - from) / (performance.now() - start) / 1000;
   }
 

@@ -162,14 +162,14 @@ async function forwardingRates(forwarding: Forwarding): Promise<number[]> {
   return rates;
 }
 
-/** Two threads over one, turn about. */
+/** Two threads over one, turn about: over the one as often as over the other, because a core may have other work. */
 async function scaling(forwarding: Forwarding): Promise<number[]> {
-  forwarding.activate(2);
+  forwarding.activate(3);
   await forwarding.wait(WARMUP_MS);
   const ratios: number[] = [];
   while (ratios.length < SAMPLES) {
     const rates: number[] = [];
-    for (const pairs of [1, 2, 1]) {
+    for (const pairs of [1, 3, 2]) {
       forwarding.activate(pairs);
       await forwarding.wait(SAMPLE_MS / 4);
       rates.push(await forwarding.rate(SAMPLE_MS));
