@@ -71,6 +71,10 @@ function isAboutSa(command: Uint8Array): boolean {
 
 const SA_TYPES: readonly number[] = [ResourceType.NET_IPSEC_OUTB_SA, ResourceType.NET_IPSEC_INB_SA];
 
+function shownName(name: string, command: Uint8Array): string {
+  return isAboutSa(command) ? `${name}, the SA left out` : name;
+}
+
 /** A command without the SA in it: reports show no keys, not even those that nobody uses. */
 function withoutSa(command: Uint8Array): Uint8Array {
   return isAboutSa(command) ? command.subarray(0, ObjectCommand.object) : command;
@@ -138,7 +142,7 @@ export class AdminConsole {
       ...pieces(this.#command, bytes.length, split, false),
       ...pieces(this.#reply, writable, split, true),
     );
-    if (!this.#quiet) this.#trace('sent', name, withoutSa(bytes));
+    if (!this.#quiet) this.#trace('sent', shownName(name, bytes), withoutSa(bytes));
     this.#kick();
     const { length } = await this.ring.wait(this.#patience);
     if (!this.#quiet) this.#traceReply(name, bytes, this.#reply, Math.min(length, writable));
@@ -148,7 +152,7 @@ export class AdminConsole {
   #traceReply(name: string, command: Uint8Array, at: number, length: number): void {
     const came = this.#target.memory.u8.slice(at, at + length);
     // A query gives what an SA was made with.
-    this.#trace('came', name, isAboutSa(command) ? came.subarray(0, STATUS_LENGTH) : came);
+    this.#trace('came', shownName(name, command), isAboutSa(command) ? came.subarray(0, STATUS_LENGTH) : came);
   }
 
   #read(at: number, writable: number, length: number, name: string): Reply {
