@@ -208,6 +208,32 @@ describe.each(['software', 'auto'] as const)('SAs of worker threads, ipsec %s', 
   });
 });
 
+describe('a thread that does not look at its queue', () => {
+  it('gets no SA later that was refused meanwhile, and its key is as new', async () => {
+    const nic = { queuePairs: 2, workerQueues: 1, ipsec: 'software', commandTimeout: 400 } as const;
+    const { a, wire } = await openPair({ queuePairs: 2, nic }, { nic: { ipsec: 'off' } });
+    const host = await hire(a.workerQueues[0]);
+    const { outbound } = saPair();
+    const words = new Int32Array(new SharedArrayBuffer(4));
+    const blocked = host.do('block', { words });
+    await expect(a.ipsec.addSa(outbound, { queue: 1 })).rejects.toThrow(code('QUEUE_TIMEOUT'));
+    expect(a.ipsec.list()).toEqual([]);
+    Atomics.store(words, 0, 1);
+    Atomics.notify(words, 0);
+    await blocked;
+    // Nothing of it reached the thread: the handle that it would have had means nothing there.
+    await host.send(1, frames.slice(0, 3), 1);
+    expect(a.statistics().tx.dropped).toEqual({ 'no-sa': 3 });
+    const sa = await a.ipsec.addSa(outbound, { queue: 1 });
+    await host.send(1, frames.slice(0, 3), sa.handle);
+    await until(
+      () => wire.frames.length === 3,
+      () => `${wire.frames.length} frames`,
+    );
+    expect(wire.frames.map(({ frame }) => esp(frame)?.sequence)).toEqual([1, 2, 3]);
+  });
+});
+
 describe('a thread with SAs that dies', () => {
   it('leaves no key in memory', async () => {
     const { a } = await wired('software');
