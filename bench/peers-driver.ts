@@ -8,17 +8,17 @@ import { Feature, type Nic, openNic } from '../src/index.ts';
 
 const BURST = 32;
 const FRAME_BYTES = 64;
-/** Ethernet, IPv4 and UDP headers. */
-const HEADER_WORDS = 11;
+/** Ethernet, IPv4 and UDP headers: 42 bytes, and two of payload. */
+const HEADER_BYTES = 44;
 /** Bursts between two looks at the event loop. */
 const BURSTS_PER_TURN = 512;
 
-/** The headers of an Ethernet frame with an IPv4 UDP packet. */
-function headerWords(): Uint32Array {
-  const bytes = new Uint8Array(4 * HEADER_WORDS);
+/** The headers of an Ethernet frame with an IPv4 UDP packet, in 48 bytes. */
+function headers(): ArrayBuffer {
+  const bytes = new Uint8Array(HEADER_BYTES + 4);
   bytes.set([2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 0x08, 0x00, 0x45, 0, 0, 50, 0, 1, 0, 0, 64, 17, 0x66, 0xb9]);
   bytes.set([10, 0, 0, 1, 10, 0, 0, 2, 0x30, 0x39, 0, 9, 0, 30], 26);
-  return new Uint32Array(bytes.buffer);
+  return bytes.buffer;
 }
 
 type Round = () => void;
@@ -26,9 +26,14 @@ type Round = () => void;
 function transmitter(nic: Nic): Round {
   const { packets: pool, queues } = nic;
   const { tx } = queues[0];
-  const { offset, length, u32 } = pool;
+  const { offset, length, u8, u32 } = pool;
   const burst = new Uint32Array(BURST);
-  const words = headerWords();
+  // Eight bytes at a time: what is written waits in a queue of the processor for its cache line, and the fewer pieces it has the more
+  // packets fit.
+  const f64 = new Float64Array(u8.buffer, u8.byteOffset, u8.length >>> 3);
+  const [h0, h1, h2, h3, h4] = new Float64Array(headers());
+  if ([h0, h1, h2, h3, h4].some(Number.isNaN)) throw new Error('not every bit pattern survives as a number');
+  const h5 = new Uint32Array(headers())[10];
   let held = 0;
   return () => {
     // hot:
@@ -36,8 +41,13 @@ function transmitter(nic: Nic): Round {
       held = pool.allocate(burst, BURST);
       for (let i = 0; i < held; i++) {
         const p = burst[i];
-        const at = offset[p] >>> 2;
-        for (let w = 0; w < HEADER_WORDS; w++) u32[at + w] = words[w];
+        const at = offset[p] >>> 3;
+        f64[at] = h0;
+        f64[at + 1] = h1;
+        f64[at + 2] = h2;
+        f64[at + 3] = h3;
+        f64[at + 4] = h4;
+        u32[2 * at + 10] = h5;
         length[p] = FRAME_BYTES;
       }
     }
