@@ -20,6 +20,19 @@ export function memorySuite(): void {
       unmapMemory(memory);
     });
 
+    it('in huge pages begins at a multiple of their size, and is as long as was asked', () => {
+      const size = 3 * libc.HUGE_PAGE_SIZE + libc.PAGE_SIZE;
+      const memory = mapAnonymous(size, { reserve: false, hugePages: true });
+      expect(memory.address % libc.HUGE_PAGE_SIZE).toBe(0);
+      expect(memory.size).toBe(size);
+      memory.u8[size - 1] = 7;
+      expect([memory.u8[0], memory.u8[size - 1]]).toEqual([0, 7]);
+      expect(backing(memory.address + size - 1)).toBe('');
+      expect(libc.madvise(memory.address, size, 12345)).toBe(false);
+      unmapMemory(memory);
+      expect(memory.u8[size - 1]).toBe(0);
+    });
+
     it('leaves zeros of its own under every view when it is unmapped, also those that others made', () => {
       const fd = libc.memfdCreate('kept');
       libc.ftruncate(fd, 4096);
