@@ -27,6 +27,9 @@ import {
 } from './packed-layout.ts';
 import type { Virtqueue } from './virtqueue.ts';
 
+/** Descriptors in a cache line. */
+const LINE_DESCRIPTORS = 4;
+
 /** What must be right in the last word of a used descriptor: the two ring flags and the id. */
 const USED_MASK = (RING_FLAGS << FLAGS_SHIFT) | 0xffff;
 
@@ -53,6 +56,45 @@ export class PackedVirtqueue extends PackedDescriptors implements Virtqueue {
     if (n <= 0) return 0;
     const flags = deviceWrites ? DescriptorFlag.WRITE : 0;
     if (!this.ordered) return this.postAnywhere(tokens, from, n, offset, length, flags);
+    // The device looks at the first of them until it may have it. Its cache line is written last and in one go, so that it moves once.
+    const first = this.pending === 0 ? Math.min(n, LINE_DESCRIPTORS - (this.nextAvail % LINE_DESCRIPTORS)) : 0;
+    const hold = this.beginBurst(flags);
+    const at = this.nextAvail;
+    const ring = this.availFlags;
+    this.#skip(first);
+    if (first < n) this.#write(tokens, from + first, from + n, offset, length, flags, 0);
+    const next = this.nextAvail;
+    const nextRing = this.availFlags;
+    if (first > 0) {
+      this.nextAvail = at;
+      this.availFlags = ring;
+      this.#write(tokens, from, from + first, offset, length, flags, hold);
+      this.nextAvail = next;
+      this.availFlags = nextRing;
+    }
+    this.unused -= n;
+    this.pending += n;
+    return n;
+  }
+
+  /** Leaves `count` descriptors, no more than a ring, for later. */
+  #skip(count: number): void {
+    this.nextAvail += count;
+    if (this.nextAvail < this.size) return;
+    this.nextAvail -= this.size;
+    this.availFlags ^= RING_FLAGS;
+  }
+
+  /** hot: writes descriptors for `tokens[from]` to `tokens[end - 1]` from `nextAvail` on; the word of the first one differs by `differs`. */
+  #write(
+    tokens: Uint32Array,
+    from: number,
+    end: number,
+    offset: Uint32Array,
+    length: Uint32Array,
+    flags: number,
+    differs: number,
+  ): void {
     const u32 = this.u32;
     const token = this.token;
     const capacity = this.capacity;
@@ -61,12 +103,11 @@ export class PackedVirtqueue extends PackedDescriptors implements Virtqueue {
     const headroom = this.headroom | 0;
     const low = (this.iovaLow - headroom) | 0;
     const high = this.iovaHigh | 0;
-    const writable = deviceWrites ? -1 : 0;
-    const end = (from + n) | 0;
-    let hold = this.beginBurst(flags) | 0;
+    const writable = flags === 0 ? 0 : -1;
+    let hold = differs | 0;
     let ring = this.availFlags | 0;
     let at = this.nextAvail | 0;
-    let i = from;
+    let i = from | 0;
     while (i < end) {
       // The flags stay the same to the end of the ring.
       const word = (flags | ring) << FLAGS_SHIFT;
@@ -129,9 +170,6 @@ export class PackedVirtqueue extends PackedDescriptors implements Virtqueue {
     }
     this.nextAvail = at;
     this.availFlags = ring;
-    this.unused -= n;
-    this.pending += n;
-    return n;
   }
 
   publish(): boolean {
