@@ -80,8 +80,7 @@ export class Steering {
 
   /** hot: a frame of this flow went out on transmit queue `pair`. */
   sent(u8: Uint8Array, at: number, length: number, pair: number): void {
-    if (this.#inUse > 1 && !this.#forgets)
-      this.#pairs[flowHash(u8, at, length) & (ENTRIES - 1)] = pair;
+    if (this.#inUse > 1 && !this.#forgets) this.#pairs[flowHash(u8, at, length) & (ENTRIES - 1)] = pair;
   }
 
   /** Whether `pick` needs the hash of each frame. */
