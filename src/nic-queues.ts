@@ -108,11 +108,62 @@ export class NicTxQueue {
     if (ring.room < n) ring.reclaim();
     const count = Math.min(n, ring.room, packets.length);
     if (count <= 0) return ring.burst(packets, n);
+    if (this.#countRun(packets, count)) return ring.burst(packets, count);
     const found = this.#segments.look(packets, count);
     this.#hasChains = (found & Found.chain) !== 0;
     if ((found & Found.segmented) !== 0) return this.#burstCut(packets, count);
     for (let from = 0; from < count; from += CHUNK) this.#chunk(packets, from, Math.min(from + CHUNK, count));
     return count;
+  }
+
+  /**
+   * hot: the usual burst. If the first `n` of `packets` are single packets in single slots that all name one inline SA, which can carry them
+   * and has no limit near, they are counted at once; if not, nothing is counted.
+   */
+  #countRun(packets: Uint32Array, n: number): boolean {
+    const { sa, flags, length, next } = this.#pool;
+    const { state } = this.#ipsec;
+    const handle = sa[packets[0]];
+    if (handle >= state.place.length || state.place[handle] !== SaPlace.inlineOutbound) return false;
+    const longest = state.longest[handle] + LINK_HEADER;
+    const shortest = LINK_HEADER + 1;
+    let bytes = 0;
+    let others = 0;
+    let any = 0;
+    let last = -1;
+    // Negative as soon as one length is out of range.
+    let fits = 0;
+    let i = 0;
+    // Four at a time, as in `SaSegments.look`.
+    for (; i + 4 <= n; i += 4) {
+      const a = packets[i];
+      const b = packets[i + 1];
+      const c = packets[i + 2];
+      const d = packets[i + 3];
+      others |= (sa[a] ^ handle) | (sa[b] ^ handle) | (sa[c] ^ handle) | (sa[d] ^ handle);
+      any |= flags[a] | flags[b] | flags[c] | flags[d];
+      last &= next[a] & next[b] & next[c] & next[d];
+      const bytesA = length[a];
+      const bytesB = length[b];
+      const bytesC = length[c];
+      const bytesD = length[d];
+      fits |= (longest - bytesA) | (longest - bytesB) | (longest - bytesC) | (longest - bytesD);
+      fits |= (bytesA - shortest) | (bytesB - shortest) | (bytesC - shortest) | (bytesD - shortest);
+      bytes = (bytes + bytesA + bytesB + bytesC + bytesD) | 0;
+    }
+    for (; i < n; i++) {
+      const p = packets[i];
+      others |= sa[p] ^ handle;
+      any |= flags[p];
+      last &= next[p];
+      fits |= (longest - length[p]) | (length[p] - shortest);
+      bytes = (bytes + length[p]) | 0;
+    }
+    bytes -= n * LINK_HEADER;
+    if (others !== 0 || fits < 0 || (any & PacketFlag.segmented) !== 0 || last !== (NO_PACKET | 0)) return false;
+    if (n >= state.packetsUntilAlert(handle) || bytes >= state.bytesUntilAlert(handle)) return false;
+    state.count(handle, n, bytes);
+    return true;
   }
 
   /** hot: as `burst`, when there may be packets to cut; takes fewer when there is no room for all segments of the next one. */
@@ -341,9 +392,47 @@ export class NicRxQueue {
       return 0;
     }
     if ((state.inlineInbound | state.softwareInbound) === 0) return n;
+    if (!this.#ring.hasChains && this.#countRun(out, n)) return n;
     let kept = 0;
     for (let from = 0; from < n; from += CHUNK) kept = this.#chunk(out, from, Math.min(from + CHUNK, n), kept);
     return kept;
+  }
+
+  /**
+   * hot: the usual burst. If the first `n` of `packets` all came secured by one SA without a selector, and there is nothing to be told, they are counted at
+   * once; if not, nothing is counted. None is a chain.
+   */
+  #countRun(packets: Uint32Array, n: number): boolean {
+    const { sa, flags, length } = this.#pool;
+    const { state } = this.#ipsec;
+    const handle = sa[packets[0]];
+    let bytes = 0;
+    let others = 0;
+    let all = -1;
+    let any = 0;
+    let i = 0;
+    // Four at a time, as in `SaSegments.look`.
+    for (; i + 4 <= n; i += 4) {
+      const a = packets[i];
+      const b = packets[i + 1];
+      const c = packets[i + 2];
+      const d = packets[i + 3];
+      others |= (sa[a] ^ handle) | (sa[b] ^ handle) | (sa[c] ^ handle) | (sa[d] ^ handle);
+      all &= flags[a] & flags[b] & flags[c] & flags[d];
+      any |= flags[a] | flags[b] | flags[c] | flags[d];
+      bytes += length[a] + length[b] + length[c] + length[d];
+    }
+    for (; i < n; i++) {
+      const p = packets[i];
+      others |= sa[p] ^ handle;
+      all &= flags[p];
+      any |= flags[p];
+      bytes += length[p];
+    }
+    if (others !== 0 || (all & PacketFlag.secured) === 0 || (any & PacketFlag.softExpiry) !== 0) return false;
+    if (state.selective[handle] !== 0) return false;
+    state.countInbound(handle, n, bytes - n * LINK_HEADER);
+    return true;
   }
 
   /** hot: examines `out[from..to)` and moves what is delivered to `out[kept…)`. Returns the new `kept`. */

@@ -24,6 +24,7 @@ import {
   available,
   BURST,
   ENGINES,
+  type EngineWorkload,
   engineWorkload,
   nodeWorkload,
   PACKETS,
@@ -197,14 +198,20 @@ function measureRate(make: () => Loop, half: Half): Measurement {
 }
 
 /** Milliseconds of bare arithmetic for as many packets as a round has. */
-function bareRound(bare: Workload): number {
+function bareRound(bare: Workload & Partial<EngineWorkload>): number {
+  bare.prepare?.();
   const start = performance.now();
   for (let i = 0; i < PACKETS / BURST; i++) bare.run();
   return performance.now() - start;
 }
 
 /** `rounds`: how many of ESP come to one of the other. */
-function measureRatio(make: () => Loop, half: Half, makeBare: () => Workload, rounds = 1): Measurement {
+function measureRatio(
+  make: () => Loop,
+  half: Half,
+  makeBare: () => Workload & Partial<EngineWorkload>,
+  rounds = 1,
+): Measurement {
   const loop = make();
   const bare = makeBare();
   const sample = (): number => {
