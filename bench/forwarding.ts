@@ -7,7 +7,7 @@
  */
 import { MessageChannel, Worker } from 'node:worker_threads';
 import { countsBuffer } from '../src/ipsec/sa-state.ts';
-import { layoutOf, virtqueueOptions } from '../src/nic-pair.ts';
+import { layoutOf, virtqueueOptions } from '../src/nic/pair.ts';
 import { EventFd } from '../src/sys/eventfd.ts';
 import { close, ftruncate, memfdCreate } from '../src/sys/libc.ts';
 import { MappingLedger } from '../src/sys/mapping-ledger.ts';

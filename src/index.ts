@@ -91,14 +91,15 @@ export {
   Ipv4SpecFlag,
   IvAlgorithm,
 } from './ipsec/verbs/numbers.ts';
-export { type Nic, type NicLink, openNic } from './nic.ts';
-export type { Announcer } from './nic-announce.ts';
-export { isPortAddress, openFunction, openPort } from './nic-device.ts';
-export type { WaitPolicy } from './nic-interrupts.ts';
-export type { NicOffloads } from './nic-offloads.ts';
-export type { IpsecMode, NicOptions } from './nic-options.ts';
-export type { NicRxQueue, NicTxQueue } from './nic-queues.ts';
-export type { NicQueue, NicStatistics } from './nic-statistics.ts';
+export type { Announcer } from './nic/announce.ts';
+export { isPortAddress, openFunction, openPort } from './nic/device.ts';
+export type { WaitPolicy } from './nic/interrupts.ts';
+export { type Nic, type NicLink, openNic } from './nic/nic.ts';
+export type { NicOffloads } from './nic/offloads.ts';
+export type { IpsecMode, NicOptions } from './nic/options.ts';
+export type { NicRxQueue } from './nic/rx-queue.ts';
+export type { NicQueue, NicStatistics } from './nic/statistics.ts';
+export type { NicTxQueue } from './nic/tx-queue.ts';
 // Packets and captures.
 export {
   formatIp,
@@ -126,6 +127,8 @@ export {
 } from './packet/fields.ts';
 export { NO_PACKET, PacketFlag, PacketPool, type PacketPoolOptions } from './packet/pool.ts';
 export type { PacketArena } from './packet/references.ts';
+export type { OctepReport } from './probe/octep.ts';
+export { type PortReport, probePort } from './probe/port.ts';
 // The functions of this host, and what a device says about itself.
 export {
   type ModeReport,
@@ -133,9 +136,7 @@ export {
   type ProbeReport,
   type Problem,
   probeFunction,
-} from './probe.ts';
-export type { OctepReport } from './probe-octep.ts';
-export { type PortReport, probePort } from './probe-port.ts';
+} from './probe/probe.ts';
 export { type MappedMemory, mapAnonymous, unmapMemory } from './sys/memory.ts';
 export { createMemoryFile } from './sys/memory-file.ts';
 export { type BindOptions, type BindResult, bindFunction, unbindFunction } from './vfio/bind.ts';

@@ -16,7 +16,7 @@
  * ```
  */
 import { VirtioError } from '../errors.ts';
-import { makeQueues } from '../nic-pair.ts';
+import { makeQueues } from '../nic/pair.ts';
 import { PacketPool } from '../packet/pool.ts';
 import { dropLedger, keepLedger, MappingLedger } from '../sys/mapping-ledger.ts';
 import { type DmaMemory, type MappedMemory, mapShared, unmapMemory } from '../sys/memory.ts';

@@ -5,14 +5,9 @@
 import type { MessagePort } from 'node:worker_threads';
 import { receiveMessageOnPort } from 'node:worker_threads';
 import { VipsecError, VirtioError } from '../errors.ts';
-import {
-  type NicQueueOptions,
-  NicRxQueue,
-  type NicRxQueueOptions,
-  NicTxQueue,
-  type RxRing,
-  type TxRing,
-} from '../nic-queues.ts';
+import type { NicQueueOptions } from '../nic/data-path.ts';
+import { NicRxQueue, type NicRxQueueOptions, type RxRing } from '../nic/rx-queue.ts';
+import { NicTxQueue, type TxRing } from '../nic/tx-queue.ts';
 import type { PacketPool } from '../packet/pool.ts';
 import { dropLedger, type MappingLedger } from '../sys/mapping-ledger.ts';
 import { type MappedMemory, unmapMemory } from '../sys/memory.ts';

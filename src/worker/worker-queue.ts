@@ -13,7 +13,7 @@ import { IpsecError, type VipsecError, VirtioError } from '../errors.ts';
 import type { SaEvents } from '../ipsec/ipsec.ts';
 import type { SaCounts } from '../ipsec/sa-state.ts';
 import type { SaEntry, SaThread } from '../ipsec/sa-thread.ts';
-import type { NicRings, WorkerPair, WorkerRing } from '../nic-rings.ts';
+import type { NicRings, WorkerPair, WorkerRing } from '../nic/rings.ts';
 import { EventFd } from '../sys/eventfd.ts';
 import { ffi, type Watch } from '../sys/ffi/ffi.ts';
 import { close, FcntlCommand, fcntl } from '../sys/libc.ts';

@@ -6,7 +6,7 @@ import type { EngineName } from '../fallback/engines/engine.ts';
 import type { SaEvents } from '../ipsec/ipsec.ts';
 import { countsBuffer, sharedCounts } from '../ipsec/sa-state.ts';
 import type { SaThread, SaThreads } from '../ipsec/sa-thread.ts';
-import type { NicRings } from '../nic-rings.ts';
+import type { NicRings } from '../nic/rings.ts';
 import { WorkerQueue } from './worker-queue.ts';
 
 export interface WorkerQueuesOptions {

@@ -2,7 +2,7 @@
  * Waiting in a worker thread: the eventfd of the receive queue's interrupt on this thread's event loop. No sleep is longer than
  * `RECHECK_MS`, and commands of the control thread end it.
  */
-import { NAP_MS, RECHECK_MS, type Sleeper } from '../nic-interrupts.ts';
+import { NAP_MS, RECHECK_MS, type Sleeper } from '../nic/interrupts.ts';
 import { EventFd } from '../sys/eventfd.ts';
 import { ffi, type Watch } from '../sys/ffi/ffi.ts';
 

@@ -10,7 +10,7 @@ import {
   type WaitPolicy,
   WIRE_REVISIONS,
 } from '../../src/index.ts';
-import { openFunction } from '../../src/nic-device.ts';
+import { openFunction } from '../../src/nic/device.ts';
 import type { PciFunction } from '../../src/vfio/function.ts';
 import { FeatureSet } from '../../src/virtio/features.ts';
 import { initializeDevice, resetDevice } from '../../src/virtio/initialize.ts';

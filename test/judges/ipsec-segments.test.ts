@@ -14,7 +14,7 @@ import { type Large, large } from '../device/helpers/large.ts';
 import { NetDriver } from '../device/helpers/net-driver.ts';
 import { encodeSa, saObject } from '../device/helpers/sa.ts';
 import { key, outbound } from '../ipsec/support.ts';
-import { type TxSetup, txSetup } from '../nic-support.ts';
+import { type TxSetup, txSetup } from '../nic/support.ts';
 import { askTshark } from './tshark.ts';
 
 const FIELDS = [

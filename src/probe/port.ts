@@ -2,13 +2,18 @@
  * The bring-up report of a vhost-user port: what the back-end offers, what of that the protocol lets a driver use, and what the driver would
  * get. The session is opened and closed; no ring is started and no feature set.
  */
-import { VipsecError } from './errors.ts';
-import { formatMac } from './packet/addresses.ts';
+import { VipsecError } from '../errors.ts';
+import { formatMac } from '../packet/addresses.ts';
+import { Feature, type FeatureSet, featureName } from '../virtio/features.ts';
+import type { VhostUserDevice } from '../virtio/vhost-user.ts';
+import {
+  MAX_TABLE_REGIONS,
+  ProtocolFeature,
+  protocolFeatureName,
+  VhostFeature,
+} from '../virtio/vhost-user-protocol.ts';
+import { readNetConfig } from '../virtio-net/config.ts';
 import type { ProbeReport } from './probe.ts';
-import { Feature, type FeatureSet, featureName } from './virtio/features.ts';
-import type { VhostUserDevice } from './virtio/vhost-user.ts';
-import { MAX_TABLE_REGIONS, ProtocolFeature, protocolFeatureName, VhostFeature } from './virtio/vhost-user-protocol.ts';
-import { readNetConfig } from './virtio-net/config.ts';
 
 /** Bits that vhost-user carries. */
 const VHOST_BITS = 64;

@@ -1,11 +1,11 @@
 import { writeSync } from 'node:fs';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { afterEach, describe, expect, it } from 'vitest';
-import { VfioError } from '../src/errors.ts';
-import { CauseInterrupts } from '../src/nic-causes.ts';
-import type { DeviceFunction } from '../src/vfio/function.ts';
-import { IsrBit, NO_VECTOR } from '../src/virtio/pci-layout.ts';
-import { until } from './device/helpers/raw-client.ts';
+import { VfioError } from '../../src/errors.ts';
+import { CauseInterrupts } from '../../src/nic/causes.ts';
+import type { DeviceFunction } from '../../src/vfio/function.ts';
+import { IsrBit, NO_VECTOR } from '../../src/virtio/pci-layout.ts';
+import { until } from '../device/helpers/raw-client.ts';
 
 /** A device with two vectors that serve all queues. */
 class SharedVectors {

@@ -1,16 +1,17 @@
 import fc from 'fast-check';
 import { beforeEach, describe, expect, it } from 'vitest';
-import { VirtioError } from '../src/errors.ts';
-import { SoftwareIpsec } from '../src/fallback/software.ts';
-import { Verdict } from '../src/fallback/verdict.ts';
-import { IpsecManager } from '../src/ipsec/manager.ts';
-import { NonceGuard, NonceMemory } from '../src/ipsec/nonce-guard.ts';
-import { SaPlace } from '../src/ipsec/sa-state.ts';
-import { NicRxQueue, NicTxQueue, type RxRing, type TxRing } from '../src/nic-queues.ts';
-import { checksum } from '../src/packet/checksum.ts';
-import { PacketFlag, PacketPool } from '../src/packet/pool.ts';
-import { mapAnonymous, unmapMemory } from '../src/sys/memory.ts';
-import { inbound, key, outbound } from './ipsec/support.ts';
+import { VirtioError } from '../../src/errors.ts';
+import { SoftwareIpsec } from '../../src/fallback/software.ts';
+import { Verdict } from '../../src/fallback/verdict.ts';
+import { IpsecManager } from '../../src/ipsec/manager.ts';
+import { NonceGuard, NonceMemory } from '../../src/ipsec/nonce-guard.ts';
+import { SaPlace } from '../../src/ipsec/sa-state.ts';
+import { NicRxQueue, type RxRing } from '../../src/nic/rx-queue.ts';
+import { NicTxQueue, type TxRing } from '../../src/nic/tx-queue.ts';
+import { checksum } from '../../src/packet/checksum.ts';
+import { PacketFlag, PacketPool } from '../../src/packet/pool.ts';
+import { mapAnonymous, unmapMemory } from '../../src/sys/memory.ts';
+import { inbound, key, outbound } from '../ipsec/support.ts';
 
 const COUNT = 1024;
 

@@ -2,16 +2,16 @@
  * From a device address to a device: `0000:01:00.0` (a PCI function through the kernel's VFIO), `vfio-user:/path` (a PCI function in
  * another process) or `vhost-user:/path` (a port of a switch in user space).
  */
-import { InputError } from './errors.ts';
-import { readIdentity } from './vfio/config-space.ts';
-import type { DeviceFunction, PciFunction } from './vfio/function.ts';
-import { openKernelVfio } from './vfio/kernel.ts';
-import { openVfioUser } from './vfio/user.ts';
-import { openOctepTransport } from './virtio/octep.ts';
-import { octepModel } from './virtio/octep-layout.ts';
-import { openStandardTransport } from './virtio/standard.ts';
-import type { VirtioTransport } from './virtio/transport.ts';
-import { openVhostUser, type VhostUserDevice, type VhostUserOptions } from './virtio/vhost-user.ts';
+import { InputError } from '../errors.ts';
+import { readIdentity } from '../vfio/config-space.ts';
+import type { DeviceFunction, PciFunction } from '../vfio/function.ts';
+import { openKernelVfio } from '../vfio/kernel.ts';
+import { openVfioUser } from '../vfio/user.ts';
+import { openOctepTransport } from '../virtio/octep.ts';
+import { octepModel } from '../virtio/octep-layout.ts';
+import { openStandardTransport } from '../virtio/standard.ts';
+import type { VirtioTransport } from '../virtio/transport.ts';
+import { openVhostUser, type VhostUserDevice, type VhostUserOptions } from '../virtio/vhost-user.ts';
 
 const PCI_ADDRESS = /^[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]$/i;
 const VFIO_USER = 'vfio-user:';

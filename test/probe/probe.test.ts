@@ -1,6 +1,6 @@
 import { describe, expect, it } from 'vitest';
-import { describeCapability } from '../src/probe.ts';
-import { CapabilityId } from '../src/virtio/admin-wire.ts';
+import { describeCapability } from '../../src/probe/probe.ts';
+import { CapabilityId } from '../../src/virtio/admin-wire.ts';
 
 describe('a capability in a bring-up report', () => {
   it('is shown as known but not used when it is of device parts', () => {

@@ -1,14 +1,14 @@
 import fc from 'fast-check';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
-import { Verdict } from '../src/fallback/verdict.ts';
-import { SaPlace } from '../src/ipsec/sa-state.ts';
-import { NicRxQueue, type RxRing } from '../src/nic-queues.ts';
-import { PacketFlag } from '../src/packet/pool.ts';
-import { ChecksumState, transportChecksum } from '../src/packet/transport-checksum.ts';
-import { mapAnonymous, unmapMemory } from '../src/sys/memory.ts';
-import { inTunnel, type LargeOptions, large } from './device/helpers/large.ts';
-import { inbound, outbound } from './ipsec/support.ts';
-import { type TxSetup, txSetup } from './nic-support.ts';
+import { Verdict } from '../../src/fallback/verdict.ts';
+import { SaPlace } from '../../src/ipsec/sa-state.ts';
+import { NicRxQueue, type RxRing } from '../../src/nic/rx-queue.ts';
+import { PacketFlag } from '../../src/packet/pool.ts';
+import { ChecksumState, transportChecksum } from '../../src/packet/transport-checksum.ts';
+import { mapAnonymous, unmapMemory } from '../../src/sys/memory.ts';
+import { inTunnel, type LargeOptions, large } from '../device/helpers/large.ts';
+import { inbound, outbound } from '../ipsec/support.ts';
+import { type TxSetup, txSetup } from './support.ts';
 
 let setup: TxSetup;
 

@@ -2,7 +2,7 @@
  * The device's request to announce the addresses (Virtio 1.4, 5.1.9.5.4; GUEST_ANNOUNCE): after it has moved, its neighbours have to learn
  * where it is. What is to be sent, ARP or neighbour advertisements, only the application knows; the device is told when it has done so.
  */
-import { VipsecError } from './errors.ts';
+import { VipsecError } from '../errors.ts';
 
 /** Sends what makes the addresses known. */
 export type Announcer = () => void | Promise<void>;

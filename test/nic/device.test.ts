@@ -1,9 +1,9 @@
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, describe, expect, it } from 'vitest';
-import { InputError } from '../src/errors.ts';
-import { isPortAddress, openDevice, openFunction, openPort } from '../src/nic-device.ts';
-import { cleanUp, startBackEnd } from './virtio/vhost-user/fake.ts';
+import { InputError } from '../../src/errors.ts';
+import { isPortAddress, openDevice, openFunction, openPort } from '../../src/nic/device.ts';
+import { cleanUp, startBackEnd } from '../virtio/vhost-user/fake.ts';
 
 afterEach(cleanUp);
 

@@ -4,17 +4,17 @@
  * The packet header depends on the revision, and rings are made before the device answers the administration commands that tell. So the
  * device is started once with nothing but its administration queue, asked for its IPsec capability, and reset.
  */
-import { VfioError, VipsecError } from './errors.ts';
-import { IpsecCapability } from './ipsec/wire/numbers.ts';
-import { recogniseRevision } from './ipsec/wire/recognise.ts';
-import { genericFeatures, platformFeatures, type ResolvedOptions } from './nic-options.ts';
-import type { DeviceFunction } from './vfio/function.ts';
-import { AdminQueue } from './virtio/admin.ts';
-import { AdminOpcode } from './virtio/admin-wire.ts';
-import { Feature, FeatureSet } from './virtio/features.ts';
-import { initializeDevice, resetDevice } from './virtio/initialize.ts';
-import type { WireRevision } from './virtio/revision.ts';
-import type { VirtioTransport } from './virtio/transport.ts';
+import { VfioError, VipsecError } from '../errors.ts';
+import { IpsecCapability } from '../ipsec/wire/numbers.ts';
+import { recogniseRevision } from '../ipsec/wire/recognise.ts';
+import type { DeviceFunction } from '../vfio/function.ts';
+import { AdminQueue } from '../virtio/admin.ts';
+import { AdminOpcode } from '../virtio/admin-wire.ts';
+import { Feature, FeatureSet } from '../virtio/features.ts';
+import { initializeDevice, resetDevice } from '../virtio/initialize.ts';
+import type { WireRevision } from '../virtio/revision.ts';
+import type { VirtioTransport } from '../virtio/transport.ts';
+import { genericFeatures, platformFeatures, type ResolvedOptions } from './options.ts';
 
 /** Options of which the revision is known. */
 export type OpenOptions = ResolvedOptions & {

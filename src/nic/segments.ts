@@ -7,11 +7,11 @@
  * TCP segments are made no longer than what the SA can carry; datagrams keep the length that was asked for, because it means something to
  * who receives them.
  */
-import type { SaState } from './ipsec/sa-state.ts';
-import { Ethernet } from './packet/fields.ts';
-import { baseType, GsoType } from './packet/gso.ts';
-import { NO_PACKET, PacketFlag, type PacketPool } from './packet/pool.ts';
-import { MAX_LARGE_FRAME, MAX_SEGMENTS, Segmenter } from './packet/segment.ts';
+import type { SaState } from '../ipsec/sa-state.ts';
+import { Ethernet } from '../packet/fields.ts';
+import { baseType, GsoType } from '../packet/gso.ts';
+import { NO_PACKET, PacketFlag, type PacketPool } from '../packet/pool.ts';
+import { MAX_LARGE_FRAME, MAX_SEGMENTS, Segmenter } from '../packet/segment.ts';
 
 /** What `split` gives, if not a number of segments. */
 export const Split = {

@@ -2,22 +2,22 @@
  * From a live device to inline IPsec, in the order of the standard (Virtio 1.4, 2.12.1): LIST_QUERY, LIST_USE, CAP_ID_LIST_QUERY,
  * then each capability.
  */
-import { AdminCommandError, VfioError, VipsecError, VirtioError } from './errors.ts';
-import { InboundRules } from './ipsec/inbound-rules.ts';
-import { InlineIpsec, type MutableSaTable } from './ipsec/inline.ts';
-import { IpsecCapability } from './ipsec/wire/numbers.ts';
-import { recogniseRevision } from './ipsec/wire/recognise.ts';
-import { ipsecWire } from './ipsec/wire/revisions.ts';
-import type { NicRings } from './nic-rings.ts';
-import type { OpenOptions } from './nic-wire.ts';
-import type { DeviceFunction } from './vfio/function.ts';
-import type { AdminQueue } from './virtio/admin.ts';
-import { AdminOpcode, adminOpcodeName } from './virtio/admin-wire.ts';
-import { Feature, type FeatureSet } from './virtio/features.ts';
-import { findObjectOpcodes } from './virtio/objects.ts';
-import type { WireRevision } from './virtio/revision.ts';
-import { FlowFilter, type FlowGroupHandle } from './virtio-net/flow-filter.ts';
-import { encodeGroup, FlowFilterObject } from './virtio-net/flow-filter-wire.ts';
+import { AdminCommandError, VfioError, VipsecError, VirtioError } from '../errors.ts';
+import { InboundRules } from '../ipsec/inbound-rules.ts';
+import { InlineIpsec, type MutableSaTable } from '../ipsec/inline.ts';
+import { IpsecCapability } from '../ipsec/wire/numbers.ts';
+import { recogniseRevision } from '../ipsec/wire/recognise.ts';
+import { ipsecWire } from '../ipsec/wire/revisions.ts';
+import type { DeviceFunction } from '../vfio/function.ts';
+import type { AdminQueue } from '../virtio/admin.ts';
+import { AdminOpcode, adminOpcodeName } from '../virtio/admin-wire.ts';
+import { Feature, type FeatureSet } from '../virtio/features.ts';
+import { findObjectOpcodes } from '../virtio/objects.ts';
+import type { WireRevision } from '../virtio/revision.ts';
+import { FlowFilter, type FlowGroupHandle } from '../virtio-net/flow-filter.ts';
+import { encodeGroup, FlowFilterObject } from '../virtio-net/flow-filter-wire.ts';
+import type { NicRings } from './rings.ts';
+import type { OpenOptions } from './wire.ts';
 
 /** Commands that inline IPsec and the flow filter need. */
 const OBJECT_COMMANDS: readonly number[] = [

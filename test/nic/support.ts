@@ -1,12 +1,12 @@
 /** A NIC's transmit queue with SAs, over a ring that keeps copies of what is sent. */
-import { VirtioError } from '../src/errors.ts';
-import { SoftwareIpsec } from '../src/fallback/software.ts';
-import { IpsecManager } from '../src/ipsec/manager.ts';
-import { NonceGuard, NonceMemory } from '../src/ipsec/nonce-guard.ts';
-import { NicTxQueue, type TxRing } from '../src/nic-queues.ts';
-import { PacketFlag, PacketPool } from '../src/packet/pool.ts';
-import { mapAnonymous, unmapMemory } from '../src/sys/memory.ts';
-import type { Large } from './device/helpers/large.ts';
+import { VirtioError } from '../../src/errors.ts';
+import { SoftwareIpsec } from '../../src/fallback/software.ts';
+import { IpsecManager } from '../../src/ipsec/manager.ts';
+import { NonceGuard, NonceMemory } from '../../src/ipsec/nonce-guard.ts';
+import { NicTxQueue, type TxRing } from '../../src/nic/tx-queue.ts';
+import { PacketFlag, PacketPool } from '../../src/packet/pool.ts';
+import { mapAnonymous, unmapMemory } from '../../src/sys/memory.ts';
+import type { Large } from '../device/helpers/large.ts';
 
 export interface Sent {
   readonly packet: number;

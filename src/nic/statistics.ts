@@ -1,12 +1,13 @@
 /**
  * The counters of a NIC's queues, summed and named.
  */
-import { VERDICTS } from './fallback/verdict.ts';
-import { namedCounters } from './ipsec/sa-state.ts';
-import type { NicRxQueue, NicTxQueue } from './nic-queues.ts';
-import type { PacketPool } from './packet/pool.ts';
-import { RxCounter } from './virtio-net/rx.ts';
-import { TxCounter } from './virtio-net/tx.ts';
+import { VERDICTS } from '../fallback/verdict.ts';
+import { namedCounters } from '../ipsec/sa-state.ts';
+import type { PacketPool } from '../packet/pool.ts';
+import { RxCounter } from '../virtio-net/rx.ts';
+import { TxCounter } from '../virtio-net/tx.ts';
+import type { NicRxQueue } from './rx-queue.ts';
+import type { NicTxQueue } from './tx-queue.ts';
 
 /** A receive and a transmit queue. */
 export interface NicQueue {

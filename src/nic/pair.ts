@@ -1,18 +1,18 @@
 /**
  * What follows from the negotiated features for the two queues of a pair: the same for whichever thread drives them.
  */
-import { Ethernet } from './packet/fields.ts';
-import type { PacketPool } from './packet/pool.ts';
-import { Feature, type FeatureSet } from './virtio/features.ts';
-import type { WireRevision } from './virtio/revision.ts';
-import { ringOptions } from './virtio/ring-format.ts';
-import type { QueueNotifier } from './virtio/transport.ts';
-import { type NetHeaderLayout, netHeaderLayout, receivedGsoTypes, sentGsoTypes } from './virtio-net/header.ts';
-import type { RxQueue } from './virtio-net/rx.ts';
-import { createRxQueue } from './virtio-net/rx-merge.ts';
-import type { SaTable } from './virtio-net/sa-table.ts';
-import { MAX_CHAIN, TxQueue } from './virtio-net/tx.ts';
-import type { Virtqueue, VirtqueueOptions } from './virtqueue/virtqueue.ts';
+import { Ethernet } from '../packet/fields.ts';
+import type { PacketPool } from '../packet/pool.ts';
+import { Feature, type FeatureSet } from '../virtio/features.ts';
+import type { WireRevision } from '../virtio/revision.ts';
+import { ringOptions } from '../virtio/ring-format.ts';
+import type { QueueNotifier } from '../virtio/transport.ts';
+import { type NetHeaderLayout, netHeaderLayout, receivedGsoTypes, sentGsoTypes } from '../virtio-net/header.ts';
+import type { RxQueue } from '../virtio-net/rx.ts';
+import { createRxQueue } from '../virtio-net/rx-merge.ts';
+import type { SaTable } from '../virtio-net/sa-table.ts';
+import { MAX_CHAIN, TxQueue } from '../virtio-net/tx.ts';
+import type { Virtqueue, VirtqueueOptions } from '../virtqueue/virtqueue.ts';
 
 /** What the queues of all pairs have in common. */
 export interface PairSettings {

@@ -1,7 +1,7 @@
 import { describe, expect, it } from 'vitest';
-import { featuresFor, resolveOptions } from '../src/nic-options.ts';
-import { Feature } from '../src/virtio/features.ts';
-import { negotiateFeatures } from '../src/virtio/initialize.ts';
+import { featuresFor, resolveOptions } from '../../src/nic/options.ts';
+import { Feature } from '../../src/virtio/features.ts';
+import { negotiateFeatures } from '../../src/virtio/initialize.ts';
 
 const socket = { behindIommu: false };
 const kernel = { behindIommu: true };

@@ -2,8 +2,8 @@
  * What a NIC does for packets besides IPsec, as options and as features (Virtio 1.4, 5.1.3): what costs the data path nothing is taken
  * whenever it is offered; what changes which packets come, or how, only when the application asks for it.
  */
-import { Feature, FeatureSet } from './virtio/features.ts';
-import type { WireRevision } from './virtio/revision.ts';
+import { Feature, FeatureSet } from '../virtio/features.ts';
+import type { WireRevision } from '../virtio/revision.ts';
 
 export interface NicOffloads {
   /**

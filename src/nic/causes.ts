@@ -7,12 +7,12 @@
  * whether interrupts are wanted; from then on they come whether anybody sleeps or not.
  */
 import { setTimeout as pause } from 'node:timers/promises';
-import { VfioError } from './errors.ts';
-import { NAP_MS, NicInterrupts, RECHECK_MS } from './nic-interrupts.ts';
-import type { DeviceFunction } from './vfio/function.ts';
-import { Interrupts } from './vfio/interrupts.ts';
-import { IsrBit, NO_VECTOR } from './virtio/pci-layout.ts';
-import type { InterruptCauses, VirtioTransport } from './virtio/transport.ts';
+import { VfioError } from '../errors.ts';
+import type { DeviceFunction } from '../vfio/function.ts';
+import { Interrupts } from '../vfio/interrupts.ts';
+import { IsrBit, NO_VECTOR } from '../virtio/pci-layout.ts';
+import type { InterruptCauses, VirtioTransport } from '../virtio/transport.ts';
+import { NAP_MS, NicInterrupts, RECHECK_MS } from './interrupts.ts';
 
 /** Configuration changes come here. */
 const CONFIG_VECTOR = 0;

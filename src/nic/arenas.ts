@@ -1,10 +1,10 @@
 /**
  * Memory that the application has registered with a NIC, so that the device can read it: see `packet/references.ts`.
  */
-import { VirtioError } from './errors.ts';
-import type { PacketPool } from './packet/pool.ts';
-import type { PacketArena } from './packet/references.ts';
-import { type DeviceFunction, releaseDma } from './vfio/function.ts';
+import { VirtioError } from '../errors.ts';
+import type { PacketPool } from '../packet/pool.ts';
+import type { PacketArena } from '../packet/references.ts';
+import { type DeviceFunction, releaseDma } from '../vfio/function.ts';
 
 export class NicArenas {
   readonly #fn: DeviceFunction;

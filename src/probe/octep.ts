@@ -2,14 +2,14 @@
  * The part of a bring-up report that is about octeon_ep class functions: each step from the PCI ids to queues that the firmware acknowledges,
  * with what was read and what was expected, up to the one that fails.
  */
-import { VipsecError, VirtioError } from './errors.ts';
-import type { PciFunction } from './vfio/function.ts';
-import { FEATURE_BITS, featureName } from './virtio/features.ts';
-import { resetDevice } from './virtio/initialize.ts';
-import { openOctepTransport } from './virtio/octep.ts';
-import type { BringUpStep, OctepOptions } from './virtio/octep-bring-up.ts';
-import { OCTEP_REQUIRED, type OctepModel } from './virtio/octep-layout.ts';
-import type { VirtioTransport } from './virtio/transport.ts';
+import { VipsecError, VirtioError } from '../errors.ts';
+import type { PciFunction } from '../vfio/function.ts';
+import { FEATURE_BITS, featureName } from '../virtio/features.ts';
+import { resetDevice } from '../virtio/initialize.ts';
+import { openOctepTransport } from '../virtio/octep.ts';
+import type { BringUpStep, OctepOptions } from '../virtio/octep-bring-up.ts';
+import { OCTEP_REQUIRED, type OctepModel } from '../virtio/octep-layout.ts';
+import type { VirtioTransport } from '../virtio/transport.ts';
 
 export interface OctepReport {
   /** `CN106K`. */

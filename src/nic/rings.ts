@@ -2,28 +2,28 @@
  * The memory and the rings of a NIC: the packet pool, a receive and a transmit ring for each queue pair, and the control queue that
  * says how many pairs are in use (Virtio 1.4, 5.1.2, 5.1.5, 5.1.9.5.6). All rings have one format, split or packed.
  */
-import { InputError, type VipsecError, VirtioError } from './errors.ts';
-import { CauseInterrupts } from './nic-causes.ts';
-import { NicInterrupts } from './nic-interrupts.ts';
-import { makeQueues, type PairSettings, virtqueueOptions } from './nic-pair.ts';
-import { NicRing } from './nic-ring.ts';
-import type { OpenOptions } from './nic-wire.ts';
-import { Ethernet } from './packet/fields.ts';
-import { MAX_POOL_BYTES, PacketPool } from './packet/pool.ts';
-import type { DmaMemory } from './sys/memory.ts';
-import { type DeviceFunction, releaseDma, type SharedDma } from './vfio/function.ts';
-import { Feature, type FeatureSet } from './virtio/features.ts';
-import { NO_VECTOR } from './virtio/pci-layout.ts';
-import { ringFormat } from './virtio/ring-format.ts';
-import type { VirtioTransport } from './virtio/transport.ts';
-import type { NetConfig } from './virtio-net/config.ts';
-import { ControlQueue } from './virtio-net/control.ts';
-import { NetControl } from './virtio-net/net-control.ts';
-import type { RxQueue } from './virtio-net/rx.ts';
-import type { SaTable } from './virtio-net/sa-table.ts';
-import { TxCounter, type TxQueue } from './virtio-net/tx.ts';
-import { createVirtqueue, virtqueueBytes } from './virtqueue/create.ts';
-import type { VirtqueueOptions } from './virtqueue/virtqueue.ts';
+import { InputError, type VipsecError, VirtioError } from '../errors.ts';
+import { Ethernet } from '../packet/fields.ts';
+import { MAX_POOL_BYTES, PacketPool } from '../packet/pool.ts';
+import type { DmaMemory } from '../sys/memory.ts';
+import { type DeviceFunction, releaseDma, type SharedDma } from '../vfio/function.ts';
+import { Feature, type FeatureSet } from '../virtio/features.ts';
+import { NO_VECTOR } from '../virtio/pci-layout.ts';
+import { ringFormat } from '../virtio/ring-format.ts';
+import type { VirtioTransport } from '../virtio/transport.ts';
+import type { NetConfig } from '../virtio-net/config.ts';
+import { ControlQueue } from '../virtio-net/control.ts';
+import { NetControl } from '../virtio-net/net-control.ts';
+import type { RxQueue } from '../virtio-net/rx.ts';
+import type { SaTable } from '../virtio-net/sa-table.ts';
+import { TxCounter, type TxQueue } from '../virtio-net/tx.ts';
+import { createVirtqueue, virtqueueBytes } from '../virtqueue/create.ts';
+import type { VirtqueueOptions } from '../virtqueue/virtqueue.ts';
+import { CauseInterrupts } from './causes.ts';
+import { NicInterrupts } from './interrupts.ts';
+import { makeQueues, type PairSettings, virtqueueOptions } from './pair.ts';
+import { NicRing } from './ring.ts';
+import type { OpenOptions } from './wire.ts';
 
 /** Bytes in front of a packet: its header, and what IPsec puts in front of it. */
 const HEADROOM = 128;

@@ -11,34 +11,35 @@
  * The control path is promises, the data path is bursts of packet numbers and never throws: when the device breaks its rules or is lost,
  * bursts give 0, whatever is pending rejects, and `broken` says why.
  */
-import { VfioError, VipsecError, VirtioError } from './errors.ts';
-import { SoftwareIpsec } from './fallback/software.ts';
-import type { MutableSaTable } from './ipsec/inline.ts';
-import type { Ipsec } from './ipsec/ipsec.ts';
-import { IpsecManager } from './ipsec/manager.ts';
-import { NonceGuard } from './ipsec/nonce-guard.ts';
-import { Announcements, type Announcer } from './nic-announce.ts';
-import { NicArenas } from './nic-arenas.ts';
-import { type NicDevice, openDevice } from './nic-device.ts';
-import { openInline } from './nic-inline.ts';
-import { featuresFor, type NicOptions, type ResolvedOptions, resolveOptions } from './nic-options.ts';
-import { NicRxQueue, NicTxQueue } from './nic-queues.ts';
-import { NicRings } from './nic-rings.ts';
-import { type NicQueue, type NicStatistics, poolStatistics, sumStatistics } from './nic-statistics.ts';
-import { type OpenOptions, withRevision } from './nic-wire.ts';
-import type { PacketPool } from './packet/pool.ts';
-import type { PacketArena } from './packet/references.ts';
-import type { DeviceFunction } from './vfio/function.ts';
-import { AdminQueue } from './virtio/admin.ts';
-import { Feature, type FeatureSet } from './virtio/features.ts';
-import { initializeDevice, resetDevice } from './virtio/initialize.ts';
-import { DeviceStatus } from './virtio/pci-layout.ts';
-import type { VirtioTransport } from './virtio/transport.ts';
-import { type NetConfig, readNetConfig } from './virtio-net/config.ts';
-import type { FlowFilter } from './virtio-net/flow-filter.ts';
-import type { NetControl } from './virtio-net/net-control.ts';
-import type { WorkerQueue } from './worker/worker-queue.ts';
-import { WorkerQueues } from './worker/worker-queues.ts';
+import { VfioError, VipsecError, VirtioError } from '../errors.ts';
+import { SoftwareIpsec } from '../fallback/software.ts';
+import type { MutableSaTable } from '../ipsec/inline.ts';
+import type { Ipsec } from '../ipsec/ipsec.ts';
+import { IpsecManager } from '../ipsec/manager.ts';
+import { NonceGuard } from '../ipsec/nonce-guard.ts';
+import type { PacketPool } from '../packet/pool.ts';
+import type { PacketArena } from '../packet/references.ts';
+import type { DeviceFunction } from '../vfio/function.ts';
+import { AdminQueue } from '../virtio/admin.ts';
+import { Feature, type FeatureSet } from '../virtio/features.ts';
+import { initializeDevice, resetDevice } from '../virtio/initialize.ts';
+import { DeviceStatus } from '../virtio/pci-layout.ts';
+import type { VirtioTransport } from '../virtio/transport.ts';
+import { type NetConfig, readNetConfig } from '../virtio-net/config.ts';
+import type { FlowFilter } from '../virtio-net/flow-filter.ts';
+import type { NetControl } from '../virtio-net/net-control.ts';
+import type { WorkerQueue } from '../worker/worker-queue.ts';
+import { WorkerQueues } from '../worker/worker-queues.ts';
+import { Announcements, type Announcer } from './announce.ts';
+import { NicArenas } from './arenas.ts';
+import { type NicDevice, openDevice } from './device.ts';
+import { openInline } from './inline.ts';
+import { featuresFor, type NicOptions, type ResolvedOptions, resolveOptions } from './options.ts';
+import { NicRings } from './rings.ts';
+import { NicRxQueue } from './rx-queue.ts';
+import { type NicQueue, type NicStatistics, poolStatistics, sumStatistics } from './statistics.ts';
+import { NicTxQueue } from './tx-queue.ts';
+import { type OpenOptions, withRevision } from './wire.ts';
 
 /** Virtio device type of a network device (5). */
 const NETWORK_DEVICE = 1;

@@ -1,14 +1,14 @@
 /**
  * How a NIC is opened: options, their defaults, and what they mean for feature negotiation.
  */
-import { InputError } from './errors.ts';
-import type { EngineName } from './fallback/engines/engine.ts';
-import { type NicOffloads, offloadFeatures } from './nic-offloads.ts';
-import type { DeviceFunction } from './vfio/function.ts';
-import { Feature, type FeatureBit, FeatureSet } from './virtio/features.ts';
-import { GENERIC_FEATURES } from './virtio/initialize.ts';
-import { WIRE_REVISIONS, type WireRevision } from './virtio/revision.ts';
-import type { RingFormat } from './virtqueue/create.ts';
+import { InputError } from '../errors.ts';
+import type { EngineName } from '../fallback/engines/engine.ts';
+import type { DeviceFunction } from '../vfio/function.ts';
+import { Feature, type FeatureBit, FeatureSet } from '../virtio/features.ts';
+import { GENERIC_FEATURES } from '../virtio/initialize.ts';
+import { WIRE_REVISIONS, type WireRevision } from '../virtio/revision.ts';
+import type { RingFormat } from '../virtqueue/create.ts';
+import { type NicOffloads, offloadFeatures } from './offloads.ts';
 
 /**
  * Where SAs may run. `auto`: in the device if it can, else in software. `inline`: the device must be able to, and `addSa` refuses what it
@@ -39,7 +39,7 @@ export interface NicOptions {
   /** What does the arithmetic of software SAs. Default `auto`. */
   readonly engine?: 'auto' | EngineName;
   /**
-   * Revision of headers and SA objects; `auto` asks the device, which takes one more reset (`nic-wire.ts`). Default `virtio-1.4`.
+   * Revision of headers and SA objects; `auto` asks the device, which takes one more reset (`nic/wire.ts`). Default `virtio-1.4`.
    */
   readonly wire?: WireRevision | 'auto';
   /** Number of the tunnel type IPv4 in SA objects; the standard names none. Default 1. */

@@ -2,11 +2,11 @@
  * One ring of a NIC: its place on the device, notifications that do not throw into a burst, and its reset while the others run
  * (Virtio 1.4, 2.6.1).
  */
-import { VirtioError } from './errors.ts';
-import { resetQueue } from './virtio/initialize.ts';
-import { NO_VECTOR } from './virtio/pci-layout.ts';
-import type { Doorbell, QueueNotifier, VirtioTransport } from './virtio/transport.ts';
-import type { Virtqueue } from './virtqueue/virtqueue.ts';
+import { VirtioError } from '../errors.ts';
+import { resetQueue } from '../virtio/initialize.ts';
+import { NO_VECTOR } from '../virtio/pci-layout.ts';
+import type { Doorbell, QueueNotifier, VirtioTransport } from '../virtio/transport.ts';
+import type { Virtqueue } from '../virtqueue/virtqueue.ts';
 
 export class NicRing implements QueueNotifier {
   readonly queue: Virtqueue;

@@ -6,11 +6,11 @@
  * sleep is longer than `RECHECK_MS`: an interrupt that is lost, or a ring that was reset meanwhile, delays but never hangs.
  */
 import { setTimeout as sleep, setImmediate as turn } from 'node:timers/promises';
-import { VfioError, VirtioError } from './errors.ts';
-import type { DeviceFunction } from './vfio/function.ts';
-import { Interrupts } from './vfio/interrupts.ts';
-import { NO_VECTOR } from './virtio/pci-layout.ts';
-import type { RxQueue } from './virtio-net/rx.ts';
+import { VfioError, VirtioError } from '../errors.ts';
+import type { DeviceFunction } from '../vfio/function.ts';
+import { Interrupts } from '../vfio/interrupts.ts';
+import { NO_VECTOR } from '../virtio/pci-layout.ts';
+import type { RxQueue } from '../virtio-net/rx.ts';
 
 /**
  * How a receive queue waits. `poll` looks again and again and takes a whole core; `interrupt` sleeps at once; `adaptive` looks for

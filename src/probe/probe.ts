@@ -5,15 +5,13 @@
  * capabilities; no capability is set, no object created, no packet queue enabled) and reset again. A step that fails is
  * noted in `problems`, and the steps that do not need it go on: the report is for people whose device does not work yet.
  */
-import { VipsecError, VirtioError } from './errors.ts';
-import { algorithmNames, modeName, optionNamesOf } from './ipsec/capability.ts';
-import type { SaLimits } from './ipsec/wire/codec.ts';
-import { recogniseRevision } from './ipsec/wire/recognise.ts';
-import { ipsecWire } from './ipsec/wire/revisions.ts';
-import { platformFeatures } from './nic-options.ts';
-import { formatMac } from './packet/addresses.ts';
-import { type OctepReport, octepReport, walkOctep } from './probe-octep.ts';
-import type { PortReport } from './probe-port.ts';
+import { VipsecError, VirtioError } from '../errors.ts';
+import { algorithmNames, modeName, optionNamesOf } from '../ipsec/capability.ts';
+import type { SaLimits } from '../ipsec/wire/codec.ts';
+import { recogniseRevision } from '../ipsec/wire/recognise.ts';
+import { ipsecWire } from '../ipsec/wire/revisions.ts';
+import { platformFeatures } from '../nic/options.ts';
+import { formatMac } from '../packet/addresses.ts';
 import {
   ExtendedCapabilityId,
   type MsixCapability,
@@ -26,19 +24,19 @@ import {
   readVirtioCapabilities,
   walkCapabilities,
   walkExtendedCapabilities,
-} from './vfio/config-space.ts';
-import type { PciFunction } from './vfio/function.ts';
-import { AdminQueue } from './virtio/admin.ts';
-import { AdminOpcode, adminOpcodeName, CapabilityId, decodeDevicePartsCapability } from './virtio/admin-wire.ts';
-import { FEATURE_BITS, Feature, FeatureSet, featureName } from './virtio/features.ts';
-import { GENERIC_FEATURES, initializeDevice, resetDevice } from './virtio/initialize.ts';
-import type { OctepOptions } from './virtio/octep-bring-up.ts';
-import { octepModel } from './virtio/octep-layout.ts';
-import { VirtioCfgType } from './virtio/pci-layout.ts';
-import type { WireRevision } from './virtio/revision.ts';
-import { openStandardTransport, virtioDeviceType } from './virtio/standard.ts';
-import type { VirtioTransport } from './virtio/transport.ts';
-import { type NetConfig, readNetConfig } from './virtio-net/config.ts';
+} from '../vfio/config-space.ts';
+import type { PciFunction } from '../vfio/function.ts';
+import { AdminQueue } from '../virtio/admin.ts';
+import { AdminOpcode, adminOpcodeName, CapabilityId, decodeDevicePartsCapability } from '../virtio/admin-wire.ts';
+import { FEATURE_BITS, Feature, FeatureSet, featureName } from '../virtio/features.ts';
+import { GENERIC_FEATURES, initializeDevice, resetDevice } from '../virtio/initialize.ts';
+import type { OctepOptions } from '../virtio/octep-bring-up.ts';
+import { octepModel } from '../virtio/octep-layout.ts';
+import { VirtioCfgType } from '../virtio/pci-layout.ts';
+import type { WireRevision } from '../virtio/revision.ts';
+import { openStandardTransport, virtioDeviceType } from '../virtio/standard.ts';
+import type { VirtioTransport } from '../virtio/transport.ts';
+import { type NetConfig, readNetConfig } from '../virtio-net/config.ts';
 import {
   decodeActionCapability,
   decodeFlowFilterLimits,
@@ -47,7 +45,9 @@ import {
   type FlowFilterLimits,
   SelectorFlag,
   SelectorType,
-} from './virtio-net/flow-filter-wire.ts';
+} from '../virtio-net/flow-filter-wire.ts';
+import { type OctepReport, octepReport, walkOctep } from './octep.ts';
+import type { PortReport } from './port.ts';
 
 /** A step that failed. */
 export interface Problem {
