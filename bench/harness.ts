@@ -32,7 +32,7 @@ export interface Measurement {
 export interface Benchmark {
   /** Stable name, such as `ring.split.tx_rx.mpps`. */
   readonly name: string;
-  /** What the median is meant to reach at least. Nothing fails when it does not. */
+  /** What the median is meant to reach at least, or for a time to stay below. Nothing fails when it does not. */
   readonly goal?: number;
   measure(): Measurement | Promise<Measurement>;
 }
@@ -41,6 +41,11 @@ export interface BenchSuite {
   readonly name: string;
   /** May yield nothing for what this machine cannot do (a missing library): a benchmark that is listed is measured. */
   benchmarks(): Iterable<Benchmark>;
+}
+
+/** Whether less is better. */
+export function isTime({ unit }: Measurement): boolean {
+  return unit === 'us' || unit === 's';
 }
 
 /** One prepared workload. */

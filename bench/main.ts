@@ -10,7 +10,7 @@ import { arch, cpus, release, totalmem, type } from 'node:os';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import Table from 'cli-table3';
-import type { Benchmark, BenchSuite, Measurement } from './harness.ts';
+import { type Benchmark, type BenchSuite, isTime, type Measurement } from './harness.ts';
 
 /** A benchmark that takes longer than this is stopped and reported as failed. */
 const DEADLINE_MS = 120_000;
@@ -88,6 +88,14 @@ interface Metric extends Measurement {
   readonly goal?: number;
 }
 
+/** `>= 0.5`, and whether it was missed. */
+function verdict(metric: Metric): string {
+  const { goal, median } = metric;
+  if (goal === undefined) return '';
+  const missed = isTime(metric) ? median >= goal : median < goal;
+  return `${isTime(metric) ? '<' : '>='} ${goal}${missed ? ' missed' : ''}`;
+}
+
 function printTable(metrics: Record<string, Metric>): void {
   const table = new Table({
     head: ['metric', 'median', 'min', 'max', 'unit', 'goal'],
@@ -96,8 +104,7 @@ function printTable(metrics: Record<string, Metric>): void {
   });
   const show = (value: number) => (Math.abs(value) >= 1000 ? value.toFixed(0) : value.toPrecision(4));
   for (const [name, m] of Object.entries(metrics)) {
-    const goal = m.goal === undefined ? '' : `>= ${m.goal}${m.median < m.goal ? ' missed' : ''}`;
-    table.push([name, show(m.median), show(m.min), show(m.max), m.unit, goal]);
+    table.push([name, show(m.median), show(m.min), show(m.max), m.unit, verdict(m)]);
   }
   process.stdout.write(`${table.toString()}\n`);
 }

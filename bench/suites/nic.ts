@@ -191,7 +191,7 @@ export const suite: BenchSuite = {
   *benchmarks() {
     yield threads('nic.forward.64B.mpps', 'Mpps', { pairs: 1, device: 'separate' }, forwardingRates, 10);
     yield threads('nic.forward.2q.ratio', 'ratio', { pairs: 2, device: 'together' }, scaling, 1.7);
-    yield threads('nic.interrupt.wake.us', 'us', { pairs: 1, device: 'separate', role: 'wake' }, wakeTimes);
+    yield threads('nic.interrupt.wake.us', 'us', { pairs: 1, device: 'separate', role: 'wake' }, wakeTimes, 100);
     yield rate('nic.forward_same_thread.64B.mpps', 'Mpps', () => forward(false));
     yield rate('nic.forward_inline.64B.mpps', 'Mpps', () => forward(true));
     yield ratio(
