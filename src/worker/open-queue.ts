@@ -47,7 +47,6 @@ export function openQueue(handle: QueueHandle): WorkerNicQueue {
   const ledger = new MappingLedger(handle.ledger);
   keepLedger(ledger);
   const mappings: MappedMemory[] = [];
-  let sleeper: WorkerSleeper | null = null;
   try {
     const map = (dma: SharedDma) => mapDma(dma, mappings);
     const features = FeatureSet.fromWords([...handle.features]);
@@ -74,14 +73,13 @@ export function openQueue(handle: QueueHandle): WorkerNicQueue {
       { queue: rings.rx, notifier: notifier('rx', rings.rx), counters: control.counters.rx.counters },
       { queue: rings.tx, notifier: notifier('tx', rings.tx), counters: control.counters.tx.counters },
     );
-    sleeper = new WorkerSleeper(handle.interrupt);
+    const sleeper = new WorkerSleeper(handle.interrupt);
     post({ type: 'opened' });
     const parts = { index, mac, mtu, pool, rings, queues, control, ipsec, sleeper, port, mappings, ledger };
     const queue = new WorkerNicQueue(parts);
     queues.rx.refill();
     return queue;
   } catch (error) {
-    sleeper?.close();
     for (const memory of mappings) unmapMemory(memory);
     dropLedger(ledger);
     control.pass(Owner.worker, Owner.none);

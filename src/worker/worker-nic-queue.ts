@@ -155,7 +155,7 @@ export class WorkerNicQueue implements Disposable {
     // What is known of sequence numbers after a stop is known no more: all of them count as used.
     const sequences = this.#stopped ? new Map<number, bigint>() : ipsec.close();
     this.#stopped = true;
-    sleeper.close();
+    sleeper.wake();
     // The device may still send what is in the ring: the NIC wipes the packets when it has been reset.
     for (const memory of mappings) unmapMemory(memory);
     dropLedger(ledger);
