@@ -1,7 +1,7 @@
 /**
  * Waiting in a worker thread: poll(2) on the eventfd of the receive queue's interrupt, a few milliseconds at a time, with a turn of the event loop in between.
  *
- * The thread itself sleeps, which wakes in half the time that the event loop needs (55 to 90 instead of 125 to 155 µs), and nothing is called back while
+ * The thread itself sleeps, which wakes in half the time that the event loop needs (55 to 92 instead of 125 to 155 µs), and nothing is called back while
  * the thread is being ended: koffi ends the process when a callback of a poll handle meets that. The price is that timers and messages of a
  * thread that waits for packets come up to `LONGEST_NAP_MS` late, commands of the control thread too. No sleep is longer than `RECHECK_MS`.
  */
