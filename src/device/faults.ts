@@ -250,12 +250,20 @@ export function faultSet(names: readonly string[]): FaultSet {
   for (const name of names) {
     if (!isFault(name)) {
       throw new InputError('DEVICE_OPTION', `there is no fault ${name}`, {
-        hint: `the faults are ${Object.keys(FAULTS).join(', ')}`,
+        hint: faultHint(name),
       });
     }
     set.add(name);
   }
   return set;
+}
+
+/** There are too many to list them all: those that begin with the same word, and where the others are. */
+function faultHint(name: string): string {
+  const [word] = name.split('-');
+  const near = Object.keys(FAULTS).filter((fault) => fault.startsWith(`${word}-`));
+  const others = '`vipsec device --help` lists all';
+  return near.length === 0 ? others : `near it are ${near.join(', ')}; ${others}`;
 }
 
 function isFault(name: string): name is FaultName {
