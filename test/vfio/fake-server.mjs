@@ -1,11 +1,12 @@
 /**
- * A vfio-user server that does what it is told, right or wrong; run as a worker thread, because the client blocks.
+ * A vfio-user server that does what it is told, right or wrong; run as a worker thread, because the client blocks. Each message to the
+ * thread is a server to be, one after the other: to start a thread takes longer than most tests.
  *
  * It shares no code with `src`: system calls through koffi, layouts written down again from QEMU's vfio-user.rst. By default it is
  * a well-behaved device; rules (see `fake.ts`) change its answer to single messages.
  */
 
-import { parentPort, workerData } from 'node:worker_threads';
+import { parentPort } from 'node:worker_threads';
 import koffi from 'koffi';
 
 const c = koffi.load(null);
@@ -19,8 +20,13 @@ const sys = {
   sendmsg: c.func('int64_t sendmsg(int, void *, int)'),
   close: c.func('int close(int)'),
 };
-const { path, device, rules, stop } = workerData;
-const stopFlag = new Int32Array(stop);
+/** What the server of the moment is to be, as `fake.ts` says it. */
+let device;
+let rules;
+let stopFlag;
+/** Its regions by index, and how many messages of a command have come, which is what rules go by. */
+let regions;
+let seen;
 const stopped = () => Atomics.load(stopFlag, 0) !== 0;
 const CLOSED = Symbol('closed');
 
@@ -28,7 +34,7 @@ function wait(fd) {
   const pollfd = Buffer.alloc(8);
   pollfd.writeInt32LE(fd, 0);
   pollfd.writeInt16LE(1, 4);
-  while (!stopped()) if (sys.poll(pollfd, 1, 20) > 0) return;
+  while (!stopped()) if (sys.poll(pollfd, 1, 5) > 0) return;
   throw CLOSED;
 }
 
@@ -109,9 +115,6 @@ function encode({ id, command, flags = 1, error = 0, payload = new Uint8Array(0)
 }
 
 const words = (...values) => Buffer.from(Uint32Array.from(values).buffer);
-const regions = new Map(
-  device.regions.map((region) => [region.index, { ...region, bytes: Buffer.from(region.bytes) }]),
-);
 
 function regionInfo(index, argsz) {
   const region = regions.get(index);
@@ -155,9 +158,6 @@ function answer({ command, payload }) {
   }
 }
 
-/** How many messages of a command have come, which is what rules go by. */
-const seen = new Map();
-
 function handle(fd, request) {
   const { id, command, flags } = request;
   const normal = answer(request);
@@ -190,32 +190,46 @@ function handle(fd, request) {
   }
 }
 
-const listener = sys.socket(1, 1, 0);
-const address = Buffer.alloc(110);
-address.writeUInt16LE(1, 0);
-address.write(path, 2);
-if (sys.bind(listener, address, 110) < 0 || sys.listen(listener, 4) < 0) throw new Error(`cannot listen on ${path}`);
-parentPort.postMessage({ kind: 'listening' });
-try {
-  for (;;) {
-    wait(listener);
-    const fd = sys.accept(listener, null, null);
-    try {
-      if (device.greeting !== undefined) send(fd, Buffer.from(device.greeting));
-      for (;;) {
-        const request = readMessage(fd);
-        parentPort.postMessage({ kind: 'request', ...request });
-        handle(fd, request);
-      }
-    } catch (error) {
-      if (error !== CLOSED) throw error;
-    } finally {
-      sys.close(fd);
-      parentPort.postMessage({ kind: 'closed' });
+function serve(path) {
+  const listener = sys.socket(1, 1, 0);
+  const address = Buffer.alloc(110);
+  address.writeUInt16LE(1, 0);
+  address.write(path, 2);
+  if (sys.bind(listener, address, 110) < 0 || sys.listen(listener, 4) < 0) throw new Error(`cannot listen on ${path}`);
+  parentPort.postMessage({ kind: 'listening' });
+  try {
+    for (;;) {
+      wait(listener);
+      session(sys.accept(listener, null, null));
     }
+  } catch (error) {
+    if (error !== CLOSED) throw error;
+  } finally {
+    sys.close(listener);
   }
-} catch (error) {
-  if (error !== CLOSED) throw error;
-} finally {
-  sys.close(listener);
 }
+
+function session(fd) {
+  try {
+    if (device.greeting !== undefined) send(fd, Buffer.from(device.greeting));
+    for (;;) {
+      const request = readMessage(fd);
+      parentPort.postMessage({ kind: 'request', ...request });
+      handle(fd, request);
+    }
+  } catch (error) {
+    if (error !== CLOSED) throw error;
+  } finally {
+    sys.close(fd);
+    parentPort.postMessage({ kind: 'closed' });
+  }
+}
+
+parentPort.on('message', (setup) => {
+  ({ device, rules } = setup);
+  stopFlag = new Int32Array(setup.stop);
+  regions = new Map(device.regions.map((region) => [region.index, { ...region, bytes: Buffer.from(region.bytes) }]));
+  seen = new Map();
+  serve(setup.path);
+  parentPort.postMessage({ kind: 'stopped' });
+});

@@ -92,6 +92,9 @@ export function plainConfig(): Uint8Array {
   return config;
 }
 
+/** Threads whose server has stopped, for the next ones. */
+const idle: Worker[] = [];
+
 export async function startFake(rules: readonly Rule[] = [], device: FakeDevice = {}): Promise<Fake> {
   const directory = mkdtempSync(join(tmpdir(), 'fake-vfio-'));
   const path = join(directory, 'socket');
@@ -100,36 +103,52 @@ export async function startFake(rules: readonly Rule[] = [], device: FakeDevice 
   const withConfig = regions.some((region) => region.index === 7)
     ? regions
     : [...regions, { index: 7, flags: READ_WRITE, bytes: plainConfig() }];
-  const worker = new Worker(new URL('./fake-server.mjs', import.meta.url), {
-    workerData: {
-      path,
-      rules,
-      stop,
-      device: {
-        capabilities: { max_msg_fds: 4, max_data_xfer_size: 1048576, max_dma_maps: 65535, pgsizes: 4096 },
-        flags: 3,
-        regionCount: 9,
-        irqCount: 5,
-        irqFlags: 1,
-        vectors: 6,
-        ...device,
-        regions: withConfig,
-      },
+  const setup = {
+    path,
+    rules,
+    stop,
+    device: {
+      capabilities: { max_msg_fds: 4, max_data_xfer_size: 1048576, max_dma_maps: 65535, pgsizes: 4096 },
+      flags: 3,
+      regionCount: 9,
+      irqCount: 5,
+      irqFlags: 1,
+      vectors: 6,
+      ...device,
+      regions: withConfig,
     },
-  });
+  };
   const log: Seen[] = [];
   let ends = 0;
   let onEnd = () => {};
-  await new Promise<void>((resolve, reject) => {
-    worker.once('error', reject);
-    worker.on('message', (message: Seen | { kind: 'listening' } | { kind: 'closed' }) => {
-      if (message.kind === 'listening') resolve();
-      else if (message.kind === 'closed') {
-        ends++;
-        onEnd();
-      } else log.push(message);
-    });
+  const worker = idle.pop() ?? new Worker(new URL('./fake-server.mjs', import.meta.url));
+  worker.ref();
+  let onListening = () => {};
+  let onStopped = () => {};
+  let onError: (error: Error) => void = () => {};
+  let alive = true;
+  const listening = new Promise<void>((resolve, reject) => {
+    onListening = resolve;
+    onError = reject;
   });
+  const stopped = new Promise<void>((resolve) => {
+    onStopped = resolve;
+  });
+  const hear = (message: Seen | { kind: 'listening' } | { kind: 'closed' } | { kind: 'stopped' }): void => {
+    if (message.kind === 'listening') onListening();
+    else if (message.kind === 'stopped') onStopped();
+    else if (message.kind === 'closed') {
+      ends++;
+      onEnd();
+    } else log.push(message);
+  };
+  const hearEnd = (): void => {
+    alive = false;
+    onStopped();
+  };
+  worker.on('message', hear).once('error', onError).once('exit', hearEnd);
+  worker.postMessage(setup);
+  await listening;
   return {
     path,
     log,
@@ -142,7 +161,9 @@ export async function startFake(rules: readonly Rule[] = [], device: FakeDevice 
       }),
     async stop() {
       Atomics.store(new Int32Array(stop), 0, 1);
-      await new Promise<void>((resolve) => worker.once('exit', () => resolve()));
+      await stopped;
+      worker.off('message', hear).off('error', onError).off('exit', hearEnd).unref();
+      if (alive) idle.push(worker);
       for (const seen of log) for (const fd of seen.fds) close(fd);
       rmSync(directory, { recursive: true, force: true });
     },
