@@ -14,6 +14,7 @@ import { isRestrictive } from './selector.ts';
 import { writeTemplate } from './tunnel.ts';
 
 const MASK32 = 0xffffffffn;
+const SEQUENCE_END = 1n << 64n;
 
 function kindOf(sa: SecurityAssociation, transform: Transform, ivLength: number): number {
   const { options } = sa;
@@ -185,11 +186,14 @@ export function carrySequence(table: SaTable, from: number, to: number): void {
   );
 }
 
-/** The sequence number in the record: outbound the next one, inbound the highest accepted. */
+/** The sequence number in the record: outbound the next one, 2^64 when all have been used; inbound the highest accepted. */
 export function sequenceOf(table: SaTable, slot: number): bigint {
   const { words } = table;
   const record = slot * RECORD;
-  return (BigInt(words[record + SaWord.sequenceHigh] >>> 0) << 32n) | BigInt(words[record + SaWord.sequenceLow] >>> 0);
+  const high = BigInt(words[record + SaWord.sequenceHigh] >>> 0);
+  const number = (high << 32n) | BigInt(words[record + SaWord.sequenceLow] >>> 0);
+  // It starts with 1 at least, so 0 is what follows the last number.
+  return number === 0n && (words[record] & SaKind.outbound) !== 0 ? SEQUENCE_END : number;
 }
 
 /** The inbound SA in `slot` accepts nothing up to `sequence`, nor up to where it was to start. */

@@ -30,6 +30,7 @@ import { decapsulate, decapsulateUniform } from './esp-inbound.ts';
 import { encapsulate } from './esp-outbound.ts';
 import { lookUp, MIXED } from './esp-outbound-simple.ts';
 import { type SaEvent, SaLifetime } from './lifetime.ts';
+import { nonceMaterial } from './nonce-material.ts';
 import { type Encapsulation, encapsulationOf, largestInner } from './pmtu.ts';
 import { readAheadOutbound } from './read-ahead.ts';
 import {
@@ -69,8 +70,6 @@ export interface SaCounters {
   /** A soft limit has been reached. */
   readonly softExpired: boolean;
 }
-
-const NO_SALT = new Uint8Array(0);
 
 /** Stand for keys; equal ones for equal keys. */
 interface Fingerprints {
@@ -450,10 +449,10 @@ export class SoftwareIpsec {
 
   #fingerprints(sa: SecurityAssociation): Fingerprints {
     const { cipherKey, authKey } = keysOf(sa);
-    const salt = sa.aead?.salt ?? sa.cipher?.salt ?? sa.auth?.salt ?? NO_SALT;
-    const fingerprint = (key: Uint8Array, beside: Uint8Array) =>
-      createHmac('sha256', this.#secret).update(key).update(beside).digest('base64');
-    const nonces = fingerprint(cipherKey.length === 0 ? authKey : cipherKey, salt);
-    return { nonces, icv: sa.cipher === undefined ? nonces : fingerprint(authKey, NO_SALT) };
+    const fingerprint = (bytes: Uint8Array) => createHmac('sha256', this.#secret).update(bytes).digest('base64');
+    const material = nonceMaterial(sa);
+    const nonces = fingerprint(material ?? (cipherKey.length === 0 ? authKey : cipherKey));
+    material?.fill(0);
+    return { nonces, icv: sa.cipher === undefined ? nonces : fingerprint(authKey) };
   }
 }

@@ -11,13 +11,11 @@
  */
 import { createHmac, randomBytes } from 'node:crypto';
 import { IpsecError } from '../errors.ts';
+import { nonceMaterial } from '../fallback/nonce-material.ts';
 import { NonceFile } from './nonce-file.ts';
 import type { Where } from './placement.ts';
 import type { SecurityAssociation } from './sa.ts';
 
-/** L - 1, of a counter of L = 4 bytes. */
-const CCM_COUNTER_FLAGS = Uint8Array.of(3);
-const NO_PREFIX = new Uint8Array(0);
 /** IVs of counter modes are 8 bytes: one more than the last. */
 const IV_END = 1n << 64n;
 const SEQUENCE_END = 1n << 32n;
@@ -86,28 +84,13 @@ export function fingerprint(pepper: Uint8Array, material: Uint8Array): string {
   return createHmac('sha256', pepper).update(material).digest().toString('hex', 0, 16);
 }
 
-/**
- * Key and salt of an outbound counter-mode SA as bytes, or null. The algorithm is not part of it, because the same AES key
- * serves GCM, GMAC and CTR alike. The caller wipes it.
- */
-function nonceMaterial(sa: SecurityAssociation): Uint8Array | null {
-  if (sa.direction !== 'outbound') return null;
-  const counted =
-    sa.aead ?? (sa.cipher?.name === 'aes-ctr' ? sa.cipher : sa.auth?.name === 'aes-gmac' ? sa.auth : null);
-  if (counted === null) return null;
-  const salt = counted.salt ?? new Uint8Array(0);
-  // The counter blocks of CCM are those of GCM with this byte before the salt (RFC 3610, 2.3; RFC 4309, 4).
-  const prefix = counted.name === 'aes-ccm' ? CCM_COUNTER_FLAGS : NO_PREFIX;
-  const material = new Uint8Array(1 + counted.key.length + prefix.length + salt.length);
-  material[0] = counted.key.length;
-  material.set(counted.key, 1);
-  material.set(prefix, 1 + counted.key.length);
-  material.set(salt, 1 + counted.key.length + prefix.length);
-  return material;
+/** What the nonces of an outbound SA are counted under; null when they are not its to count. The caller wipes it. */
+function materialOf(sa: SecurityAssociation): Uint8Array | null {
+  return sa.direction === 'outbound' ? nonceMaterial(sa) : null;
 }
 
 function hasCountedNonces(sa: SecurityAssociation): boolean {
-  const material = nonceMaterial(sa);
+  const material = materialOf(sa);
   material?.fill(0);
   return material !== null;
 }
@@ -137,7 +120,7 @@ export class NonceGuard {
    * may be used; then nothing has changed.
    */
   claim(sa: SecurityAssociation, where: Where): NonceClaim {
-    const material = nonceMaterial(sa);
+    const material = materialOf(sa);
     if (material === null) return nothingToGuard;
     try {
       return this.#claim(sa, where, material);
@@ -201,7 +184,7 @@ class Claim implements NonceClaim {
   }
 
   covers(sa: SecurityAssociation): boolean {
-    const material = nonceMaterial(sa);
+    const material = materialOf(sa);
     const same = material !== null && this.#memory.fingerprint(material) === this.#id;
     material?.fill(0);
     return same;

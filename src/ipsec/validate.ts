@@ -9,6 +9,7 @@
  * Whether a device or an engine can do the SA is not asked here.
  */
 import { createHash } from 'node:crypto';
+import { nonceMaterial } from '../fallback/nonce-material.ts';
 import { IpProtocol, UdpEsp } from '../packet/fields.ts';
 import { readAlgorithms } from './algorithms.ts';
 import {
@@ -293,10 +294,11 @@ function inboundIdentity(sa: SecurityAssociation): string {
 
 /** Fingerprint of key and salt of an SA whose nonces are counted; `null` when a repeated key repeats no nonce. */
 function nonceIdentity(sa: SecurityAssociation): string | null {
-  const part = sa.aead ?? (sa.cipher?.name === 'aes-ctr' ? sa.cipher : sa.auth?.name === 'aes-gmac' ? sa.auth : null);
-  if (part === null || part.salt === undefined) return null;
-  const kind = part.name === 'aes-gmac' ? 'aes-gcm' : part.name;
-  return createHash('sha256').update(kind).update(part.salt).update(part.key).digest('hex');
+  const material = nonceMaterial(sa);
+  if (material === null) return null;
+  const identity = createHash('sha256').update(material).digest('hex');
+  material.fill(0);
+  return identity;
 }
 
 /**

@@ -126,6 +126,20 @@ describe('a modified SA', () => {
     expect(unprotectOne(bench, before.bytes).verdict).toBe('icv');
   });
 
+  it('knows that counter blocks of CCM are those of GCM with another salt', () => {
+    const bench = makeBench();
+    const [key, salt] = [counting(16), Uint8Array.of(3, 7, 8, 9)];
+    bench.ipsec.add(1, makeSa('outbound', { aead: { name: 'aes-gcm', key, salt, icvLength: 16 } }));
+    const first = sequenceAndIv(protectOne(bench, PACKET, 1).bytes);
+    bench.ipsec.modify(
+      1,
+      makeSa('outbound', { aead: { name: 'aes-ccm', key, salt: salt.subarray(1), icvLength: 16 } }),
+    );
+    const second = sequenceAndIv(protectOne(bench, PACKET, 1).bytes);
+    expect([first[0], second[0]]).toEqual([1, 2]);
+    expect(second[1]).not.toBe(first[1]);
+  });
+
   it.each([
     ['a new cipher key', { cipher: { name: 'aes-cbc', key: counting(16, 77) }, auth: CBC.auth }],
     ['another cipher', { cipher: { name: 'aes-ctr', key: counting(32), salt: counting(4) }, auth: CBC.auth }],

@@ -375,6 +375,11 @@ describe('several SAs', () => {
     );
     const gmac = { ...base, spi: 7, aead: { ...gcm, name: 'aes-gmac' } };
     expect(() => validateSas([base, gmac])).toThrowError(expect.objectContaining({ code: 'SA_KEY_REUSED' }));
+    const ctr = { ...plain, spi: 7, cipher: { name: 'aes-ctr', key: gcm.key, salt: gcm.salt }, auth: sha256 };
+    expect(() => validateSas([base, ctr])).toThrowError(expect.objectContaining({ code: 'SA_KEY_REUSED' }));
+    const ccm = { ...base, spi: 7, aead: { ...gcm, name: 'aes-ccm', salt: '070809' } };
+    const asGcm = { ...base, aead: { ...gcm, salt: '03070809' } };
+    expect(() => validateSas([asGcm, ccm])).toThrowError(expect.objectContaining({ code: 'SA_KEY_REUSED' }));
     expect(
       validateSas([base, { ...base, spi: 7, aead: { ...gcm, salt: hex(4, 9) } }, { ...inbound, spi: 7 }]),
     ).toHaveLength(3);
