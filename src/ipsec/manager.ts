@@ -1,12 +1,10 @@
 /**
- * The SAs of a NIC: validates them, places them, guards their nonces, numbers them, and tells what happens to them.
+ * The SAs of a NIC: validates them, places them, guards their nonces, numbers them, and has them changed, moved and removed where they are.
  *
  * Inline and software SAs live side by side behind `Ipsec`. When the device refuses an SA that it should take, the SA
  * goes to software, with that as the reason, unless inline is required. Nothing here is on the data path but the arrays of `SaState`.
  */
 import { AdminCommandError, IpsecError, VipsecError } from '../errors.ts';
-import type { SaEvent, SoftwareIpsec } from '../fallback/software.ts';
-import { ObjectIds } from '../virtio/object-ids.ts';
 import { type InlineCapability, whyNotInline } from './capability.ts';
 import type { InlineIpsec } from './inline.ts';
 import type {
@@ -14,7 +12,6 @@ import type {
   Ipsec,
   KeyReservation,
   RedactedSaObject,
-  SaEvents,
   SaHandle,
   SaNotification,
   SaTraffic,
@@ -22,26 +19,24 @@ import type {
 import { ManagedSa } from './managed-sa.ts';
 import { type MoveOptions, type MoveParts, moveSa } from './move.ts';
 import type { NonceClaim, NonceGuard } from './nonce-guard.ts';
+import { OwnSas, type SoftwareFactory, type SoftwareSide } from './own-sas.ts';
 import { type Placement, place, type Where } from './placement.ts';
 import { QueueSas } from './queue-sas.ts';
 import type { SecurityAssociation } from './sa.ts';
-import { eventOf, identityOf, longestFrame, placeOf, selectorOf, wipeKeys } from './sa-facts.ts';
-import { SaPlace, SaState } from './sa-state.ts';
+import { eventOf, wipeKeys } from './sa-facts.ts';
+import { SaListeners } from './sa-listeners.ts';
+import { SaRegistry } from './sa-registry.ts';
+import { SaState } from './sa-state.ts';
 import type { SaThread, SaThreads } from './sa-thread.ts';
+import { ThreadSas } from './thread-sas.ts';
 import { type SecurityAssociationInput, validateSa } from './validate.ts';
-
-/** What is used of `SoftwareIpsec`. */
-export type SoftwareSide = Pick<
-  SoftwareIpsec,
-  'add' | 'modify' | 'remove' | 'counters' | 'setMtu' | 'protect' | 'unprotect' | 'close'
->;
 
 export interface IpsecManagerOptions {
   readonly inline: InlineIpsec | null;
   /** Why there is no inline IPsec, when there is none. */
   readonly inlineObstacle: string | null;
   /** Makes the software side, when the first SA needs it; null when it is not wanted. */
-  readonly software: ((onEvent: (handle: number, event: SaEvent) => void) => SoftwareSide) | null;
+  readonly software: SoftwareFactory | null;
   readonly guard: NonceGuard;
   /** Bytes of the longest IP packet on the link. */
   readonly mtu: number;
@@ -63,16 +58,13 @@ export class IpsecManager implements Ipsec {
   readonly inlineObstacle: string | null;
   readonly state: SaState;
   readonly device: InlineIpsec | null;
-  /** Made with the first software SA. */
-  software: SoftwareSide | null = null;
+  /** What worker threads tell goes there. */
+  readonly threads: ThreadSas;
   readonly #options: IpsecManagerOptions;
-  readonly #ids: ObjectIds;
+  readonly #registry: SaRegistry;
+  readonly #listeners: SaListeners;
+  readonly #own: OwnSas;
   readonly #queues: QueueSas;
-  readonly #sas = new Map<number, ManagedSa>();
-  /** Protocol and SPI of software inbound SAs, and how many have them. */
-  readonly #softwareInbound = new Map<string, number>();
-  readonly #listeners = new Set<(notification: SaNotification) => void>();
-  readonly #closeListeners = new Set<() => void>();
   #closed: VipsecError | null = null;
 
   constructor(options: IpsecManagerOptions) {
@@ -80,18 +72,34 @@ export class IpsecManager implements Ipsec {
     this.device = options.inline;
     this.inline = options.inline?.capability ?? null;
     this.inlineObstacle = options.inline === null ? (options.inlineObstacle ?? 'the device has no inline IPsec') : null;
-    this.#ids = new ObjectIds(options.handles);
-    this.state = new SaState(options.handles, (handle, event, ...args) => this.#tell(handle, event, args));
-    this.state.owners = options.threads?.owners ?? null;
-    this.#queues = new QueueSas(options.threads ?? null, options.inline, options.guard, this.state);
+    const registry = new SaRegistry(options.handles);
+    const listeners = new SaListeners(registry);
+    const { guard, mtu, software } = options;
+    const state = new SaState(options.handles, (handle, event, ...args) => listeners.tell(handle, event, args));
+    state.owners = options.threads?.owners ?? null;
+    const queues = new QueueSas(options.threads ?? null, options.inline, guard, state);
+    this.#registry = registry;
+    this.#listeners = listeners;
+    this.state = state;
+    this.#queues = queues;
+    this.#own = new OwnSas({
+      ...{ state, guard, mtu, software },
+      onEvent: (handle, event) => listeners.tell(handle, ...eventOf(event)),
+    });
+    this.threads = new ThreadSas({ registry, queues, listeners, state, device: options.inline });
+  }
+
+  /** The software side of this thread, once there is one. */
+  get software(): SoftwareSide | null {
+    return this.#own.software;
   }
 
   get(handle: number): SaHandle | undefined {
-    return this.#sas.get(handle);
+    return this.#registry.get(handle);
   }
 
   list(): SaHandle[] {
-    return [...this.#sas.values()];
+    return this.#registry.list();
   }
 
   async addSa(input: SecurityAssociationInput, options: AddSaOptions = {}): Promise<SaHandle> {
@@ -107,16 +115,14 @@ export class IpsecManager implements Ipsec {
   async #add(sa: SecurityAssociation, require: Where | undefined, thread: SaThread | null): Promise<SaHandle> {
     this.#refuseDuplicate(sa);
     const inlineObstacle = this.inlineObstacle ?? this.device?.obstacle(sa) ?? this.#twinInSoftware(sa);
-    const softwareObstacle = this.#options.software === null ? 'software IPsec is not wanted' : null;
+    const softwareObstacle = this.#own.obstacle;
     const placement = place({ sa, inlineObstacle, softwareObstacle, ...(require === undefined ? {} : { require }) });
-    const taken = this.#ids.take();
-    if (taken === null) throw new IpsecError('SA_LIMIT', `there are ${this.#ids.limit} SAs already`);
-    const handle = taken.id + 1;
+    const handle = this.#registry.take();
     try {
       const fallback = softwareObstacle === null && require === undefined;
       return await this.#create(handle, sa, placement, fallback, thread);
     } catch (error) {
-      this.#ids.give(taken.id);
+      this.#registry.give(handle);
       throw error;
     }
   }
@@ -152,7 +158,7 @@ export class IpsecManager implements Ipsec {
         claim.release();
         throw this.#closed;
       }
-      this.state.add(handle, sa, placeOf(sa, 'inline'), longestFrame(sa, this.#options.mtu), selectorOf(sa));
+      this.#own.enter(handle, sa, 'inline');
       if (sa.direction === 'inbound') this.#queues.addEverywhere(handle, sa);
     }
     return this.#enter(handle, sa, placement, claim, owner);
@@ -164,23 +170,10 @@ export class IpsecManager implements Ipsec {
     placement: Placement,
     thread: SaThread | null,
   ): Promise<SaHandle> {
-    if (thread !== null) {
-      const claim = await this.#queues.addSoftware(thread, handle, sa);
-      this.#countTwins(sa, 1);
-      return this.#enter(handle, sa, placement, claim, thread);
-    }
-    const software = this.#software();
-    const claim = this.#options.guard.claim(sa, 'software');
-    try {
-      software.add(handle, sa);
-      if (sa.direction === 'outbound') software.setMtu(handle, this.#options.mtu);
-    } catch (error) {
-      claim.cancel();
-      throw error;
-    }
-    this.state.add(handle, sa, placeOf(sa, 'software'), longestFrame(sa, this.#options.mtu), null);
-    this.#countTwins(sa, 1);
-    return this.#enter(handle, sa, placement, claim, null);
+    const claim =
+      thread === null ? this.#own.addSoftware(handle, sa) : await this.#queues.addSoftware(thread, handle, sa);
+    this.#registry.countTwins(sa, 1);
+    return this.#enter(handle, sa, placement, claim, thread);
   }
 
   #enter(
@@ -191,7 +184,7 @@ export class IpsecManager implements Ipsec {
     thread: SaThread | null,
   ): SaHandle {
     const managed = new ManagedSa(this, handle, sa, placement, claim, thread);
-    this.#sas.set(handle, managed);
+    this.#registry.enter(managed);
     this.#queues.own(handle, thread);
     return managed;
   }
@@ -205,27 +198,15 @@ export class IpsecManager implements Ipsec {
   }
 
   #twinInSoftware(sa: SecurityAssociation): string | null {
-    const twin = sa.direction === 'inbound' && this.#softwareInbound.has(identityOf(sa));
+    const twin = sa.direction === 'inbound' && this.#registry.twins(sa) > 0;
     return twin ? 'a software SA has the same SPI' : null;
-  }
-
-  /** Software inbound SAs may share an SPI when their destinations differ. */
-  #countTwins(sa: Pick<SaHandle, 'direction' | 'protocol' | 'spi'>, by: 1 | -1): void {
-    if (sa.direction === 'outbound') return;
-    const identity = identityOf(sa);
-    const count = (this.#softwareInbound.get(identity) ?? 0) + by;
-    if (count === 0) this.#softwareInbound.delete(identity);
-    else this.#softwareInbound.set(identity, count);
   }
 
   traffic(managed: ManagedSa): SaTraffic {
     const { handle, placement } = managed;
     if (managed.thread !== null) return this.#queues.traffic(managed.thread, handle, managed.softExpired);
-    if (placement.where === 'software' && this.software !== null && this.#sas.has(handle)) {
-      const { packets, bytes, dropped, sequence, engine, softExpired } = this.software.counters(handle);
-      return { packets, bytes, dropped, softExpired, sequence, engine };
-    }
-    return this.#queues.inlineTraffic(handle);
+    const own = placement.where === 'software' && this.#registry.has(managed) ? this.#own.traffic(handle) : null;
+    return own ?? this.#queues.inlineTraffic(handle);
   }
 
   async query(managed: ManagedSa): Promise<RedactedSaObject | null> {
@@ -243,33 +224,11 @@ export class IpsecManager implements Ipsec {
       managed.refuseOther(sa);
       if (managed.thread !== null && managed.placement.where === 'software') {
         await this.#queues.modifySoftware(managed.thread, managed, sa);
-      } else if (managed.placement.where === 'software') this.#modifySoftware(managed, sa);
+      } else if (managed.placement.where === 'software') this.#own.modifySoftware(managed, sa);
       else await this.#modifyInline(managed, sa);
     } finally {
       wipeKeys(sa);
     }
-  }
-
-  /** With the key and salt that it has, a software SA goes on counting; with new ones it begins anew. */
-  #modifySoftware(managed: ManagedSa, sa: SecurityAssociation): void {
-    const { handle } = managed;
-    const software = this.#software();
-    if (sa.direction === 'inbound' || managed.claim.covers(sa)) {
-      software.modify(handle, sa);
-      managed.became(sa);
-      return;
-    }
-    const next = software.counters(handle).sequence;
-    const claim = this.#options.guard.claim(sa, 'software');
-    try {
-      software.modify(handle, sa);
-    } catch (error) {
-      claim.cancel();
-      throw error;
-    }
-    managed.claim.release(next);
-    managed.claim = claim;
-    managed.became(sa);
   }
 
   /**
@@ -295,9 +254,7 @@ export class IpsecManager implements Ipsec {
     if (managed.thread !== null || managed.direction === 'inbound') {
       await this.#queues.replaceInline(managed.thread, handle, sa, rekeyed);
     }
-    if (this.state.place[handle] === SaPlace.none) return;
-    const where = placeOf(sa, 'inline');
-    this.state.replace(handle, sa, where, longestFrame(sa, this.#options.mtu), selectorOf(sa), rekeyed);
+    this.#own.replaceInline(handle, sa, rekeyed);
   }
 
   move(managed: ManagedSa, where: Where, input: SecurityAssociationInput, options: MoveOptions): Promise<void> {
@@ -321,7 +278,7 @@ export class IpsecManager implements Ipsec {
     const parts: MoveParts = {
       guard: this.#options.guard,
       device: () => this.#device(),
-      software: () => this.#software(),
+      software: () => this.#own.side(),
       traffic: (one) => this.traffic(one),
       obstacle: (_, moved, to) => this.#obstacleThere(moved, to),
       switchOver: (one, moved, to) => this.#switchOver(one, moved, to),
@@ -332,9 +289,9 @@ export class IpsecManager implements Ipsec {
 
   /** Why an SA of the other place cannot be `where`, or null. */
   #obstacleThere(sa: SecurityAssociation, where: Where): string | null {
-    if (where === 'software') return this.#options.software === null ? 'software IPsec is not wanted' : null;
-    const others = (this.#softwareInbound.get(identityOf(sa)) ?? 0) > 1;
-    const twin = sa.direction === 'inbound' && others ? 'another software SA has the same SPI' : null;
+    if (where === 'software') return this.#own.obstacle;
+    const twin =
+      sa.direction === 'inbound' && this.#registry.twins(sa) > 1 ? 'another software SA has the same SPI' : null;
     return this.inlineObstacle ?? this.device?.obstacle(sa) ?? twin;
   }
 
@@ -343,24 +300,18 @@ export class IpsecManager implements Ipsec {
     const { handle } = managed;
     managed.moved(sa, { where, because: 'it was moved' });
     this.state.remove(handle);
-    if (where === 'inline') {
-      this.software?.remove(handle);
-      this.#countTwins(managed, -1);
-      this.state.add(handle, sa, placeOf(sa, where), longestFrame(sa, this.#options.mtu), selectorOf(sa));
-    } else {
-      if (sa.direction === 'outbound') this.software?.setMtu(handle, this.#options.mtu);
-      this.#countTwins(managed, 1);
-      this.state.add(handle, sa, placeOf(sa, where), longestFrame(sa, this.#options.mtu), null);
-    }
+    if (where === 'inline') this.software?.remove(handle);
+    this.#registry.countTwins(managed, where === 'inline' ? -1 : 1);
+    this.#own.enter(handle, sa, where);
   }
 
   async remove(managed: ManagedSa): Promise<void> {
     const { handle } = managed;
     while (managed.busy) await managed.idle();
-    if (this.#sas.get(handle) !== managed) return;
-    if (managed.thread !== null) return this.#removeElsewhere(managed, managed.thread);
+    if (!this.#registry.has(managed)) return;
+    if (managed.thread !== null) return this.threads.remove(managed, managed.thread);
     managed.keepTraffic();
-    this.#sas.delete(handle);
+    this.#registry.leave(managed);
     this.#queues.own(handle, undefined);
     this.state.remove(handle);
     if (managed.placement.where === 'inline' && managed.direction === 'inbound') {
@@ -372,74 +323,19 @@ export class IpsecManager implements Ipsec {
       managed.claim.release();
       await this.device?.destroy(handle);
     }
-    this.#ids.give(handle - 1);
-  }
-
-  /** Once its thread has let go of it. A handle of which that is not known is not used again. */
-  async #removeElsewhere(managed: ManagedSa, thread: SaThread): Promise<void> {
-    const { handle } = managed;
-    this.#sas.delete(handle);
-    const gone = await this.#queues.remove(thread, managed);
-    managed.keepTraffic();
-    await this.#endElsewhere(managed, gone);
-  }
-
-  async #endElsewhere(managed: ManagedSa, gone: boolean): Promise<void> {
-    const { handle } = managed;
-    if (managed.placement.where === 'software') this.#countTwins(managed, -1);
-    else await this.device?.destroy(handle, !gone);
-    this.#queues.own(handle, undefined);
-    if (gone) this.#ids.give(handle - 1);
-  }
-
-  /**
-   * A thread has let go of its queue, or died: its SAs are over. `sequences` are the next sequence numbers of those that sent in software;
-   * of others every number counts as used. With `closing` their objects are left to the reset of the device that follows.
-   */
-  async threadEnded(thread: SaThread, sequences: ReadonlyMap<number, bigint>, closing = false): Promise<void> {
-    const ends: Promise<void>[] = [];
-    for (const managed of [...this.#sas.values()]) {
-      if (managed.thread !== thread) continue;
-      this.#sas.delete(managed.handle);
-      managed.keepTraffic();
-      managed.claim.release(sequences.get(managed.handle));
-      if (!closing) ends.push(this.#endElsewhere(managed, true));
-    }
-    this.#queues.ended(thread);
-    await Promise.allSettled(ends);
-  }
-
-  /** A thread has opened its queue: it learns of the inbound SAs of the device. */
-  threadOpened(thread: SaThread): void {
-    this.#queues.opened(thread);
-  }
-
-  /** A thread tells of an SA. */
-  threadEvent(handle: number, event: keyof SaEvents, args: SaEvents[keyof SaEvents]): void {
-    const managed = this.#sas.get(handle);
-    if (managed === undefined) return;
-    if (managed.thread === null) {
-      // Several queues may see the same flag of the device.
-      if (event === 'soft-expiry') this.state.deviceSoftExpiry(handle);
-      return;
-    }
-    if (event === 'soft-expiry') managed.softExpired = true;
-    this.#tell(handle, event, args);
+    this.#registry.give(handle);
   }
 
   #removeSoftware(managed: ManagedSa): void {
-    if (this.software === null) return;
-    const { sequence } = this.software.counters(managed.handle);
-    this.software.remove(managed.handle);
-    this.#countTwins(managed, -1);
-    managed.claim.release(sequence);
+    this.#own.removeSoftware(managed);
+    this.#registry.countTwins(managed, -1);
   }
 
   /** Ends all SAs, wipes the keys of the software side, and refuses new ones with `reason`. The device has been reset, or is gone. */
   close(reason: VipsecError): void {
     if (this.#closed !== null) return;
     this.#closed = reason;
-    for (const managed of this.#sas.values()) {
+    for (const managed of this.#registry.list()) {
       managed.keepTraffic();
       this.#queues.own(managed.handle, undefined);
       if (managed.thread !== null) {
@@ -450,22 +346,11 @@ export class IpsecManager implements Ipsec {
       if (managed.placement.where === 'software') this.#removeSoftware(managed);
       else managed.claim.release();
     }
-    this.#sas.clear();
+    this.#registry.clear();
     this.#queues.close();
-    for (const listener of [...this.#closeListeners]) listener();
-    this.software?.close();
-    this.software = null;
+    this.#listeners.closed();
+    this.#own.close();
     this.#options.guard.close();
-  }
-
-  /** Events reach listeners after the burst in which they arose, so that a listener may do anything. */
-  #tell<E extends keyof SaEvents>(handle: number, event: E, args: SaEvents[E]): void {
-    const managed = this.#sas.get(handle);
-    if (managed === undefined) return;
-    queueMicrotask(() => {
-      managed.tell(event, args);
-      for (const listener of this.#listeners) listener({ sa: managed, event, limit: args[0] ?? null });
-    });
   }
 
   reserveKey(input: SecurityAssociationInput): KeyReservation {
@@ -482,24 +367,11 @@ export class IpsecManager implements Ipsec {
   }
 
   onClose(listener: () => void): () => void {
-    this.#closeListeners.add(listener);
-    return () => this.#closeListeners.delete(listener);
+    return this.#listeners.onClose(listener);
   }
 
   onSaEvent(listener: (notification: SaNotification) => void): () => void {
-    this.#listeners.add(listener);
-    return () => this.#listeners.delete(listener);
-  }
-
-  #softwareEvent(handle: number, event: SaEvent): void {
-    const [name, args] = eventOf(event);
-    this.#tell(handle, name, args);
-  }
-
-  #software(): SoftwareSide {
-    if (this.#options.software === null) throw new IpsecError('SOFTWARE_NOT_AVAILABLE', 'software IPsec is not wanted');
-    this.software ??= this.#options.software((handle, event) => this.#softwareEvent(handle, event));
-    return this.software;
+    return this.#listeners.onSaEvent(listener);
   }
 
   #device(): InlineIpsec {

@@ -10,9 +10,9 @@ import type { InlineIpsec } from './inline.ts';
 import type { SaTraffic } from './ipsec.ts';
 import { keyId } from './key-id.ts';
 import type { ManagedSa } from './managed-sa.ts';
-import type { SoftwareSide } from './manager.ts';
 import { type MovePlan, planMove } from './move-plan.ts';
 import type { MoveTarget, NonceClaim, NonceGuard } from './nonce-guard.ts';
+import type { SoftwareSide } from './own-sas.ts';
 import type { Where } from './placement.ts';
 import type { Lifetime, SecurityAssociation } from './sa.ts';
 

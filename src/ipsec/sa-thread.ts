@@ -3,6 +3,7 @@
  * (an inbound SA of the device on all, because the device counts its numbers), so its sequence numbers, nonces and replay window are kept
  * in one place.
  */
+import type { SaEvents } from './ipsec.ts';
 import type { Where } from './placement.ts';
 import type { SecurityAssociation } from './sa.ts';
 import type { SaCounts } from './sa-state.ts';
@@ -42,6 +43,13 @@ export interface SaThreads {
   owner(queue: number | undefined): SaThread | null;
   /** All of them. */
   open(): readonly SaThread[];
+}
+
+/** What is told to whoever manages the SAs. */
+export interface ThreadListener {
+  threadOpened(thread: SaThread): void;
+  threadEnded(thread: SaThread, sequences: ReadonlyMap<number, bigint>, closing: boolean): Promise<void>;
+  threadEvent(handle: number, event: keyof SaEvents, args: SaEvents[keyof SaEvents]): void;
 }
 
 /** In `owners`. */

@@ -3,7 +3,7 @@
  * for each thread.
  */
 import type { InlineIpsec } from '../ipsec/inline.ts';
-import type { SoftwareSide } from '../ipsec/manager.ts';
+import type { SoftwareSide } from '../ipsec/own-sas.ts';
 import type { SaState } from '../ipsec/sa-state.ts';
 import { Ethernet } from '../packet/fields.ts';
 

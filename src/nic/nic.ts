@@ -219,7 +219,7 @@ export class Nic implements AsyncDisposable {
       ...(options.ipsec === 'inline' ? { require: 'inline' as const } : {}),
     });
     const manager = this.#ipsec;
-    if (this.#workers !== null) this.#workers.listener = manager;
+    if (this.#workers !== null) this.#workers.listener = manager.threads;
     const onBroken = () => void this.broken;
     this.#queues = rings.pairs.map((pair, i) => {
       const rx = new NicRxQueue(i, pair.rx, this.packets, manager, { onBroken, sleeper: rings.interrupts });

@@ -3,9 +3,8 @@
  */
 import { IpsecError, type VipsecError } from '../errors.ts';
 import type { EngineName } from '../fallback/engines/engine.ts';
-import type { SaEvents } from '../ipsec/ipsec.ts';
 import { countsBuffer, sharedCounts } from '../ipsec/sa-state.ts';
-import type { SaThread, SaThreads } from '../ipsec/sa-thread.ts';
+import type { SaThread, SaThreads, ThreadListener } from '../ipsec/sa-thread.ts';
 import type { NicRings } from '../nic/rings.ts';
 import { WorkerQueue } from './worker-queue.ts';
 
@@ -20,13 +19,6 @@ export interface WorkerQueuesOptions {
   readonly commandTimeout: number;
   /** A thread has found its ring broken. */
   readonly onBroken: (error: VipsecError) => void;
-}
-
-/** What is told to whoever manages the SAs. */
-export interface ThreadListener {
-  threadOpened(thread: SaThread): void;
-  threadEnded(thread: SaThread, sequences: ReadonlyMap<number, bigint>, closing: boolean): Promise<void>;
-  threadEvent(handle: number, event: keyof SaEvents, args: SaEvents[keyof SaEvents]): void;
 }
 
 export class WorkerQueues implements SaThreads {

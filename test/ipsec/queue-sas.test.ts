@@ -1,8 +1,8 @@
 import { describe, expect, it } from 'vitest';
 import { IpsecError, VirtioError } from '../../src/errors.ts';
-import type { SoftwareSide } from '../../src/ipsec/manager.ts';
 import { IpsecManager } from '../../src/ipsec/manager.ts';
 import { NonceGuard, NonceMemory } from '../../src/ipsec/nonce-guard.ts';
+import type { SoftwareSide } from '../../src/ipsec/own-sas.ts';
 import { sharedCounts } from '../../src/ipsec/sa-state.ts';
 import type { SaEntry, SaThread, SaThreads } from '../../src/ipsec/sa-thread.ts';
 import { inbound, key, outbound } from './support.ts';
@@ -141,7 +141,7 @@ describe('SAs on other threads', () => {
     await expect(manager.addSa({ ...sa(2), initial: { sequence: 1_000_000n } })).rejects.toThrow(code('NONCE_REUSE'));
     first.failure = null;
     const three = await manager.addSa(sa(3), { queue: 1 });
-    await manager.threadEnded(first, new Map());
+    await manager.threads.threadEnded(first, new Map());
     expect(manager.get(three.handle)).toBeUndefined();
     await expect(manager.addSa(sa(3))).rejects.toThrow(code('NONCE_REUSE'));
     const four = await manager.addSa(sa(4), { queue: 2 });
@@ -163,7 +163,7 @@ describe('SAs on other threads', () => {
     const { manager, first } = setup();
     const one = await manager.addSa(sa(), { queue: 1 });
     first.counts.packets[one.handle] = 41;
-    await manager.threadEnded(first, new Map([[one.handle, 42n]]));
+    await manager.threads.threadEnded(first, new Map([[one.handle, 42n]]));
     expect(one.traffic().packets).toBe(41n);
     await expect(manager.addSa({ ...sa(), initial: { sequence: 41n } })).rejects.toThrow(code('NONCE_REUSE'));
     await expect(manager.addSa({ ...sa(), initial: { sequence: 42n } })).resolves.toBeDefined();
@@ -189,13 +189,13 @@ describe('SAs on other threads', () => {
     const told: string[] = [];
     manager.onSaEvent(({ event }) => told.push(event));
     const one = await manager.addSa(sa(), { queue: 1 });
-    manager.threadEvent(one.handle, 'soft-expiry', ['packets']);
+    manager.threads.threadEvent(one.handle, 'soft-expiry', ['packets']);
     await Promise.resolve();
     expect(one.traffic().softExpired).toBe(true);
     await expect(one.move('inline', sa())).rejects.toThrow(code('SA_MOVE'));
     await one.remove();
-    manager.threadEvent(one.handle, 'hard-expiry', ['packets']);
-    manager.threadEvent(77, 'hard-expiry', ['packets']);
+    manager.threads.threadEvent(one.handle, 'hard-expiry', ['packets']);
+    manager.threads.threadEvent(77, 'hard-expiry', ['packets']);
     await Promise.resolve();
     expect(told).toEqual(['soft-expiry']);
   });

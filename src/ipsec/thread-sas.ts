@@ -1,0 +1,83 @@
+/**
+ * What becomes of SAs of worker threads: when one is removed, when its thread tells something, lets go of its queue, or dies.
+ */
+import type { InlineIpsec } from './inline.ts';
+import type { SaEvents } from './ipsec.ts';
+import type { ManagedSa } from './managed-sa.ts';
+import type { QueueSas } from './queue-sas.ts';
+import type { SaListeners } from './sa-listeners.ts';
+import type { SaRegistry } from './sa-registry.ts';
+import type { SaState } from './sa-state.ts';
+import type { SaThread, ThreadListener } from './sa-thread.ts';
+
+/** What is used of the manager's parts. */
+export interface ThreadSasParts {
+  readonly registry: SaRegistry;
+  readonly queues: QueueSas;
+  readonly listeners: SaListeners;
+  readonly state: SaState;
+  readonly device: Pick<InlineIpsec, 'destroy'> | null;
+}
+
+export class ThreadSas implements ThreadListener {
+  readonly #parts: ThreadSasParts;
+
+  constructor(parts: ThreadSasParts) {
+    this.#parts = parts;
+  }
+
+  /** Ends an SA once its thread has let go of it. A handle of which that is not known is not used again. */
+  async remove(managed: ManagedSa, thread: SaThread): Promise<void> {
+    const { registry, queues } = this.#parts;
+    registry.leave(managed);
+    const gone = await queues.remove(thread, managed);
+    managed.keepTraffic();
+    await this.#end(managed, gone);
+  }
+
+  async #end(managed: ManagedSa, gone: boolean): Promise<void> {
+    const { registry, queues, device } = this.#parts;
+    const { handle } = managed;
+    if (managed.placement.where === 'software') registry.countTwins(managed, -1);
+    else await device?.destroy(handle, !gone);
+    queues.own(handle, undefined);
+    if (gone) registry.give(handle);
+  }
+
+  /**
+   * A thread has let go of its queue, or died: its SAs are over. `sequences` are the next sequence numbers of those that sent in software;
+   * of others every number counts as used. With `closing` their objects are left to the reset of the device that follows.
+   */
+  async threadEnded(thread: SaThread, sequences: ReadonlyMap<number, bigint>, closing = false): Promise<void> {
+    const { registry, queues } = this.#parts;
+    const ends: Promise<void>[] = [];
+    for (const managed of registry.list()) {
+      if (managed.thread !== thread) continue;
+      registry.leave(managed);
+      managed.keepTraffic();
+      managed.claim.release(sequences.get(managed.handle));
+      if (!closing) ends.push(this.#end(managed, true));
+    }
+    queues.ended(thread);
+    await Promise.allSettled(ends);
+  }
+
+  /** A thread has opened its queue: it learns of the inbound SAs of the device. */
+  threadOpened(thread: SaThread): void {
+    this.#parts.queues.opened(thread);
+  }
+
+  /** A thread tells of an SA. */
+  threadEvent(handle: number, event: keyof SaEvents, args: SaEvents[keyof SaEvents]): void {
+    const { registry, state, listeners } = this.#parts;
+    const managed = registry.get(handle);
+    if (managed === undefined) return;
+    if (managed.thread === null) {
+      // Several queues may see the same flag of the device.
+      if (event === 'soft-expiry') state.deviceSoftExpiry(handle);
+      return;
+    }
+    if (event === 'soft-expiry') managed.softExpired = true;
+    listeners.tell(handle, event, args);
+  }
+}
