@@ -11,6 +11,7 @@ import { NO_PACKET, PacketFlag, type PacketPool } from '../packet/pool.ts';
 import type { RxQueue } from '../virtio-net/rx.ts';
 import { CHUNK, type DataPathIpsec, LINK_HEADER, type NicQueueOptions } from './data-path.ts';
 import { burstsOf, type Sleeper, type WaitPolicy, waitForPackets } from './interrupts.ts';
+import { gatherToOpen } from './one-piece.ts';
 
 /** What is used of the ring. */
 export type RxRing = Pick<
@@ -176,6 +177,7 @@ export class NicRxQueue {
     for (let i = from; i < to; i++) {
       if ((flags[out[i]] & PacketFlag.secured) === 0) candidates[offered++] = out[i];
     }
+    if (this.#ring.hasChains) gatherToOpen(this.#pool, candidates, offered);
     if (offered !== 0) software.unprotect(candidates, offered, LINK_HEADER, this.#verdicts);
     return offered;
   }
@@ -205,14 +207,10 @@ export class NicRxQueue {
    * Resolves to true when packets may have arrived, to false when none has within `timeout` milliseconds. `policy` says how. Not while
    * `enableInterrupts` is in use. Rejects with the reason when the NIC is broken or closed.
    */
-  async wait(timeout: number = Number.POSITIVE_INFINITY): Promise<boolean> {
-    if (this.#sleeper === null) throw new VirtioError('NO_INTERRUPTS', 'this queue can only be polled');
-    try {
-      return await waitForPackets(this.#ring, this.index, this.#sleeper, this.policy, timeout);
-    } catch (error) {
-      if (this.#ring.broken !== null) this.#onBroken();
-      throw error;
-    }
+  wait(timeout: number = Number.POSITIVE_INFINITY): Promise<boolean> {
+    const sleeper = this.#sleeper;
+    if (sleeper === null) return Promise.reject(new VirtioError('NO_INTERRUPTS', 'this queue can only be polled'));
+    return waitForPackets(this.#ring, this.index, sleeper, this.policy, timeout, this.#onBroken);
   }
 
   /** Bursts of at most `max` packets, as they come: see `burstsOf`. */

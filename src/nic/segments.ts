@@ -8,6 +8,7 @@
  * who receives them.
  */
 import type { SaState } from '../ipsec/sa-state.ts';
+import { measureChain } from '../packet/chains.ts';
 import { Ethernet } from '../packet/fields.ts';
 import { baseType, GsoType } from '../packet/gso.ts';
 import { NO_PACKET, PacketFlag, type PacketPool } from '../packet/pool.ts';
@@ -109,7 +110,7 @@ export class SaSegments {
     const inSlot = pool.length[p];
     if (at < pool.slot(p) || at + inSlot > pool.slot(p) + pool.stride) return 0;
     if ((pool.flags[p] & PacketFlag.needsChecksum) === 0) return 0;
-    const total = this.#measure(p);
+    const total = measureChain(pool, p, MAX_LARGE_FRAME);
     if (total === 0) return 0;
     request.gsoType = pool.gsoType[p];
     request.gsoSize = pool.gsoSize[p];
@@ -131,26 +132,6 @@ export class SaSegments {
       count = segmenter.plan(request, at, total, inSlot);
     }
     return count !== 0 && segmenter.headers + segmenter.payload(0) <= pool.stride - pool.headroom ? count : 0;
-  }
-
-  /** hot: bytes of a chain of slots and references; 0 when it is none, or too long. */
-  #measure(p: number): number {
-    const pool = this.#pool;
-    let bytes = 0;
-    for (let q = p; q !== NO_PACKET; q = pool.next[q]) {
-      if (q >= pool.count) {
-        if (!pool.references.has(q)) return 0;
-        bytes += pool.references.length[q - pool.count];
-      } else {
-        const at = pool.offset[q];
-        const size = pool.length[q];
-        if (size === 0 || at < pool.slot(q) || at + size > pool.slot(q) + pool.stride) return 0;
-        bytes += size;
-      }
-      // Also ends a chain that leads back to itself.
-      if (bytes > MAX_LARGE_FRAME) return 0;
-    }
-    return bytes;
   }
 
   /** hot: copies the next `bytes` of the packet to `to`. */

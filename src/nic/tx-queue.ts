@@ -13,6 +13,7 @@ import { NO_PACKET, PacketFlag, type PacketPool } from '../packet/pool.ts';
 import { MAX_SEGMENTS } from '../packet/segment.ts';
 import type { TxQueue } from '../virtio-net/tx.ts';
 import { CHUNK, type DataPathIpsec, LINK_HEADER, type NicQueueOptions } from './data-path.ts';
+import { gatherToProtect } from './one-piece.ts';
 import { Found, SaSegments, Split } from './segments.ts';
 
 /** What is used of the ring. */
@@ -240,6 +241,7 @@ export class NicTxQueue {
     const software = this.#software;
     const verdicts = this.#verdicts;
     const engine = this.#ipsec.software;
+    if (this.#hasChains) gatherToProtect(pool, software, count);
     for (let i = 0; i < count; i++) {
       if ((pool.flags[software[i]] & PacketFlag.needsChecksum) !== 0) fillChecksum(pool, software[i]);
     }

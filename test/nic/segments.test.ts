@@ -230,15 +230,18 @@ it('a packet whose payload is memory of the application is cut like any other, a
 });
 
 describe('a chain of slots', () => {
-  it('that is one packet is not protected in part: it is dropped with all its slots', async () => {
+  it('that is one packet is protected as one if a slot has room for it, and else dropped with all its slots', async () => {
     const { manager, ring, tx, make, pool } = setup;
     const sa = await manager.addSa(outbound());
     const free = pool.available;
-    const p = make(tcp(900), sa.handle, 500);
-    pool.flags[p] = 0;
-    expect(tx.burst(Uint32Array.of(p), 1)).toBe(1);
-    expect(ring.sent).toEqual([]);
+    const [fits, large] = [900, 2400].map((payload) => make(tcp(payload), sa.handle, 500));
+    pool.flags[fits] = 0;
+    pool.flags[large] = 0;
+    expect(tx.burst(Uint32Array.of(fits, large), 2)).toBe(2);
+    expect(ring.sent.map(({ packet }) => packet)).toEqual([fits]);
+    expect(ring.sent[0].bytes.length).toBeGreaterThan(900 + 54 + 36);
     expect(tx.dropped[Verdict.noRoom]).toBe(1);
+    ring.complete();
     expect(pool.available).toBe(free);
   });
 
