@@ -63,7 +63,7 @@ export class VfioUserServer {
   errorReplies = 0;
   readonly #options: ServerOptions;
   readonly #listener: UnixListener;
-  #accepting: Watch | null = null;
+  #accepting: Pick<Watch, 'close'> | null = null;
   #session: Session | null = null;
   #closed = false;
 
@@ -89,13 +89,10 @@ export class VfioUserServer {
   }
 
   #watch(): void {
-    this.#accepting = ffi().watch(this.#listener.fd, () => this.#accept());
+    this.#accepting = this.#listener.watch((socket) => this.#begin(socket));
   }
 
-  #accept(): void {
-    if (this.#session !== null || this.#closed) return;
-    const socket = this.#listener.accept();
-    if (socket === null) return;
+  #begin(socket: UnixSocket): void {
     // The next client waits in the backlog until this one has left.
     this.#accepting?.close();
     this.#accepting = null;

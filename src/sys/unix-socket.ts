@@ -10,6 +10,7 @@
 import { lstatSync, unlinkSync } from 'node:fs';
 import { constants as os } from 'node:os';
 import { SystemError } from '../errors.ts';
+import { ffi, type Watch } from './ffi/ffi.ts';
 import * as libc from './libc.ts';
 import { type MappedMemory, mapAnonymous } from './memory.ts';
 
@@ -200,6 +201,9 @@ function receivedDescriptors(u32: Uint32Array): number[] {
   return descriptors;
 }
 
+/** Milliseconds until a connection is asked for again that the system could not give. */
+const RETRY_MS = 100;
+
 /** A listening socket that exists from its first instant with `mode` and is removed when closed. */
 export class UnixListener {
   readonly fd: number;
@@ -242,6 +246,38 @@ export class UnixListener {
       if (left <= 0) return null;
       libc.poll(this.fd, libc.PollEvent.in, left === Infinity ? -1 : left);
     }
+  }
+
+  /**
+   * Calls `take` with each connection, from the event loop, until the watch is closed. One that the system cannot give now, for want of a
+   * descriptor as a rule (accept(2)), waits in the backlog and is asked for again, as others may give theirs back.
+   */
+  watch(take: (socket: UnixSocket) => void): Pick<Watch, 'close'> {
+    let watch: Watch | null = null;
+    let timer: NodeJS.Timeout | null = null;
+    const begin = () => {
+      watch = ffi().watch(this.fd, look);
+    };
+    const look = () => {
+      let socket: UnixSocket | null;
+      try {
+        socket = this.accept();
+      } catch (error) {
+        if (!(error instanceof SystemError)) throw error;
+        // The descriptor stays readable: a watch would look without end.
+        watch?.close();
+        timer = setTimeout(begin, RETRY_MS);
+        return;
+      }
+      if (socket !== null) take(socket);
+    };
+    begin();
+    return {
+      close: () => {
+        watch?.close();
+        if (timer !== null) clearTimeout(timer);
+      },
+    };
   }
 
   /** Stops listening and removes the path if it is still this socket. Idempotent. */

@@ -3,7 +3,6 @@
  * takes ownership, and agrees on protocol features (QEMU's docs/interop/vhost-user.rst).
  */
 import { SystemError, VfioError } from '../errors.ts';
-import { ffi } from '../sys/ffi/ffi.ts';
 import { UnixListener, UnixSocket } from '../sys/unix-socket.ts';
 import { Feature, FeatureSet } from './features.ts';
 import {
@@ -105,14 +104,7 @@ async function accept(path: string, timeoutMs: number): Promise<UnixSocket> {
     throw new VfioError('CONNECT_FAILED', `cannot listen on ${path}: ${cause.message}`, { cause });
   }
   const { promise, resolve, reject } = withResolvers<UnixSocket>();
-  const watch = ffi().watch(listener.fd, () => {
-    try {
-      const socket = listener.accept();
-      if (socket !== null) resolve(socket);
-    } catch (error) {
-      reject(error);
-    }
-  });
+  const watch = listener.watch(resolve);
   const timer = setTimeout(
     () => reject(new VfioError('CONNECT_FAILED', `no back-end connected to ${path} in ${timeoutMs} ms`)),
     timeoutMs,

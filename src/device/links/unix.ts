@@ -60,7 +60,7 @@ export class UnixLink implements Link {
   /** Received bytes that are not yet a frame: at the start of the data area. */
   #have = 0;
   #socket: UnixSocket | null = null;
-  #watch: Watch | null = null;
+  #watch: Pick<Watch, 'close'> | null = null;
   #retry: NodeJS.Timeout | null = null;
   /** Whether the socket may have bytes: no watch is on it then. */
   #readable = false;
@@ -101,11 +101,7 @@ export class UnixLink implements Link {
       this.#connect();
       return;
     }
-    const listener = this.#listener;
-    this.#watch = ffi().watch(listener.fd, () => {
-      const socket = listener.accept();
-      if (socket !== null) this.#open(socket);
-    });
+    this.#watch = this.#listener.watch((socket) => this.#open(socket));
   }
 
   #connect(): void {

@@ -1,7 +1,7 @@
 import { existsSync, mkdtempSync, readdirSync, rmSync, statSync, writeFileSync } from 'node:fs';
-import { tmpdir } from 'node:os';
+import { constants as os, tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
 import * as libc from '../../../src/sys/libc.ts';
 import { UnixListener, UnixSocket } from '../../../src/sys/unix-socket.ts';
 
@@ -199,6 +199,27 @@ export function unixSocketSuite(): void {
       server.close();
       listener.close();
       expect(() => listener.accept()).toThrow(expect.objectContaining({ code: 'EBADF' }));
+    });
+
+    it('gives each connection from the event loop, also one for which there was no descriptor at first', async () => {
+      const listener = UnixListener.listen(path);
+      const first = UnixSocket.connect(path, soon());
+      const accepted: UnixSocket[] = [];
+      const given = (count: number) => vi.waitFor(() => expect(accepted).toHaveLength(count), 10_000);
+      let asked = 0;
+      const accept = listener.accept.bind(listener);
+      listener.accept = () => {
+        if (++asked <= 2) throw libc.systemError('accept4', os.errno.EMFILE);
+        return accept();
+      };
+      const watch = listener.watch((socket) => accepted.push(socket));
+      await given(1);
+      expect(asked).toBe(3);
+      const second = UnixSocket.connect(path, soon());
+      await given(2);
+      watch.close();
+      for (const socket of [first, second, ...accepted]) socket.close();
+      listener.close();
     });
 
     it('replaces a socket that nobody listens on, but no live one and no file', () => {
