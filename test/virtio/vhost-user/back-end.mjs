@@ -1,13 +1,14 @@
 /**
  * A vhost-user back-end that loops frames back, and does what it is told, right or wrong. Runs as a worker thread or as a process
- * of its own, because the front-end blocks.
+ * of its own, because the front-end blocks. Each message to the thread is a back-end to be, one after the other: to start a thread takes
+ * longer than most tests.
  *
  * It shares no code with `src`: system calls through koffi, layouts written down again from QEMU's vhost-user.rst and from Virtio 1.4,
  * 2.7 and 2.8. It is strict about what a front-end may send, and calls every offence a violation. Rules (see `fake.ts`) change its answer to
  * single messages.
  */
 
-import { parentPort, workerData } from 'node:worker_threads';
+import { parentPort } from 'node:worker_threads';
 import koffi from 'koffi';
 
 const c = koffi.load(null);
@@ -26,9 +27,28 @@ const sys = {
   mmap: c.func('int64_t mmap(int64_t, uint64_t, int, int, int, int64_t)'),
   munmap: c.func('int munmap(int64_t, uint64_t)'),
 };
-const setup = workerData ?? JSON.parse(process.argv[2]);
-const { path, device, rules = [], connect = false } = setup;
-const stopFlag = setup.stop === undefined ? new Int32Array(1) : new Int32Array(setup.stop);
+/** What the back-end of the moment is to be, as `fake.ts` says it. */
+let path;
+let device;
+let rules;
+let connect;
+let stopFlag;
+/** What it offers. */
+let offered;
+let offeredProtocol;
+/** What the front-end has set, and how many requests of a kind have come. */
+let state;
+let seen;
+
+function become(setup) {
+  ({ path, device, rules, connect } = setup);
+  stopFlag = new Int32Array(setup.stop ?? 1);
+  offered = BigInt(device.features);
+  offeredProtocol = BigInt(device.protocolFeatures);
+  state = { features: 0n, protocol: 0n, regions: [], rings: new Map(), status: 0, owner: false };
+  seen = new Map();
+}
+
 const stopped = () => Atomics.load(stopFlag, 0) !== 0;
 const tell = (event) => {
   if (parentPort !== null) parentPort.postMessage(event);
@@ -39,12 +59,7 @@ const violation = (what) => tell({ event: 'violation', what });
 
 const Proto = { MQ: 0, REPLY_ACK: 3, CONFIG: 9, RESET_DEVICE: 13, MEM_SLOTS: 15, STATUS: 16 };
 const Bit = { MRG_RXBUF: 15, EVENT_IDX: 29, PROTOCOL_FEATURES: 30, RING_PACKED: 34, IN_ORDER: 35 };
-const offered = BigInt(device.features);
-const offeredProtocol = BigInt(device.protocolFeatures ?? 0);
 const has = (set, bit) => ((set >> BigInt(bit)) & 1n) === 1n;
-
-/** What the front-end has set. */
-const state = { features: 0n, protocol: 0n, regions: [], rings: new Map(), status: 0, owner: false };
 
 function wait(fd, ms) {
   const pollfd = Buffer.alloc(8);
@@ -70,7 +85,7 @@ function message(base, length, control) {
 function receive(fd, length, fds) {
   const data = Buffer.alloc(length);
   for (let done = 0; done < length; ) {
-    while (!wait(fd, 20));
+    while (!wait(fd, 5));
     const part = Buffer.alloc(length - done);
     const control = Buffer.alloc(1040);
     const header = message(part, part.length, control);
@@ -526,8 +541,6 @@ function encode(request, { flags = 5, payload = Buffer.alloc(0), size, request: 
   return bytes;
 }
 
-const seen = new Map();
-
 function answer(fd, incoming) {
   const { request, flags } = incoming;
   const nth = (seen.get(request) ?? 0) + 1;
@@ -595,22 +608,33 @@ function session(fd) {
   }
 }
 
-const opened = connect ? null : open();
-tell({ event: 'ready' });
-let current = -1;
-try {
-  const at = opened ?? open();
-  if (at.listener >= 0) {
-    while (!wait(at.listener, 20));
-    current = sys.accept(at.listener, null, null);
-    sys.close(at.listener);
-  } else current = at.fd;
-  if (device.greeting !== undefined) send(current, Buffer.from(device.greeting));
-  session(current);
-} catch (error) {
-  if (error !== CLOSED) tell({ event: 'violation', what: String(error?.stack ?? error) });
+function run() {
+  const opened = connect ? null : open();
+  tell({ event: 'ready' });
+  let current = -1;
+  try {
+    const at = opened ?? open();
+    if (at.listener >= 0) {
+      while (!wait(at.listener, 5));
+      current = sys.accept(at.listener, null, null);
+      sys.close(at.listener);
+    } else current = at.fd;
+    if (device.greeting !== undefined) send(current, Buffer.from(device.greeting));
+    session(current);
+  } catch (error) {
+    if (error !== CLOSED) tell({ event: 'violation', what: String(error?.stack ?? error) });
+  }
+  if (current >= 0) sys.close(current);
+  for (const ring of state.rings.values())
+    for (const fd of [ring.kick, ring.call, ring.err]) if (fd >= 0) sys.close(fd);
+  dropRegions(state.regions);
+  tell({ event: 'closed' });
 }
-if (current >= 0) sys.close(current);
-for (const ring of state.rings.values()) for (const fd of [ring.kick, ring.call, ring.err]) if (fd >= 0) sys.close(fd);
-dropRegions(state.regions);
-tell({ event: 'closed' });
+
+function begin(setup) {
+  become(setup);
+  run();
+}
+
+if (parentPort === null) begin(JSON.parse(process.argv[2]));
+else parentPort.on('message', begin);

@@ -59,6 +59,16 @@ export interface FakeOptions {
   readonly process?: boolean;
 }
 
+/** What a back-end tells of itself. */
+interface BackEndEvent {
+  readonly event: string;
+  readonly what?: string;
+  readonly request?: number;
+  readonly flags?: number;
+  readonly payload?: readonly number[];
+  readonly descriptors?: number;
+}
+
 export interface Message {
   readonly request: number;
   readonly flags: number;
@@ -84,6 +94,8 @@ const PROTOCOL_FEATURES = 30;
 const PATIENCE_MS = 10_000;
 
 const endings: (() => Promise<void>)[] = [];
+/** Threads whose back-end has ended, for the next ones. */
+const idle: Worker[] = [];
 
 /** Ends every back-end of the test. */
 export async function cleanUp(): Promise<void> {
@@ -92,6 +104,27 @@ export async function cleanUp(): Promise<void> {
 
 function bits(set: readonly number[]): string {
   return String(set.reduce((all, bit) => all | (1n << BigInt(bit)), 0n));
+}
+
+/** Runs a back-end in a thread that has nothing else to do; resolves when it has ended. */
+function inThread(setup: object, hear: (event: BackEndEvent) => void): Promise<void> {
+  const worker = idle.pop() ?? new Worker(program);
+  worker.ref();
+  return new Promise((resolve) => {
+    const end = (): void => {
+      worker.off('message', onMessage).off('error', onError).off('exit', end).unref();
+      resolve();
+    };
+    const onMessage = (event: BackEndEvent): void => {
+      hear(event);
+      if (event.event !== 'closed') return;
+      end();
+      idle.push(worker);
+    };
+    const onError = (error: unknown): void => hear({ event: 'violation', what: String(error) });
+    worker.on('message', onMessage).on('error', onError).on('exit', end);
+    worker.postMessage(setup);
+  });
 }
 
 export async function startBackEnd(options: FakeOptions = {}): Promise<FakeBackEnd> {
@@ -114,14 +147,7 @@ export async function startBackEnd(options: FakeOptions = {}): Promise<FakeBackE
   const violations: string[] = [];
   let ready = false;
   let ended = false;
-  const hear = (event: {
-    event: string;
-    what?: string;
-    request?: number;
-    flags?: number;
-    payload?: number[];
-    descriptors?: number;
-  }): void => {
+  const hear = (event: BackEndEvent): void => {
     if (event.event === 'ready') ready = true;
     if (event.event === 'violation') violations.push(event.what ?? '');
     if (event.event === 'message') {
@@ -144,12 +170,7 @@ export async function startBackEnd(options: FakeOptions = {}): Promise<FakeBackE
       for (const line of lines) hear(JSON.parse(line));
     });
     gone = new Promise((resolve) => started.once('close', () => resolve()));
-  } else {
-    const worker = new Worker(program, { workerData: { ...setup, stop } });
-    worker.on('message', hear);
-    worker.on('error', (error) => violations.push(String(error)));
-    gone = new Promise((resolve) => worker.once('exit', () => resolve()));
-  }
+  } else gone = inThread({ ...setup, stop }, hear);
   void gone.then(() => {
     ended = true;
   });
