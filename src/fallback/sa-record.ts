@@ -157,16 +157,19 @@ function writeInitialIv(words: Int32Array, record: number, sa: SecurityAssociati
   words[record + SaWord.ivHigh] = Number(difference >> 32n);
 }
 
-/** Sequence number, IV and window of the SA in slot `from` go on in slot `to`: for a change that leaves the key. */
-export function carrySequence(table: SaTable, from: number, to: number): void {
+/**
+ * Sequence number and window of the SA in slot `from` go on in slot `to`: for a change that leaves the key of the authenticator. With `sameNonces`
+ * IVs go on too; under another key they are the sequence numbers from now on.
+ */
+export function carrySequence(table: SaTable, from: number, to: number, sameNonces: boolean): void {
   const { words, windows } = table;
   const a = from * RECORD;
   const b = to * RECORD;
   words[b + SaWord.sequenceLow] = words[a + SaWord.sequenceLow];
   words[b + SaWord.sequenceHigh] = words[a + SaWord.sequenceHigh];
   if ((words[b + SaWord.kind] & SaKind.outbound) !== 0) {
-    words[b + SaWord.ivLow] = words[a + SaWord.ivLow];
-    words[b + SaWord.ivHigh] = words[a + SaWord.ivHigh];
+    words[b + SaWord.ivLow] = sameNonces ? words[a + SaWord.ivLow] : 0;
+    words[b + SaWord.ivHigh] = sameNonces ? words[a + SaWord.ivHigh] : 0;
     words[b + SaWord.kind] &= ~SaKind.givenIv;
     return;
   }

@@ -173,7 +173,7 @@ export class SoftwareIpsec {
     const { sentWith, acceptedWith } = entry;
     sentWith.add(keys.nonces);
     if (!outbound) acceptedWith.set(entry.keys.icv, sequenceOf(table, old));
-    if (!rekeyed) carrySequence(table, old, slot);
+    if (!rekeyed) carrySequence(table, old, slot, !newNonces);
     else if (!outbound) startBehind(table, slot, acceptedWith.get(keys.icv) ?? 0n);
     const before = lifetimes[old];
     lifetimes[slot] =
@@ -449,10 +449,11 @@ export class SoftwareIpsec {
 
   #fingerprints(sa: SecurityAssociation): Fingerprints {
     const { cipherKey, authKey } = keysOf(sa);
-    const fingerprint = (bytes: Uint8Array) => createHmac('sha256', this.#secret).update(bytes).digest('base64');
+    const fingerprint = (bytes: Uint8Array, name = '') =>
+      createHmac('sha256', this.#secret).update(name).update(bytes).digest('base64');
     const material = nonceMaterial(sa);
     const nonces = fingerprint(material ?? (cipherKey.length === 0 ? authKey : cipherKey));
     material?.fill(0);
-    return { nonces, icv: sa.cipher === undefined ? nonces : fingerprint(authKey) };
+    return { nonces, icv: sa.cipher === undefined ? nonces : fingerprint(authKey, sa.auth?.name) };
   }
 }

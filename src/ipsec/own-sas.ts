@@ -9,7 +9,7 @@ import type { ManagedSa } from './managed-sa.ts';
 import type { NonceClaim, NonceGuard } from './nonce-guard.ts';
 import type { Where } from './placement.ts';
 import type { SecurityAssociation } from './sa.ts';
-import { longestFrame, placeOf, selectorOf } from './sa-facts.ts';
+import { longestFrame, placeOf, selectorOf, withNonces } from './sa-facts.ts';
 import { SaPlace, type SaState } from './sa-state.ts';
 
 /** What is used of `SoftwareIpsec`. */
@@ -84,7 +84,7 @@ export class OwnSas {
       return;
     }
     const next = software.counters(handle).sequence;
-    const claim = this.#options.guard.claim(sa, 'software');
+    const claim = this.#options.guard.claim(withNonces(sa, managed.keyId), 'software');
     try {
       software.modify(handle, sa);
     } catch (error) {

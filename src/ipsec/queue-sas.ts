@@ -12,6 +12,7 @@ import type { SaTraffic } from './ipsec.ts';
 import type { ManagedSa } from './managed-sa.ts';
 import type { NonceClaim, NonceGuard } from './nonce-guard.ts';
 import type { SecurityAssociation } from './sa.ts';
+import { withNonces } from './sa-facts.ts';
 import { namedCounters, type SaState } from './sa-state.ts';
 import { ownerNumber, type SaEntry, type SaThread, type SaThreads } from './sa-thread.ts';
 
@@ -125,7 +126,7 @@ export class QueueSas {
       managed.became(sa);
       return;
     }
-    const claim = this.#guard.claim(sa, 'software');
+    const claim = this.#guard.claim(withNonces(sa, managed.keyId), 'software');
     let next: bigint | null;
     try {
       next = await thread.modify(entry, true);

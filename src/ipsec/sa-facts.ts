@@ -4,6 +4,7 @@ import { encapsulationOf, largestInner } from '../fallback/pmtu.ts';
 import { isRestrictive } from '../fallback/selector.ts';
 import { Ipv4, Ipv6 } from '../packet/fields.ts';
 import type { SaEvents } from './ipsec.ts';
+import { keyId } from './key-id.ts';
 import type { Where } from './placement.ts';
 import type { SecurityAssociation } from './sa.ts';
 import { SaPlace } from './sa-state.ts';
@@ -22,6 +23,14 @@ export function identityOf(sa: Pick<SecurityAssociation, 'protocol' | 'spi'>): s
 /** The selector that decapsulated packets of an inline inbound SA must fit: the device does not check it. */
 export function selectorOf(sa: SecurityAssociation): SecurityAssociation['selector'] | null {
   return sa.direction === 'inbound' && isRestrictive(sa.selector) ? sa.selector : null;
+}
+
+/**
+ * What nonces an SA in software will have that is modified to `sa`, with another key, and had the key `before` (`keyId`): under an authenticator that
+ * stays the sequence numbers go on, and IVs are sequence numbers, wherever those are; else they begin where `sa` says.
+ */
+export function withNonces(sa: SecurityAssociation, before: string): SecurityAssociation {
+  return keyId(sa) === before ? { ...sa, initial: { sequence: 1n } } : sa;
 }
 
 /** The longest IP packet that still fits the link when `sa` protects it, whichever IP version it has. */

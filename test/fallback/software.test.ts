@@ -191,6 +191,23 @@ describe('a modified SA', () => {
     expect(unprotectOne(bench, bytes).verdict).toBe('ok');
   });
 
+  it('with a new cipher key and the same authenticator has its sequence numbers for IVs, whatever is said of IVs', () => {
+    const bench = makeBench();
+    const ctr = (first: number, name: 'aes-xcbc' | 'aes-cmac' = 'aes-xcbc') =>
+      ({
+        cipher: { name: 'aes-ctr', key: counting(16, first), salt: counting(4) },
+        auth: { name, key: counting(16) },
+        initial: { sequence: 9, iv: counting(8, first) },
+      }) as const;
+    bench.ipsec.add(1, makeSa('outbound', ctr(1)));
+    expect(sequenceAndIv(protectOne(bench, PACKET, 1).bytes)).toEqual([9, toHex(counting(8, 1))]);
+    bench.ipsec.modify(1, makeSa('outbound', ctr(2)));
+    expect(sequenceAndIv(protectOne(bench, PACKET, 1).bytes)).toEqual([10, '000000000000000a']);
+    // Another authenticator with the same key is another one: numbers and IVs begin as the SA says.
+    bench.ipsec.modify(1, makeSa('outbound', ctr(3, 'aes-cmac')));
+    expect(sequenceAndIv(protectOne(bench, PACKET, 1).bytes)).toEqual([9, toHex(counting(8, 3))]);
+  });
+
   it('that comes back to a key accepts no packet of before', () => {
     const bench = makeBench();
     bench.ipsec.add(1, makeSa('outbound'));

@@ -279,4 +279,24 @@ const EXAMPLES: readonly Step[][] = [
     { do: 'move', slot: 0, wish: { key: 5, ctr: true, sequence: 1n, iv: null }, to: 'software', known: false },
     { do: 'send', slot: 0, n: 1 },
   ],
+  // The same in place: the numbers go on, so it does not begin where the new parameters say.
+  [
+    { do: 'add', slot: 0, wish: { key: 0, ctr: true, sequence: 1n, iv: null }, where: 'software' },
+    { do: 'send', slot: 0, n: 4 },
+    { do: 'add', slot: 0, wish: { key: 1, ctr: true, sequence: 1n, iv: null }, where: 'software' },
+    { do: 'send', slot: 0, n: 1 },
+    { do: 'modify', slot: 0, wish: { key: 0, ctr: true, sequence: 10n, iv: null } },
+    { do: 'send', slot: 0, n: 2 },
+  ],
+  // And the IVs of the key before do not go on under the new one, of which nobody would know.
+  [
+    { do: 'add', slot: 0, wish: { key: 0, ctr: true, sequence: 1n, iv: 15n }, where: 'software' },
+    { do: 'send', slot: 0, n: 1 },
+    { do: 'modify', slot: 0, wish: { key: 1, ctr: true, sequence: 1n, iv: null } },
+    { do: 'send', slot: 0, n: 2 },
+    { do: 'remove', slot: 0 },
+    { do: 'add', slot: 0, wish: { key: 1, ctr: true, sequence: 12n, iv: null }, where: 'software' },
+    { do: 'send', slot: 0, n: 4 },
+    { do: 'send', slot: 0, n: 4 },
+  ],
 ];
