@@ -176,7 +176,8 @@ export class FaultyQueue implements DeviceQueue {
   }
 
   arm(seen: number): boolean {
-    const ready = this.#inner.arm(seen);
+    const unasked = this.index === 1 && this.#faults.has('notifications-unasked');
+    const ready = unasked ? this.#inner.available() > seen : this.#inner.arm(seen);
     this.#spoilFlags();
     // Nobody would wake the device for a queue that it should not work on.
     return ready || UNDEAD.some((name) => this.#faults.has(name));

@@ -143,6 +143,7 @@ export const FAULTS = {
   'indirect-after-chain-refused': 'an indirect descriptor behind another one breaks the queue',
   'event-idx-swapped': 'event indices are used unless they are negotiated',
   'interrupt-flag-ignored': 'interrupts are sent whether the driver wants them or not',
+  'notifications-unasked': 'the device does not ask for notifications of what is to be sent on the first queue',
   'notifications-fatal': 'the 21st notification breaks the device',
   'interrupts-anyway': 'queues without a vector interrupt with vector 0',
   'isr-never': 'the queue bit of ISR status is not set',

@@ -42,6 +42,8 @@ export interface QueueStatistics {
     readonly invalid: number;
     /** Times that a burst was not taken as a whole. */
     readonly ringFull: number;
+    /** Times that a device that returned nothing was notified once more, though it had not asked for it. */
+    readonly renotified: number;
     /** Dropped because the SA that was asked for does not exist or could not carry them; by reason. */
     readonly dropped: Readonly<Record<string, number>>;
   };
@@ -93,6 +95,7 @@ export function sumStatistics(queues: readonly CountedQueue[]): QueueStatistics 
       bytes: sum(tx, TxCounter.bytes),
       invalid: sum(tx, TxCounter.droppedInvalid),
       ringFull: sum(tx, TxCounter.ringFull),
+      renotified: sum(tx, TxCounter.renotified),
       dropped: noSa === 0 ? txDropped : { ...txDropped, 'no-sa': noSa },
     },
   };

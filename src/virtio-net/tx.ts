@@ -31,6 +31,7 @@ import {
   writeTunnel,
 } from './header.ts';
 import { NOT_INLINE, type SaTable } from './sa-table.ts';
+import { TxWatch } from './tx-watch.ts';
 
 export interface TxQueueOptions {
   /** Its `iovaLow`/`iovaHigh` are those of the pool, its `headroom` is `layout.length`. */
@@ -59,8 +60,10 @@ export const TxCounter = {
   droppedInvalid: 3,
   /** `burst` took fewer packets than it was given. */
   ringFull: 4,
+  /** Notifications that the device had not asked for, because it returned nothing: `tx-watch.ts`. */
+  renotified: 5,
 } as const;
-export const TX_COUNTERS = 5;
+export const TX_COUNTERS = 6;
 
 /** Most slots of a chain: 64 KiB in slots of 2 KiB, and some. */
 export const MAX_CHAIN = 40;
@@ -78,6 +81,7 @@ export class TxQueue {
   readonly counters: Float64Array;
   readonly #queue: Virtqueue;
   readonly #notifier: QueueNotifier;
+  readonly #watch: TxWatch;
   readonly #layout: NetHeaderLayout;
   readonly #sas: SaTable;
   readonly #checksum: boolean;
@@ -100,6 +104,11 @@ export class TxQueue {
     this.counters = options.counters ?? new Float64Array(TX_COUNTERS);
     this.#queue = queue;
     this.#notifier = options.notifier;
+    const renotify = () => {
+      this.counters[TxCounter.renotified]++;
+      this.#notifier.notify();
+    };
+    this.#watch = new TxWatch(queue, () => this.reclaim(), renotify);
     this.#layout = layout;
     this.#sas = options.sas;
     this.#checksum = options.checksum ?? false;
@@ -274,6 +283,7 @@ export class TxQueue {
     }
     queue.postBurst(packets, from, count, offset, length, false);
     if (queue.publish()) this.#notifier.notify();
+    if (!this.#watch.armed) this.#watch.arm();
     const counters = this.counters;
     counters[TxCounter.packets] += count - dropped;
     counters[TxCounter.bytes] += bytes;
@@ -419,7 +429,11 @@ export class TxQueue {
     // hot:
     const returned = this.#returned;
     const n = this.#queue.take(returned, this.#written, returned.length);
-    if (n === 0) return 0;
+    if (n === 0) {
+      this.#watch.inVain();
+      return 0;
+    }
+    this.#watch.moved = true;
     if (this.#hasChains) this.pool.freeChains(returned, n);
     else this.pool.free(returned, n);
     return n;

@@ -92,6 +92,10 @@ export abstract class DriverQueue {
     return this.closed === null ? this.unused : 0;
   }
 
+  get out(): number {
+    return this.closed === null ? this.size - this.unused : 0;
+  }
+
   get broken(): VirtioError | null {
     return this.closed === STOPPED ? null : this.closed;
   }

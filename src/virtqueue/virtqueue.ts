@@ -44,6 +44,8 @@ export interface Virtqueue {
   readonly deviceArea: number;
   /** Descriptors that are free now; 0 once the queue is stopped or broken. */
   readonly free: number;
+  /** Descriptors that the device has, or is going to have; 0 once the queue is stopped or broken. */
+  readonly out: number;
   /** Set when the device broke the rules, or `fail` was called. */
   readonly broken: VirtioError | null;
   /** Where the next buffer will be made available, as a notification says it (2.9): `next_off`, and `next_wrap` in bit 15. */

@@ -166,6 +166,14 @@ const SEEN: Partial<Record<keyof typeof FAULTS, () => Promise<void>>> = {
     await net.receive();
     expect(net.tx.usedIndex).toBe(0);
   },
+  'notifications-unasked': async () => {
+    const net = await open();
+    await net.send(udpFrame());
+    await net.receive();
+    // More turns of the event loop than the device stays awake for; it would ask for notifications now, which are 0.
+    for (let turn = 0; turn < 1000; turn++) await new Promise((resolve) => setImmediate(resolve));
+    expect(Atomics.load(net.tx.memory.u16, net.tx.used >>> 1)).toBe(1);
+  },
   'interrupt-storm': async () => {
     const net = await open({ vectors: true });
     await net.driver.notify(1);
