@@ -6,7 +6,8 @@
  * the header's `resource_id` agree. Every buffer that held keys is wiped; keys are kept nowhere.
  *
  * The packets of an SA that is being destroyed may still be in a ring. Outbound: no new one enters, the queues are given time to
- * finish, and ids are used again as late as possible. Inbound: a used-again id means its new SA only once every receive queue has been
+ * finish, and ids are used again as late as possible; the id of which a packet may still be in a ring then never is, or its packet might leave under
+ * another SA. Inbound: a used-again id means its new SA only once every receive queue has been
  * seen empty; until then such packets count as not secured.
  */
 import { AdminCommandError, IpsecError } from '../errors.ts';
@@ -43,8 +44,8 @@ export interface InlineIpsecOptions {
   readonly handles: number;
   /** How many SAs of each direction the driver asks for at most. */
   readonly maxSas: number;
-  /** Resolves when the transmit queues have finished what they hold now, or have had time enough. */
-  readonly quiesceTransmit: () => Promise<void>;
+  /** Resolves when the transmit queues have finished what they hold now; to false when they have not, after time enough. */
+  readonly quiesceTransmit: () => Promise<boolean>;
   /** Number of receive queues, whose `drained` calls are waited for. */
   readonly receiveQueues: number;
 }
@@ -186,7 +187,10 @@ export class InlineIpsec {
 
   /** From now on what the inbound SA receives counts as not secured. */
   silence(handle: number): void {
-    const { id } = this.#get(handle);
+    this.#silence(handle, this.#get(handle).id);
+  }
+
+  #silence(handle: number, id: number): void {
     this.#awaited = this.#awaited.filter((one) => one.handle !== handle);
     if (this.#options.table.handle[id] === handle) this.#options.table.handle[id] = 0;
   }
@@ -224,20 +228,20 @@ export class InlineIpsec {
     this.#sas.delete(handle);
     const { table, rules, quiesceTransmit } = this.#options;
     const outbound = sa.type === SaObjectType.outbound;
+    let isNamed = retireId;
     if (outbound) {
       table.resourceId[handle] = NOT_INLINE;
-      await quiesceTransmit();
+      isNamed = !(await quiesceTransmit()) || retireId;
     } else {
+      this.#silence(handle, sa.id);
       await rules?.remove(sa.rules);
-      this.#awaited = this.#awaited.filter((one) => one.handle !== handle);
-      if (table.handle[sa.id] === handle) table.handle[sa.id] = 0;
     }
     try {
       await this.#admin.destroyObject(sa.type, sa.id);
     } catch (error) {
       if (!(error instanceof AdminCommandError && error.status === AdminStatus.ENXIO)) throw error;
     }
-    if (!retireId) (outbound ? this.#outboundIds : this.#inboundIds).give(sa.id);
+    if (!isNamed) (outbound ? this.#outboundIds : this.#inboundIds).give(sa.id);
     if (sa.identity !== null) this.#inbound.delete(sa.identity);
   }
 

@@ -140,7 +140,8 @@ export class IpsecManager implements Ipsec {
     // Inbound, the device counts: any queue may deliver.
     const owner = sa.direction === 'outbound' ? thread : null;
     try {
-      await device.create(handle, sa, false, owner !== null);
+      // What an inbound SA receives counts as secured by it only when its selector is known here.
+      await device.create(handle, sa, sa.direction === 'inbound', owner !== null);
     } catch (error) {
       if (!isRefusal(error)) {
         claim.release();
@@ -159,7 +160,10 @@ export class IpsecManager implements Ipsec {
         throw this.#closed;
       }
       this.#own.enter(handle, sa, 'inline');
-      if (sa.direction === 'inbound') this.#queues.addEverywhere(handle, sa);
+      if (sa.direction === 'inbound') {
+        device.deliver(handle);
+        this.#queues.addEverywhere(handle, sa);
+      }
     }
     return this.#enter(handle, sa, placement, claim, owner);
   }
@@ -313,8 +317,10 @@ export class IpsecManager implements Ipsec {
     managed.keepTraffic();
     this.#registry.leave(managed);
     this.#queues.own(handle, undefined);
+    const receivesInline = managed.placement.where === 'inline' && managed.direction === 'inbound';
+    if (receivesInline) this.device?.silence(handle);
     this.state.remove(handle);
-    if (managed.placement.where === 'inline' && managed.direction === 'inbound') {
+    if (receivesInline) {
       const gone = await this.#queues.removeEverywhere(handle);
       await this.device?.destroy(handle, !gone);
     } else if (managed.placement.where === 'software') {

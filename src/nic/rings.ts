@@ -246,8 +246,8 @@ export class NicRings {
     for (const { rx } of this.pairs) rx.start();
   }
 
-  /** Resolves when what the transmit rings hold now has been sent, or after a while. */
-  async quiesceTransmit(): Promise<void> {
+  /** Resolves when what the transmit rings hold now has been sent; to false when it has not after a while. */
+  async quiesceTransmit(): Promise<boolean> {
     const deadline = performance.now() + QUIESCE_MS;
     for (const { tx, txRing } of this.pairs) {
       const until = tx.counters[TxCounter.packets];
@@ -255,10 +255,12 @@ export class NicRings {
         if (tx.broken !== null) break;
         tx.reclaim();
         const out = txRing.queue.size - txRing.queue.free;
-        if (tx.counters[TxCounter.packets] - out >= until || performance.now() >= deadline) break;
+        if (tx.counters[TxCounter.packets] - out >= until) break;
+        if (performance.now() >= deadline) return false;
         await new Promise((resolve) => setTimeout(resolve, 1));
       }
     }
+    return true;
   }
 
   /** From now on bursts give 0 and touch no shared memory. */

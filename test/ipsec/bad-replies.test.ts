@@ -90,7 +90,7 @@ async function use(admin: AdminQueue, revision: (typeof WIRE_REVISIONS)[number])
     table,
     handles: 16,
     maxSas: 8,
-    quiesceTransmit: async () => {},
+    quiesceTransmit: async () => true,
     receiveQueues: 1,
   });
   if (inline === null) return;

@@ -54,7 +54,7 @@ describe('an SA as plain data', () => {
       table: { resourceId: new Uint32Array(0), handle: new Uint32Array(0) },
       handles: 8,
       maxSas: 8,
-      quiesceTransmit: async () => {},
+      quiesceTransmit: async () => true,
       receiveQueues: 0,
     });
     const guard = new NonceGuard({ memory: new NonceMemory() });

@@ -25,7 +25,7 @@ interface Setup {
 }
 
 async function open(
-  change: { limits?: { inbound: number; outbound: number }; receiveQueues?: number } = {},
+  change: { limits?: { inbound: number; outbound: number }; receiveQueues?: number; drains?: boolean } = {},
 ): Promise<Setup> {
   const admin = ipsecDevice(change.limits);
   const filter = await FlowFilter.open(admin, IDS);
@@ -39,6 +39,7 @@ async function open(
     maxSas: 8,
     quiesceTransmit: async () => {
       Object.assign(setup, { quiesced: setup.quiesced + 1 });
+      return change.drains ?? true;
     },
     receiveQueues: change.receiveQueues ?? 0,
   });
@@ -57,7 +58,7 @@ describe('inline IPsec', () => {
   it('sets what it uses of the capabilities, at most as many SAs as asked for', async () => {
     const device = ipsecDevice({ inbound: 100, outbound: 4 });
     const options = { wire, rules: null, table: setup.table, handles: 16, maxSas: 8, receiveQueues: 0 };
-    await InlineIpsec.open(device, IDS, { ...options, quiesceTransmit: async () => {} });
+    await InlineIpsec.open(device, IDS, { ...options, quiesceTransmit: async () => true });
     const limits = wire.decodeSaLimits(device.driverCapabilities.get(0x803) ?? new Uint8Array(0));
     expect(limits).toEqual({ inbound: 8, outbound: 4 });
     expect(device.driverCapabilities.has(0x804)).toBe(true);
@@ -65,7 +66,7 @@ describe('inline IPsec', () => {
 
   it('is absent when the device has no capability, or nothing in it', async () => {
     const options = { wire, rules: null, table: setup.table, handles: 16, maxSas: 8, receiveQueues: 0 };
-    const none = { ...options, quiesceTransmit: async () => {} };
+    const none = { ...options, quiesceTransmit: async () => true };
     expect(await InlineIpsec.open(setup.admin, [0x803], none)).toBeNull();
     expect(await InlineIpsec.open(ipsecDevice({ inbound: 0, outbound: 0 }), IDS, none)).toBeNull();
   });
@@ -175,6 +176,25 @@ describe('inline IPsec', () => {
     await setup.inline.destroy(1);
   });
 
+  it('takes an inbound SA off the data path before it asks the device for anything', async () => {
+    await setup.inline.create(1, inbound());
+    const gone = setup.inline.destroy(1);
+    expect(setup.table.handle[0]).toBe(0);
+    expect(setup.admin.objects.has('0x202/0')).toBe(true);
+    await gone;
+    expect(setup.admin.objects.has('0x202/0')).toBe(false);
+  });
+
+  it('does not use the id of an outbound SA again of which a packet may still be in a ring', async () => {
+    const two = await open({ limits: { inbound: 0, outbound: 2 }, drains: false });
+    await two.inline.create(1, outbound());
+    await two.inline.destroy(1);
+    await two.inline.create(2, outbound());
+    expect(two.table.resourceId[2]).toBe(1);
+    await expect(two.inline.create(3, outbound())).rejects.toThrow(code('SA_LIMIT'));
+    expect(two.admin.log.at(-1)).toBe('create 0x203/1');
+  });
+
   it('gives the packets of a used-again inbound id to the new SA only when every receive queue was empty', async () => {
     const two = await open({ limits: { inbound: 1, outbound: 0 }, receiveQueues: 2 });
     await two.inline.create(1, inbound());
@@ -220,7 +240,7 @@ describe('inline IPsec', () => {
 
   it('takes no inbound SAs without a flow filter that leads to them', async () => {
     const options = { wire, rules: null, table: setup.table, handles: 16, maxSas: 8, receiveQueues: 0 };
-    const inline = await InlineIpsec.open(ipsecDevice(), IDS, { ...options, quiesceTransmit: async () => {} });
+    const inline = await InlineIpsec.open(ipsecDevice(), IDS, { ...options, quiesceTransmit: async () => true });
     expect(inline?.obstacle(inbound())).toMatch(/no flow filter/);
     expect(inline?.obstacle(outbound())).toBeNull();
   });

@@ -58,6 +58,7 @@ interface Setup {
   software: FakeSoftware;
   memory: NonceMemory;
   manager: IpsecManager;
+  table: MutableSaTable;
 }
 
 async function open(change: Partial<IpsecManagerOptions> = {}): Promise<Setup> {
@@ -70,7 +71,7 @@ async function open(change: Partial<IpsecManagerOptions> = {}): Promise<Setup> {
     table,
     handles: 4,
     maxSas: 8,
-    quiesceTransmit: async () => {},
+    quiesceTransmit: async () => true,
     receiveQueues: 1,
   });
   const software = new FakeSoftware();
@@ -84,7 +85,7 @@ async function open(change: Partial<IpsecManagerOptions> = {}): Promise<Setup> {
     handles: 4,
     ...change,
   });
-  return { admin, software, memory, manager };
+  return { admin, software, memory, manager, table };
 }
 
 const sha512 = {
@@ -178,6 +179,22 @@ describe('the SAs of a NIC', () => {
     await soft.remove();
     await twin.remove();
     expect((await manager.addSa(inbound({ spi: 9 }))).placement.where).toBe('inline');
+  });
+
+  it('deliver no packet without having held it against their selector, when they come and when they go', async () => {
+    const { manager, table, admin } = setup;
+    const seen: string[] = [];
+    admin.fail = (what) => {
+      if (table.handle[0] !== 0) seen.push(`${what}: selective ${manager.state.selective[table.handle[0]]}`);
+      return null;
+    };
+    const one = await manager.addSa(inbound({ selector: { protocol: 17 } }));
+    expect(table.handle[0]).toBe(one.handle);
+    expect(manager.state.selective[one.handle]).toBe(1);
+    const gone = one.remove();
+    expect(table.handle[0]).toBe(0);
+    await gone;
+    expect(seen).toEqual([]);
   });
 
   it('are as many as there are handles', async () => {

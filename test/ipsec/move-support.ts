@@ -67,7 +67,7 @@ export async function openForMoves(
     table,
     handles: 8,
     maxSas: 8,
-    quiesceTransmit: async () => {},
+    quiesceTransmit: async () => true,
     receiveQueues: 0,
   });
   const memory = new NonceMemory();
