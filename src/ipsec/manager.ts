@@ -255,10 +255,10 @@ export class IpsecManager implements Ipsec {
     managed.claim.release();
     managed.claim = claim;
     const rekeyed = managed.became(sa);
+    this.#own.replaceInline(handle, sa, rekeyed);
     if (managed.thread !== null || managed.direction === 'inbound') {
       await this.#queues.replaceInline(managed.thread, handle, sa, rekeyed);
     }
-    this.#own.replaceInline(handle, sa, rekeyed);
   }
 
   move(managed: ManagedSa, where: Where, input: SecurityAssociationInput, options: MoveOptions): Promise<void> {

@@ -100,7 +100,10 @@ export class QueueSas {
     for (const thread of this.#open) thread.add(entry).catch(() => {});
   }
 
-  /** The same for parameters that have changed, on the thread that has the SA, or on all. Throws as `SaThread.modify`. */
+  /**
+   * The same for parameters that have changed, on the thread that has the SA, or on all. Throws as `SaThread.modify`. A thread that is too slow for those
+   * of an inbound SA loses it: with the selector of before it would let packets through that the new one is against.
+   */
   async replaceInline(
     thread: SaThread | null,
     handle: number,
@@ -115,7 +118,7 @@ export class QueueSas {
     const entry = this.#entryOf(handle, sa);
     this.#inbound.set(handle, entry);
     this.#watchLimits(handle, sa);
-    await Promise.allSettled(this.#open.map((one) => one.modify(entry, rekeyed)));
+    await Promise.allSettled(this.#open.map((one) => one.modify(entry, rekeyed).catch(() => one.remove(handle))));
   }
 
   /** As the manager does for its own: with the key that it has the SA goes on counting, with another it begins anew. */

@@ -3,7 +3,8 @@ import { IpsecError, VirtioError } from '../../src/errors.ts';
 import { IpsecManager } from '../../src/ipsec/manager.ts';
 import { NonceGuard, NonceMemory } from '../../src/ipsec/nonce-guard.ts';
 import type { SoftwareSide } from '../../src/ipsec/own-sas.ts';
-import { sharedCounts } from '../../src/ipsec/sa-state.ts';
+import { QueueSas } from '../../src/ipsec/queue-sas.ts';
+import { SaState, sharedCounts } from '../../src/ipsec/sa-state.ts';
 import type { SaEntry, SaThread, SaThreads } from '../../src/ipsec/sa-thread.ts';
 import { inbound, key, outbound } from './support.ts';
 
@@ -91,6 +92,25 @@ function setup() {
 const sa = (n = 0) => outbound({ aead: { name: 'aes-gcm', key: key(16, n), salt: key(4), icvLength: 16 } });
 const gone = new VirtioError('QUEUE_GONE', 'gone');
 const late = new VirtioError('QUEUE_TIMEOUT', 'late');
+
+describe('an inbound SA of the device on all threads', () => {
+  it('is lost to a thread that is too slow to learn of a new selector', async () => {
+    const threads = new FakeThreads();
+    const [slow, quick] = threads.threads;
+    const device = { objectOf: () => ({ id: 0, reused: false }), destroy: async () => {} };
+    const state = new SaState(HANDLES, () => {});
+    const queues = new QueueSas(threads, device, new NonceGuard({ memory: new NonceMemory() }), state);
+    queues.addEverywhere(1, inbound());
+    slow.modify = async () => {
+      throw late;
+    };
+    const selector = { protocol: 17 };
+    await queues.replaceInline(null, 1, inbound({ selector }), false);
+    expect(slow.entries.size).toBe(0);
+    expect(quick.entries.get(1)?.sa.selector).toEqual(selector);
+    queues.close();
+  });
+});
 
 describe('SAs on other threads', () => {
   it('have an owner, which every thread can see', async () => {
