@@ -1,7 +1,6 @@
 /** Requests of the device to announce the addresses. */
 import { afterEach, describe, expect, it } from 'vitest';
 import { Feature, type NicOptions, openNic } from '../../src/index.ts';
-import { hostDevice } from './hosted.ts';
 import { atEnd, cleanUp, open, startDevice, until } from './support.ts';
 
 afterEach(cleanUp);
@@ -17,7 +16,7 @@ describe('a device that has moved', () => {
     { name: 'by an interrupt', interrupts: true },
     { name: 'without one, in time', interrupts: false },
   ])('asks, and is told when the application has announced itself: $name', async ({ interrupts }) => {
-    const device = await hostDevice();
+    const device = await startDevice();
     const nic = await openAt(device.addresses[0], { interrupts });
     let calls = 0;
     let done = 0;
@@ -51,7 +50,7 @@ describe('a device that has moved', () => {
   });
 
   it('is heard by somebody who listens later, and by nobody who has stopped', async () => {
-    const device = await hostDevice();
+    const device = await startDevice();
     const nic = await openAt(device.addresses[0]);
     await device.announce();
     let first = 0;

@@ -70,7 +70,8 @@ describe('opening something that is not the device it should be', () => {
   ])('fails with a code when the device has the fault %s', async (fault, expected) => {
     const device = await startDevice({ faults: [fault] });
     await expect(open(device.addresses[0], quick)).rejects.toThrow(code(expected));
-    expect(device.process.exitCode).toBeNull();
+    // It is still there.
+    expect(await device.statistics()).toHaveLength(1);
   });
 });
 
@@ -179,6 +180,23 @@ describe('a device that breaks the rules of a ring', () => {
     const [, received] = await Promise.all([send(nic, frames, null), receive(nic, frames.length)]);
     expect(received.map(({ frame }) => frame)).toEqual(frames);
   });
+
+  it.each(['split', 'packed'] as const)(
+    'may forget to ask for notifications: it is notified when nothing comes back, %s',
+    async (ring) => {
+      const device = await startDevice({ faults: ['notifications-unasked'] });
+      const nic = await open(device.addresses[0], { ring, queueSize: 32 });
+      const [frame] = capture('ping-ipv4');
+      const deadline = performance.now() + 20_000;
+      // As often as it takes to find the device asleep.
+      while (nic.statistics().tx.renotified === 0) {
+        expect(performance.now(), 'the device never slept').toBeLessThan(deadline);
+        await send(nic, [frame], null);
+        expect((await receive(nic, 1)).map(({ frame: got }) => got)).toEqual([frame]);
+        await sleep(50);
+      }
+    },
+  );
 
   it('may keep what was sent for ever: then bursts take less, and closing gives everything back', async () => {
     const device = await startDevice({ faults: ['tx-never-completes'] });

@@ -34,7 +34,7 @@ describe('a NIC that is opened', () => {
     expect(nic.ipsec.inline?.modes.map(({ mode }) => mode)).toEqual([1, 2, 3, 4]);
     expect(nic.flowFilter?.capabilities.actions).toContain(3);
     expect(nic.queues).toHaveLength(1);
-    expect(nic.statistics().tx).toEqual({ packets: 0, bytes: 0, invalid: 0, ringFull: 0, dropped: {} });
+    expect(nic.statistics().tx).toEqual({ packets: 0, bytes: 0, invalid: 0, ringFull: 0, renotified: 0, dropped: {} });
   });
 
   it('asks for no more than the IPsec mode wants', async () => {

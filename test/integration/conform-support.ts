@@ -1,10 +1,8 @@
 /** Runs the conformance suite against software devices in another process. */
-import { type ChildProcess, fork } from 'node:child_process';
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { fileURLToPath } from 'node:url';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { describe, expect, it } from 'vitest';
 import {
   type Area,
   areaOf,
@@ -17,30 +15,24 @@ import {
 } from '../../src/conform/index.ts';
 import type { DeviceOptions } from '../../src/device/index.ts';
 import { openFunction } from '../../src/index.ts';
-
-const script = fileURLToPath(new URL('./device-host.mjs', import.meta.url));
+import { deviceHost } from './device-host.ts';
 
 /** Milliseconds that a device of this machine may take for an answer, with other tests beside it. */
 const TIMEOUT = 600;
 
 export type Setup = Omit<DeviceOptions, 'sockets'>;
 
-/** A process full of devices. */
-export class DeviceHost {
-  readonly #child: ChildProcess = fork(script, { stdio: ['ignore', 'inherit', 'inherit', 'ipc'] });
-  readonly #folder = mkdtempSync(join(tmpdir(), 'vipsec-conform-'));
-  #serial = 0;
-
-  /** Runs checks on a fresh device with `setup`; with link `pair`, its second function is the peer. */
-  async conform(
-    setup: Setup = {},
-    only: readonly string[] | null = null,
-    run: Partial<ConformanceOptions> = {},
-  ): Promise<ConformanceReport> {
-    const id = ++this.#serial;
+/** Runs checks on a fresh device with `setup`; with link `pair`, its second function is the peer. */
+export async function conform(
+  setup: Setup = {},
+  only: readonly string[] | null = null,
+  run: Partial<ConformanceOptions> = {},
+): Promise<ConformanceReport> {
+  const folder = mkdtempSync(join(tmpdir(), 'vipsec-conform-'));
+  try {
     const peer = setup.link === 'pair';
-    const sockets = (peer ? ['a', 'b'] : ['a']).map((name) => join(this.#folder, `${id}${name}`));
-    await this.#ask({ id, options: { ...setup, sockets } });
+    const sockets = (peer ? ['a', 'b'] : ['a']).map((name) => join(folder, name));
+    const device = await deviceHost().start({ ...setup, sockets });
     try {
       return await runConformance({
         open: () => openFunction(`vfio-user:${sockets[0]}`),
@@ -50,32 +42,10 @@ export class DeviceHost {
         checks: only === null ? CHECKS : CHECKS.filter((check) => only.includes(check.id)),
       });
     } finally {
-      await this.#ask({ id });
+      await device.stop();
     }
-  }
-
-  async #ask(message: { id: number; options?: DeviceOptions }): Promise<void> {
-    const answer = new Promise<void>((resolve, reject) => {
-      const settle = (reply: { id: number; error: string | null }) => {
-        if (reply.id !== message.id) return;
-        this.#child.off('message', settle);
-        this.#child.off('exit', lost);
-        if (reply.error === null) resolve();
-        else reject(new Error(reply.error));
-      };
-      const lost = () => reject(new Error('the process of the devices has ended'));
-      this.#child.on('message', settle);
-      this.#child.once('exit', lost);
-    });
-    this.#child.send(message);
-    await answer;
-  }
-
-  async close(): Promise<void> {
-    const ended = new Promise((resolve) => this.#child.once('exit', resolve));
-    this.#child.disconnect();
-    await ended;
-    rmSync(this.#folder, { recursive: true, force: true });
+  } finally {
+    rmSync(folder, { recursive: true, force: true });
   }
 }
 
@@ -110,15 +80,9 @@ export function faultTable(areas: readonly Area[]): { id: string; title: string;
 
 /** The table test: each check fails on a device that has its fault. */
 export function testFaults(areas: readonly Area[]): void {
-  let host: DeviceHost;
-  beforeAll(() => {
-    host = new DeviceHost();
-  });
-  afterAll(() => host.close());
-
   describe(`each conformance check of ${areas.join(', ')}`, () => {
     it.each(faultTable(areas))('$id fails on a device with the fault $fault: $title', async ({ id, setup }) => {
-      const { checks } = await host.conform(setup, [id]);
+      const { checks } = await conform(setup, [id]);
       expect(
         checks.map(({ verdict }) => verdict),
         lines(checks).join('\n'),

@@ -3,7 +3,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { CHECKS, type ConformanceOptions } from '../../src/conform/index.ts';
-import { DeviceHost, lines, type Setup } from './conform-support.ts';
+import { conform, lines, type Setup } from './conform-support.ts';
 import { startDeviceProcess, stop, vipsec } from './vipsec.ts';
 
 /** Milliseconds that a device may take for an answer on a machine that has other things to do. */
@@ -12,14 +12,11 @@ const PATIENT = 10_000;
 /** Milliseconds that all checks may take on such a machine. */
 const WHOLE_RUN = 300_000;
 
-let host: DeviceHost;
 let folder: string;
 beforeAll(() => {
-  host = new DeviceHost();
   folder = mkdtempSync(join(tmpdir(), 'vipsec-conform-'));
 });
-afterAll(async () => {
-  await host.close();
+afterAll(() => {
   rmSync(folder, { recursive: true, force: true });
 });
 
@@ -49,7 +46,7 @@ describe('the conformance suite on the software device', () => {
   it.each(setups)(
     'passes all checks that apply $name',
     async ({ setup, run, notApplicable, broken = [] }) => {
-      const { checks, device, lost } = await host.conform(setup, null, { timeout: PATIENT, ...run });
+      const { checks, device, lost } = await conform(setup, null, { timeout: PATIENT, ...run });
       const failed = checks.filter(({ verdict }) => verdict === 'fail');
       expect(
         failed.map(({ id }) => id),
@@ -65,13 +62,13 @@ describe('the conformance suite on the software device', () => {
 
   it('accepts a device that has the opcodes of QUERY and MODIFY from the table', async () => {
     const ids = CHECKS.map(({ id }) => id).filter((id) => /^(OBJ|FLT-002|IPS-002)/.test(id));
-    const { checks } = await host.conform({ faults: ['query-modify-swapped'] }, ids);
+    const { checks } = await conform({ faults: ['query-modify-swapped'] }, ids);
     expect(lines(checks.filter(({ verdict }) => verdict !== 'pass'))).toEqual([]);
   });
 
   it('has nothing but not applicable and not testable about IPsec for a function without it', async () => {
     const ids = CHECKS.map(({ id }) => id).filter((id) => /^(ADM|CAP|OBJ|FLT|IPS)/.test(id));
-    const { checks } = await host.conform({ ipsec: false }, ids);
+    const { checks } = await conform({ ipsec: false }, ids);
     const other = checks.filter(({ verdict }) => verdict !== 'not-applicable' && verdict !== 'untestable');
     expect(lines(other)).toEqual([]);
   });

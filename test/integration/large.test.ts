@@ -3,7 +3,6 @@ import { afterEach, describe, expect, it } from 'vitest';
 import { Feature, FeatureSet, type Nic, type NicOptions, openNic, PacketFlag } from '../../src/index.ts';
 import { inTunnel, type Large, large } from '../device/helpers/large.ts';
 import { udpFrame } from '../device/helpers/net-driver.ts';
-import { hostDevice } from './hosted.ts';
 import { atEnd, cleanUp, freshKey, startDevice, until } from './support.ts';
 
 afterEach(cleanUp);
@@ -191,7 +190,7 @@ describe.each(['split', 'packed'] as const)('over %s rings, a packet of 60 KiB',
 
 describe('a link with jumbo frames', () => {
   const jumbo = async (options: NicOptions): Promise<[Nic, Nic]> => {
-    const device = await hostDevice({ functions: 2, mtu: 9000 });
+    const device = await startDevice({ functions: 2, mtu: 9000 });
     const nics: Nic[] = [];
     for (const address of device.addresses) {
       const nic = await openNic(address, { ipsec: 'off', ...options });

@@ -1,5 +1,5 @@
 /**
- * The driver against software devices in processes of their own: starting and stopping them, the wire between two of them, and
+ * The driver against software devices in another process: starting and stopping them, the wire between two of them, and
  * traffic. Everything that is started here is ended by `cleanUp`, which belongs into an `afterEach`.
  */
 import { type ChildProcess, spawn } from 'node:child_process';
@@ -11,6 +11,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import type { DeviceRings, FaultName, OctepFault, PersonalityName } from '../../src/device/index.ts';
 import { type Nic, type NicOptions, openNic, type SaHandle, type SecurityAssociationInput } from '../../src/index.ts';
 import { CaptureReader } from '../../src/packet/capture-file.ts';
+import { deviceHost } from './device-host.ts';
 
 const vipsec = new URL('../../dist/tools/vipsec.js', import.meta.url).pathname;
 const captures = new URL('../data/', import.meta.url).pathname;
@@ -59,6 +60,7 @@ export interface DeviceSetup {
   readonly functions?: 1 | 2;
   /** Address of the first function. */
   readonly mac?: string;
+  readonly mtu?: number;
   /** Numbers of the functions that have no IPsec. */
   readonly ipsecOff?: readonly number[];
 }
@@ -67,19 +69,48 @@ export interface RunningDevice {
   /** Device addresses for `openNic`. */
   readonly addresses: readonly string[];
   readonly sockets: readonly string[];
-  readonly process: ChildProcess;
-  /** What it wrote to stderr so far. */
-  readonly stderr: () => string;
-  /** Ends it at once, as a crash would. */
-  kill(): Promise<void>;
-  /** Resolves when it has ended. */
-  readonly ended: Promise<void>;
 }
 
-/** Starts `vipsec device` and waits until it is ready. */
-export async function startDevice(setup: DeviceSetup = {}): Promise<RunningDevice> {
+/** A device among others in the process of this test file. */
+export interface HostedDevice extends RunningDevice {
+  /** Counters and state of each function. */
+  statistics(): Promise<readonly unknown[]>;
+  /** Has it ask its drivers to announce themselves. */
+  announce(): Promise<void>;
+}
+
+/** A device that has its process for itself. */
+export interface DeviceProcess extends RunningDevice {
+  readonly process: ChildProcess;
+  /** Ends it at once, as a crash would. */
+  kill(): Promise<void>;
+}
+
+function socketPaths(setup: DeviceSetup): string[] {
   const at = directory();
-  const sockets = Array.from({ length: setup.functions ?? 1 }, (_, i) => join(at, `nic${i + 1}.sock`));
+  return Array.from({ length: setup.functions ?? 1 }, (_, i) => join(at, `nic${i + 1}.sock`));
+}
+
+const addressOf = (socket: string) => `vfio-user:${socket}`;
+
+/** Starts a device in the process that all devices of a test file share. */
+export async function startDevice(setup: DeviceSetup = {}): Promise<HostedDevice> {
+  const { functions: _, mac, ipsec = true, ipsecOff = [], ...options } = setup;
+  const sockets = socketPaths(setup);
+  const device = await deviceHost().start({
+    ...options,
+    sockets,
+    ipsec: sockets.map((_, i) => ipsec && !ipsecOff.includes(i + 1)),
+    ...(mac === undefined ? {} : { macs: [mac] }),
+  });
+  endings.push(() => device.stop());
+  const { statistics, announce } = device;
+  return { addresses: sockets.map(addressOf), sockets, statistics, announce };
+}
+
+/** Starts `vipsec device` and waits until it is ready: for tests that end it. */
+export async function spawnDevice(setup: DeviceSetup = {}): Promise<DeviceProcess> {
+  const sockets = socketPaths(setup);
   const args = [vipsec, 'device', '--json', ...sockets.flatMap((socket) => ['--socket', socket])];
   if (setup.link !== undefined) args.push('--link', setup.link);
   if (setup.ipsec === false) args.push('--no-ipsec');
@@ -88,6 +119,7 @@ export async function startDevice(setup: DeviceSetup = {}): Promise<RunningDevic
   if (setup.rings !== undefined) args.push('--rings', setup.rings);
   if (setup.wire !== undefined) args.push('--wire', setup.wire);
   if (setup.mac !== undefined) args.push('--mac', setup.mac);
+  if (setup.mtu !== undefined) args.push('--mtu', String(setup.mtu));
   for (const n of setup.ipsecOff ?? []) args.push('--ipsec-off', String(n));
   for (const fault of setup.faults ?? []) args.push('--fault', fault);
   const child = spawn(process.execPath, args, { stdio: ['ignore', 'pipe', 'pipe'] });
@@ -110,8 +142,7 @@ export async function startDevice(setup: DeviceSetup = {}): Promise<RunningDevic
     () => `the device did not start: ${stderr}`,
   );
   if (child.exitCode !== null) throw new Error(`the device ended: ${stderr}`);
-  const addresses = sockets.map((socket) => `vfio-user:${socket}`);
-  return { addresses, sockets, process: child, stderr: () => stderr, kill, ended };
+  return { addresses: sockets.map(addressOf), sockets, process: child, kill };
 }
 
 /** Opens a NIC that is closed with the test. */
@@ -204,11 +235,11 @@ async function connect(path: string): Promise<Socket> {
   });
 }
 
-export interface Pair {
+export interface Pair<Device extends RunningDevice = RunningDevice> {
   readonly a: Nic;
   readonly b: Nic;
-  readonly deviceA: RunningDevice;
-  readonly deviceB: RunningDevice;
+  readonly deviceA: Device;
+  readonly deviceB: Device;
   readonly wire: Wire;
 }
 
@@ -217,20 +248,32 @@ export function spoken(setup: DeviceSetup): NicOptions {
   return setup.wire === undefined ? {} : { wire: 'auto' };
 }
 
+type PairSetup = DeviceSetup & { nic?: NicOptions };
+
 /** Two NICs of two devices with the test's wire between them. */
-export async function openPair(
-  a: DeviceSetup & { nic?: NicOptions } = {},
-  b: DeviceSetup & { nic?: NicOptions } = {},
-): Promise<Pair> {
+export function openPair(a: PairSetup = {}, b: PairSetup = {}): Promise<Pair> {
+  return pairOf(startDevice, a, b);
+}
+
+/** The same with devices that can be killed. */
+export function spawnPair(a: PairSetup = {}, b: PairSetup = {}): Promise<Pair<DeviceProcess>> {
+  return pairOf(spawnDevice, a, b);
+}
+
+async function pairOf<Device extends RunningDevice>(
+  start: (setup: DeviceSetup) => Promise<Device>,
+  { nic: optionsA, ...a }: PairSetup,
+  { nic: optionsB, ...b }: PairSetup,
+): Promise<Pair<Device>> {
   const links = directory();
   const [linkA, linkB] = [join(links, 'a.sock'), join(links, 'b.sock')];
   const [deviceA, deviceB] = await Promise.all([
-    startDevice({ ...a, link: `unix:${linkA}` }),
-    startDevice({ ...b, link: `unix:${linkB}` }),
+    start({ ...a, link: `unix:${linkA}` }),
+    start({ ...b, link: `unix:${linkB}` }),
   ]);
   const wire = await Wire.between(linkA, linkB);
-  const nicA = await open(deviceA.addresses[0], { ...spoken(a), ...a.nic });
-  const nicB = await open(deviceB.addresses[0], { ...spoken(b), ...b.nic });
+  const nicA = await open(deviceA.addresses[0], { ...spoken(a), ...optionsA });
+  const nicB = await open(deviceB.addresses[0], { ...spoken(b), ...optionsB });
   return { a: nicA, b: nicB, deviceA, deviceB, wire };
 }
 

@@ -2,7 +2,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { afterEach, describe, expect, it } from 'vitest';
 import type { FaultName } from '../../src/device/index.ts';
 import type { Nic, NicLink, WaitPolicy } from '../../src/index.ts';
-import { capture, cleanUp, open, openPair, send, startDevice, until } from './support.ts';
+import { capture, cleanUp, open, openPair, send, spawnDevice, startDevice, until } from './support.ts';
 
 afterEach(cleanUp);
 
@@ -123,7 +123,7 @@ describe('waiting for packets', () => {
   });
 
   it('ends with the reason when the device is lost, and when the NIC is closed', async () => {
-    const device = await startDevice();
+    const device = await spawnDevice();
     const nic = await open(device.addresses[0]);
     nic.queues[0].rx.policy = 'interrupt';
     const lost = expect(nic.queues[0].rx.wait()).rejects.toThrow(expect.objectContaining({ code: 'DEVICE_GONE' }));

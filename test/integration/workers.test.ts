@@ -1,10 +1,11 @@
+import { setTimeout as sleep } from 'node:timers/promises';
 import { afterEach, describe, expect, it, vi } from 'vitest';
 import type { FaultName } from '../../src/device/index.ts';
 import { Feature, type WaitPolicy } from '../../src/index.ts';
 import { UserRegion } from '../../src/vfio/user-region.ts';
 import { ProtocolFeature } from '../../src/virtio/vhost-user-protocol.ts';
 import { startBackEnd, cleanUp as stopBackEnds } from '../virtio/vhost-user/fake.ts';
-import { capture, cleanUp, open, receive, send, startDevice, until } from './support.ts';
+import { capture, cleanUp, open, receive, send, spawnDevice, startDevice, until } from './support.ts';
 import { Host, hire, turns } from './worker-support.ts';
 
 afterEach(async () => {
@@ -21,7 +22,7 @@ const rejects = (name: string) => expect.objectContaining({ message: name });
 async function nicWithWorkers(pairs = 2, faults: FaultName[] = [], options: Parameters<typeof open>[1] = {}) {
   const device = await startDevice({ queuePairs: pairs, faults });
   const nic = await open(device.addresses[0], { queuePairs: pairs, workerQueues: pairs - 1, ...options });
-  return { device, nic };
+  return { nic };
 }
 
 describe('a queue pair in a worker thread', () => {
@@ -133,6 +134,13 @@ describe('the end of a thread with a queue pair', () => {
       (host) => host.do('close', { index: 1 }),
       (host) => host.worker.terminate(),
       (host) => host.do('throw').catch(() => {}),
+      // Asleep.
+      async (host) => {
+        await host.policy(1, 'interrupt');
+        host.do('wait', { index: 1, timeout: 600_000 }).catch(() => {});
+        await sleep(20);
+        await host.worker.terminate();
+      },
       (host) => {
         host.spin(1, frames[0]);
         return host.worker.terminate();
@@ -152,7 +160,7 @@ describe('the end of a thread with a queue pair', () => {
       expect(nic.statistics().tx.packets).toBeGreaterThanOrEqual(sent);
       expect(nic.broken).toBeNull();
     }
-    expect(ends).toEqual(['released', 'died', 'died', 'died']);
+    expect(ends).toEqual(['released', 'died', 'died', 'died', 'died']);
   });
 
   it('is the end of the queue when the device cannot reset a single one', async () => {
@@ -212,7 +220,8 @@ describe('the end of a NIC with worker threads', () => {
   });
 
   it('is told to them with its reason when the device is lost', async () => {
-    const { nic, device } = await nicWithWorkers(3);
+    const device = await spawnDevice({ queuePairs: 3 });
+    const nic = await open(device.addresses[0], { queuePairs: 3, workerQueues: 2 });
     const [polling, waiting] = await Promise.all(nic.workerQueues.map((queue) => hire(queue)));
     const spinning = polling.spin(1, frames[0]);
     await waiting.policy(2, 'interrupt');
