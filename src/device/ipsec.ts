@@ -13,7 +13,7 @@ import { VERDICTS, Verdict } from '../fallback/verdict.ts';
 import { whyNotInline } from '../ipsec/capability.ts';
 import type { SecurityAssociation } from '../ipsec/sa.ts';
 import { objectToSa } from '../ipsec/sa-object.ts';
-import type { IpsecWire, ModeCapability, SaLimits } from '../ipsec/wire/codec.ts';
+import type { IpsecWire, ModeCapability, SaLimits, SaObject } from '../ipsec/wire/codec.ts';
 import {
   AeadAlgorithm,
   CipherAlgorithm,
@@ -113,11 +113,11 @@ export class DeviceIpsec {
     const outbound = type === ResourceType.NET_IPSEC_OUTB_SA;
     if (id >= Math.min(outbound ? use.limits.outbound : use.limits.inbound, SA_LIMIT)) return INVALID_FIELD;
     const table = this.#table(type);
-    let sa: SecurityAssociation | null = null;
+    let object: SaObject | null = null;
     try {
-      const object = this.#wire.decodeSa(bytes);
+      object = this.#wire.decodeSa(bytes);
       if (object.direction !== (outbound ? SaDirection.outbound : SaDirection.inbound)) return INVALID_FIELD;
-      sa = withoutInboundTunnel(objectToSa(object));
+      const sa = withoutInboundTunnel(objectToSa(object));
       if (whyNotInline(sa, { wire: this.#wire, ...use }) !== null) return INVALID_FIELD;
       const key = `${sa.protocol}:${sa.spi}`;
       const holder = table.holders.get(key);
@@ -141,7 +141,8 @@ export class DeviceIpsec {
       }
       throw error;
     } finally {
-      if (sa !== null) wipeKeys(sa);
+      // The SA's keys are views of these.
+      for (const secret of [object?.cipherKey, object?.authKey, object?.salt]) secret?.fill(0);
     }
   }
 
@@ -225,8 +226,4 @@ function withoutInboundTunnel(sa: SecurityAssociation): SecurityAssociation {
   if (sa.direction === 'outbound' || sa.tunnel === undefined) return sa;
   const { tunnel: _, ...rest } = sa;
   return rest;
-}
-
-function wipeKeys(sa: SecurityAssociation): void {
-  for (const transform of [sa.aead, sa.cipher, sa.auth]) transform?.key.fill(0);
 }

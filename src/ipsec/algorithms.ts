@@ -3,7 +3,7 @@
  */
 import { Fields, fieldError, SaErrorCode } from './fields.ts';
 import type { Aead, AeadName, Auth, AuthName, Cipher, CipherName, Protocol, SecurityAssociation } from './sa.ts';
-import { SecretBytes } from './secret.ts';
+import { SecretBytes, wipeKeys } from './secret.ts';
 
 interface Algorithm {
   /** Lengths of the key in bytes. */
@@ -65,19 +65,23 @@ function algorithm<T extends string>(fields: Fields, table: Readonly<Record<T, A
     const hint = row.salt > 0 && row.keys.includes(length - row.salt) ? 'the salt is a field of its own' : undefined;
     throw fieldError(SaErrorCode.keyLength, fields.at('key'), `has ${length} bytes; ${allowed}`, hint);
   }
-  const salt = fields.bytes('salt');
-  if ((salt?.length ?? 0) !== row.salt) {
-    const allowed = row.salt === 0 ? `${name} takes no salt` : `${name} takes a salt of ${row.salt} bytes`;
-    throw fieldError(SaErrorCode.keyLength, fields.at('salt'), `has ${salt?.length ?? 0} bytes; ${allowed}`);
-  }
-  let icvLength = 0;
-  if (row.icvs.length > 0) {
-    icvLength = fields.integer('icvLength', 0, MAX_ICV, row.icvs[0]);
-    if (!row.icvs.includes(icvLength)) {
+  let salt: SecretBytes | null = null;
+  try {
+    salt = fields.bytes('salt');
+    if ((salt?.length ?? 0) !== row.salt) {
+      const allowed = row.salt === 0 ? `${name} takes no salt` : `${name} takes a salt of ${row.salt} bytes`;
+      throw fieldError(SaErrorCode.keyLength, fields.at('salt'), `has ${salt?.length ?? 0} bytes; ${allowed}`);
+    }
+    const icvLength = row.icvs.length === 0 ? 0 : fields.integer('icvLength', 0, MAX_ICV, row.icvs[0]);
+    if (row.icvs.length > 0 && !row.icvs.includes(icvLength)) {
       throw fieldError(SaErrorCode.value, fields.at('icvLength'), `${name} has an ICV of ${row.icvs.join(', ')} bytes`);
     }
+    return { name, row, key, ...(salt === null || row.salt === 0 ? {} : { salt }), icvLength };
+  } catch (error) {
+    key.wipe();
+    salt?.wipe();
+    throw error;
   }
-  return { name, row, key, ...(salt === null || row.salt === 0 ? {} : { salt }), icvLength };
 }
 
 /** RFC 2451, 2.3: with two equal neighbours 3DES is DES; such keys must be refused. The lowest bit of a byte is parity. */
@@ -95,7 +99,7 @@ function refuseWeakTripleDes(key: Uint8Array, path: string): void {
 /** What `readAlgorithms` returns: fields of an SA, and how long its explicit IV is. */
 export type Algorithms = Pick<SecurityAssociation, 'aead' | 'cipher' | 'auth'> & { readonly ivLength: number };
 
-/** Either an AEAD, or a cipher and an authenticator (ESP), or an authenticator (AH). */
+/** Either an AEAD, or a cipher and an authenticator (ESP), or an authenticator (AH). What was copied of keys is wiped when something is wrong. */
 export function readAlgorithms(sa: Fields, protocol: Protocol): Algorithms {
   if (sa.has('aead')) {
     for (const other of ['cipher', 'auth']) {
@@ -116,26 +120,30 @@ export function readAlgorithms(sa: Fields, protocol: Protocol): Algorithms {
   }
   const fields = new Fields(sa.raw('auth'), sa.at('auth'), ['name', 'key', 'salt', 'icvLength']);
   const { row: authRow, ...auth }: { row: Algorithm } & Auth = algorithm(fields, AUTHS);
-  if (auth.name === 'null') {
-    throw fieldError(SaErrorCode.combination, fields.at('name'), 'packets without integrity are refused (RFC 8221, 4)');
+  let cipher: Cipher | undefined;
+  try {
+    if (auth.name === 'null') {
+      const what = 'packets without integrity are refused (RFC 8221, 4)';
+      throw fieldError(SaErrorCode.combination, fields.at('name'), what);
+    }
+    if (protocol === 'ah') {
+      if (sa.has('cipher')) throw fieldError(SaErrorCode.combination, sa.at('cipher'), 'AH does not encrypt');
+      return { auth, ivLength: authRow.iv };
+    }
+    if (auth.name === 'aes-gmac') {
+      const hint = 'in ESP, aes-gmac is an aead (RFC 4543)';
+      throw fieldError(SaErrorCode.combination, fields.at('name'), 'is for AH only', hint);
+    }
+    if (!sa.has('cipher')) {
+      throw fieldError(SaErrorCode.missing, sa.at('cipher'), 'is required', 'integrity only is the cipher "null"');
+    }
+    const cipherFields = new Fields(sa.raw('cipher'), sa.at('cipher'), ['name', 'key', 'salt']);
+    const { row, icvLength: _none, ...found } = algorithm(cipherFields, CIPHERS);
+    cipher = found;
+    if (cipher.name === '3des-cbc') refuseWeakTripleDes(cipher.key, cipherFields.at('key'));
+    return { cipher, auth, ivLength: row.iv };
+  } catch (error) {
+    wipeKeys({ auth, ...(cipher && { cipher }) });
+    throw error;
   }
-  if (protocol === 'ah') {
-    if (sa.has('cipher')) throw fieldError(SaErrorCode.combination, sa.at('cipher'), 'AH does not encrypt');
-    return { auth, ivLength: authRow.iv };
-  }
-  if (auth.name === 'aes-gmac') {
-    const hint = 'in ESP, aes-gmac is an aead (RFC 4543)';
-    throw fieldError(SaErrorCode.combination, fields.at('name'), 'is for AH only', hint);
-  }
-  if (!sa.has('cipher')) {
-    throw fieldError(SaErrorCode.missing, sa.at('cipher'), 'is required', 'integrity only is the cipher "null"');
-  }
-  const cipherFields = new Fields(sa.raw('cipher'), sa.at('cipher'), ['name', 'key', 'salt']);
-  const {
-    row,
-    icvLength: _none,
-    ...cipher
-  }: { row: Algorithm; icvLength: number } & Cipher = algorithm(cipherFields, CIPHERS);
-  if (cipher.name === '3des-cbc') refuseWeakTripleDes(cipher.key, cipherFields.at('key'));
-  return { cipher, auth, ivLength: row.iv };
 }

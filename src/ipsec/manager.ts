@@ -23,11 +23,12 @@ import { OwnSas, type SoftwareFactory, type SoftwareSide } from './own-sas.ts';
 import { type Placement, place, type Where } from './placement.ts';
 import { QueueSas } from './queue-sas.ts';
 import type { SecurityAssociation } from './sa.ts';
-import { eventOf, wipeKeys } from './sa-facts.ts';
+import { eventOf } from './sa-facts.ts';
 import { SaListeners } from './sa-listeners.ts';
 import { SaRegistry } from './sa-registry.ts';
 import { SaState } from './sa-state.ts';
 import type { SaThread, SaThreads } from './sa-thread.ts';
+import { wipeKeys } from './secret.ts';
 import { ThreadSas } from './thread-sas.ts';
 import { type SecurityAssociationInput, validateSa } from './validate.ts';
 

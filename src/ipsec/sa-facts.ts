@@ -48,11 +48,3 @@ export function eventOf(event: SaEvent): readonly [keyof SaEvents, SaEvents[keyo
   if (event === 'hard-bytes') return ['hard-expiry', ['bytes']];
   return [event, []];
 }
-
-/** Zeroes what validation has copied. */
-export function wipeKeys(sa: SecurityAssociation): void {
-  for (const part of [sa.aead, sa.cipher, sa.auth]) {
-    part?.key.fill(0);
-    part?.salt?.fill(0);
-  }
-}

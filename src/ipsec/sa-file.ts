@@ -3,6 +3,9 @@
  *
  * A file that others than its owner can read is used, with a warning: refusing it would break the read-only mounts that
  * container platforms give secrets in, whose modes are not the user's to choose.
+ *
+ * The bytes of the file are wiped when they have been parsed. What the parser makes of them is not: strings of JavaScript cannot be, and stay until
+ * their memory is used again. Who cannot accept that gives keys as bytes, to `validateSa` or `Ipsec.addSa`.
  */
 import { closeSync, fstatSync, openSync, readSync } from 'node:fs';
 import { InputError, IpsecError } from '../errors.ts';

@@ -5,6 +5,7 @@
  * This keeps keys out of logs and error reports by accident; it is no protection against code that wants to read them.
  */
 import { inspect } from 'node:util';
+import type { SecurityAssociation } from './sa.ts';
 
 export class SecretBytes extends Uint8Array {
   /** A copy of `bytes`; the caller may wipe its own. */
@@ -37,5 +38,13 @@ export class SecretBytes extends Uint8Array {
 
   [inspect.custom](): string {
     return this.toString();
+  }
+}
+
+/** Zeroes keys and salts of an SA, or of what has become of one so far. */
+export function wipeKeys(sa: Pick<SecurityAssociation, 'aead' | 'cipher' | 'auth'>): void {
+  for (const part of [sa.aead, sa.cipher, sa.auth]) {
+    part?.key.fill(0);
+    part?.salt?.fill(0);
   }
 }

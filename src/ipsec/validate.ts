@@ -34,6 +34,7 @@ import type {
   Selector,
   Tunnel,
 } from './sa.ts';
+import { wipeKeys } from './secret.ts';
 
 /** What a user may write; `validateSa` turns it into a `SecurityAssociation`. Also the shape of an entry of an SA file. */
 export interface SecurityAssociationInput {
@@ -252,6 +253,19 @@ export function validateSa(input: unknown, path = 'sa'): SecurityAssociation {
   const mode = sa.choice<Mode>('mode', ['tunnel', 'transport']);
   const spi = sa.integer('spi', 1, U32);
   const { ivLength, ...algorithms } = readAlgorithms(sa, protocol);
+  try {
+    const rest = readRest(sa, direction, protocol, mode, ivLength);
+    return { ...(name === undefined ? {} : { name }), direction, protocol, mode, spi, ...algorithms, ...rest };
+  } catch (error) {
+    wipeKeys(algorithms);
+    throw error;
+  }
+}
+
+type Rest = Omit<SecurityAssociation, 'name' | 'direction' | 'protocol' | 'mode' | 'spi' | 'aead' | 'cipher' | 'auth'>;
+
+/** What is beside the algorithms. */
+function readRest(sa: Fields, direction: Direction, protocol: Protocol, mode: Mode, ivLength: number): Rest {
   if (mode === 'transport' && sa.has('tunnel')) {
     throw fieldError(SaErrorCode.combination, sa.at('tunnel'), 'belongs to tunnel mode');
   }
@@ -269,12 +283,6 @@ export function validateSa(input: unknown, path = 'sa'): SecurityAssociation {
     throw fieldError(SaErrorCode.combination, sa.at('tfcPadding'), 'belongs to ESP in tunnel mode (RFC 4303, 2.7)');
   }
   return {
-    ...(name === undefined ? {} : { name }),
-    direction,
-    protocol,
-    mode,
-    spi,
-    ...algorithms,
     ...(tunnel === undefined ? {} : { tunnel }),
     ...(udpEncap === undefined ? {} : { udpEncap }),
     options,
@@ -306,7 +314,18 @@ function nonceIdentity(sa: SecurityAssociation): string | null {
  * apart, no two outbound ones that would count nonces up under the same key and salt.
  */
 export function validateSas(inputs: readonly unknown[], path = 'sas'): SecurityAssociation[] {
-  const sas = inputs.map((input, i) => validateSa(input, `${path}[${i}]`));
+  const sas: SecurityAssociation[] = [];
+  try {
+    for (const [i, input] of inputs.entries()) sas.push(validateSa(input, `${path}[${i}]`));
+    checkTogether(sas, path);
+    return sas;
+  } catch (error) {
+    for (const sa of sas) wipeKeys(sa);
+    throw error;
+  }
+}
+
+function checkTogether(sas: readonly SecurityAssociation[], path: string): void {
   const inbound = new Map<string, number>();
   const nonces = new Map<string, number>();
   sas.forEach((sa, i) => {
@@ -329,5 +348,4 @@ export function validateSas(inputs: readonly unknown[], path = 'sas'): SecurityA
     }
     nonces.set(identity, i);
   });
-  return sas;
 }

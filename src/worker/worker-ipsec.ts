@@ -7,9 +7,10 @@
  */
 import type { EngineName } from '../fallback/engines/engine.ts';
 import type { SaEvents } from '../ipsec/ipsec.ts';
-import { eventOf, longestFrame, placeOf, selectorOf, wipeKeys } from '../ipsec/sa-facts.ts';
+import { eventOf, longestFrame, placeOf, selectorOf } from '../ipsec/sa-facts.ts';
 import { SaPlace, SaState, sharedCounts } from '../ipsec/sa-state.ts';
 import type { SaEntry } from '../ipsec/sa-thread.ts';
+import { wipeKeys } from '../ipsec/secret.ts';
 import type { PacketPool } from '../packet/pool.ts';
 import { createSaTable, NOT_INLINE, type SaTable } from '../virtio-net/sa-table.ts';
 import { CountedSoftware } from './counted-software.ts';

@@ -1,6 +1,6 @@
 import { inspect } from 'node:util';
 import fc from 'fast-check';
-import { describe, expect, test } from 'vitest';
+import { describe, expect, test, vi } from 'vitest';
 import { IpsecError } from '../../src/errors.ts';
 import { parseSaDocument } from '../../src/ipsec/sa-file.ts';
 import { SecretBytes } from '../../src/ipsec/secret.ts';
@@ -394,6 +394,47 @@ describe('several SAs', () => {
     expect(() => parseSaDocument({ sas: {} })).toThrowError(expect.objectContaining({ path: 'sas' }));
     expect(() => parseSaDocument({})).toThrowError(expect.objectContaining({ code: 'SA_MISSING_FIELD' }));
     expect(() => parseSaDocument([])).toThrowError(expect.objectContaining({ code: 'SA_TYPE' }));
+  });
+});
+
+describe('keys of an SA that is wrong', () => {
+  const bytes = (length: number) => Uint8Array.from({ length }, (_, i) => i + 1);
+  const aead = { name: 'aes-gcm', key: bytes(16), salt: bytes(4) };
+  const auth = { name: 'hmac-sha256', key: bytes(32) };
+
+  test.each<[string, Json[]]>([
+    ['a salt of another length', [{ ...base, aead: { ...aead, salt: bytes(3) } }]],
+    ['an ICV of another length', [{ ...base, aead: { ...aead, icvLength: 7 } }]],
+    ['no cipher', [{ ...plain, auth }]],
+    ['a cipher that is not known', [{ ...plain, auth, cipher: { name: 'rot13', key: bytes(16) } }]],
+    ['a weak cipher key', [{ ...plain, auth, cipher: { name: '3des-cbc', key: new Uint8Array(24).fill(2) } }]],
+    ['an IV of another length', [{ ...base, aead, initial: { iv: '010203' } }]],
+    [
+      'another SA that is wrong',
+      [
+        { ...base, aead },
+        { ...base, spi: 0 },
+      ],
+    ],
+    [
+      'the same nonces as another',
+      [
+        { ...base, aead },
+        { ...base, aead, spi: 7 },
+      ],
+    ],
+  ])('are wiped: %s', (_name, inputs) => {
+    const copies: SecretBytes[] = [];
+    const copy = vi.spyOn(SecretBytes, 'copy').mockImplementation((of) => {
+      const secret = new SecretBytes(of.length);
+      secret.set(of);
+      copies.push(secret);
+      return secret;
+    });
+    expect(() => validateSas(inputs)).toThrowError(IpsecError);
+    copy.mockRestore();
+    expect(copies.length).toBeGreaterThan(0);
+    for (const secret of copies) expect([...secret].every((byte) => byte === 0)).toBe(true);
   });
 });
 

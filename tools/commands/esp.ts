@@ -47,7 +47,9 @@ export function command(): Command {
     .option('--json', 'print the counters as one JSON document')
     .addHelpText(
       'after',
-      '\nOutbound SAs protect what their selector matches, inbound ones verify. Exit code 3: packets were dropped.',
+      '\nOutbound SAs protect what their selector matches, inbound ones verify. Exit code 3: packets were dropped.' +
+        '\nEach run begins with the numbers that the SA file says: for another capture give its outbound SAs new keys,' +
+        '\nor an initial sequence behind the last one, or nonces repeat.',
     )
     .action(run);
 }
