@@ -36,7 +36,7 @@ export class Arena implements MappedMemory {
   /** `size` is a multiple of the page size, at most `ARENA_MAX`. */
   constructor(size: number = ARENA_MAX) {
     if (size % PAGE_SIZE !== 0 || size <= 0 || size > ARENA_MAX) throw new RangeError(`an arena of ${size} bytes`);
-    this.#memory = mapAnonymous(size, { reserve: false });
+    this.#memory = mapAnonymous(size, { reserve: false, secret: true });
     this.address = this.#memory.address;
     this.size = size;
     this.u8 = this.#memory.u8;

@@ -130,7 +130,7 @@ const INITIAL_SLOTS = 64;
 
 function mapRecords(slots: number): MappedMemory {
   const bytes = 4 * RECORD * slots;
-  return mapAnonymous(bytes, { hugePages: bytes >= HUGE_PAGE_SIZE });
+  return mapAnonymous(bytes, { hugePages: bytes >= HUGE_PAGE_SIZE, secret: true });
 }
 
 export class SaTable {

@@ -24,7 +24,7 @@ export const MapFlag = {
   hugeTlb: 0x40000,
 } as const;
 /** madvise(2). */
-export const Advice = { hugePage: 14 } as const;
+export const Advice = { hugePage: 14, dontDump: 16 } as const;
 /** memfd_create(2). */
 export const MemfdFlag = { cloexec: 1, allowSealing: 2, hugeTlb: 4 } as const;
 /** fallocate(2). */

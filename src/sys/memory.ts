@@ -44,6 +44,8 @@ export interface AnonymousOptions {
   readonly reserve?: boolean;
   /** Begins at a multiple of 2 MiB, in huge pages where the system grants them: for large tables that are hit at random. */
   readonly hugePages?: boolean;
+  /** Left out of core files: keys, and what they are to protect. */
+  readonly secret?: boolean;
 }
 
 /** Fresh zeroed memory that only this process sees. `size` is rounded up to pages. */
@@ -52,6 +54,7 @@ export function mapAnonymous(size: number, options: AnonymousOptions = {}): Mapp
   const flags = MapFlag.private | MapFlag.anonymous | (options.reserve === false ? MapFlag.noReserve : 0);
   const address =
     options.hugePages === true ? mapHuge(bytes, flags) : mmap(0, bytes, Prot.read | Prot.write, flags, -1, 0);
+  if (options.secret === true) madvise(address, bytes, Advice.dontDump);
   return wrap(address, bytes);
 }
 
@@ -71,13 +74,13 @@ function mapHuge(bytes: number, flags: number): number {
  * multiple of the page size, `size` of 4. Writing through views of memory that was mapped without `write` ends the
  * process, and so does touching a page that the file no longer has: of a regular file, or memfd, the range must lie
  * inside of it now (else `ENXIO`), and only a seal keeps its owner from shrinking it later. `populate` makes the
- * pages present at once.
+ * pages present at once; `secret` is as for `mapAnonymous`.
  */
 export function mapShared(
   fd: number,
   offset: number,
   size: number,
-  options: { write: boolean; populate?: boolean },
+  options: { write: boolean; populate?: boolean; secret?: boolean },
 ): MappedMemory {
   if (!Number.isSafeInteger(offset) || offset < 0 || offset % PAGE_SIZE !== 0) {
     throw new RangeError(`offset ${offset} is not a multiple of the page size`);
@@ -89,7 +92,9 @@ export function mapShared(
   }
   const prot = options.write ? Prot.read | Prot.write : Prot.read;
   const flags = options.populate === true ? MapFlag.shared | MapFlag.populate : MapFlag.shared;
-  return wrap(mmap(0, size, prot, flags, fd, offset), size);
+  const address = mmap(0, size, prot, flags, fd, offset);
+  if (options.secret === true) madvise(address, roundToPages(size), Advice.dontDump);
+  return wrap(address, size);
 }
 
 /**

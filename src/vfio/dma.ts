@@ -155,7 +155,7 @@ export class DmaArena {
     if (iova < 0) throw new VfioError('IOVA_EXHAUSTED', `no free range of ${bytes} bytes of I/O virtual addresses`);
     let memory: MappedMemory | null = null;
     try {
-      memory = mapShared(file.fd, offset, bytes, { write: true, populate: true });
+      memory = mapShared(file.fd, offset, bytes, { write: true, populate: true, secret: true });
       const mapping = { iova, size: bytes, address: memory.address, fd: file.fd, offset };
       this.#mapper.map(mapping);
       const dma = dmaMemory(memory, iova);

@@ -89,7 +89,7 @@ export function openQueue(handle: QueueHandle): WorkerNicQueue {
 }
 
 function mapDma({ fd, offset, size, iova }: SharedDma, mappings: MappedMemory[]): DmaMemory {
-  const memory = mapShared(fd, offset, size, { write: true, populate: true });
+  const memory = mapShared(fd, offset, size, { write: true, populate: true, secret: true });
   mappings.push(memory);
   const { address, u8, u16, u32 } = memory;
   const [iovaLow, iovaHigh] = [iova % IOVA_BOUNDARY, Math.floor(iova / IOVA_BOUNDARY)];

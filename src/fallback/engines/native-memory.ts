@@ -21,8 +21,9 @@ export function untilCarry(address: number): number {
   return HIGH - low(address);
 }
 
-/** Fresh zeroed memory within one aligned range of 4 GiB. `size` is at most 2^31. */
-export function mapUnbroken(size: number, options: AnonymousOptions = {}): MappedMemory {
+/** Fresh zeroed memory within one aligned range of 4 GiB, left out of core files. `size` is at most 2^31. */
+export function mapUnbroken(size: number, wanted: AnonymousOptions = {}): MappedMemory {
+  const options = { ...wanted, secret: true };
   const memory = mapAnonymous(size, options);
   if (memory.size <= untilCarry(memory.address)) return memory;
   // The boundary is inside of that range: while it is held, no other range can contain the boundary.

@@ -1,8 +1,9 @@
+import { readFileSync } from 'node:fs';
 import { setFlagsFromString } from 'node:v8';
 import { runInNewContext } from 'node:vm';
 import { describe, expect, it, vi } from 'vitest';
 import * as libc from '../../../src/sys/libc.ts';
-import { mapAnonymous, mapShared, roundToPages, unmapMemory } from '../../../src/sys/memory.ts';
+import { type MappedMemory, mapAnonymous, mapShared, roundToPages, unmapMemory } from '../../../src/sys/memory.ts';
 import { backing } from '../backing.ts';
 
 export function memorySuite(): void {
@@ -31,6 +32,30 @@ export function memorySuite(): void {
       expect(libc.madvise(memory.address, size, 12345)).toBe(false);
       unmapMemory(memory);
       expect(memory.u8[size - 1]).toBe(0);
+    });
+
+    it('is left out of core files when it is secret, and only then', () => {
+      const file = libc.memfdCreate('secret');
+      libc.ftruncate(file, libc.PAGE_SIZE);
+      const memories = [false, true].flatMap((secret) => [
+        mapAnonymous(libc.PAGE_SIZE, { secret }),
+        mapShared(file, 0, libc.PAGE_SIZE, { write: true, secret }),
+      ]);
+      // proc(5): "dd" is "don't dump".
+      const smaps = readFileSync('/proc/self/smaps', 'latin1').split(/^(?=[0-9a-f]+-[0-9a-f]+ )/m);
+      const isLeftOut = ({ address }: MappedMemory) => {
+        const found = smaps.find((one) => {
+          const [from, to] = one
+            .split(' ', 1)[0]
+            .split('-')
+            .map((text) => Number.parseInt(text, 16));
+          return from <= address && address < to;
+        });
+        return /^VmFlags:.* dd\b/m.test(found ?? '');
+      };
+      expect(memories.map(isLeftOut)).toEqual([false, false, true, true]);
+      for (const memory of memories) unmapMemory(memory);
+      libc.close(file);
     });
 
     it('leaves zeros of its own under every view when it is unmapped, also those that others made', () => {
