@@ -11,7 +11,7 @@ import { SaPlace } from '../ipsec/sa-state.ts';
 import { fillChecksum } from '../packet/fill-checksum.ts';
 import { NO_PACKET, PacketFlag, type PacketPool } from '../packet/pool.ts';
 import { MAX_SEGMENTS } from '../packet/segment.ts';
-import type { TxQueue } from '../virtio-net/tx.ts';
+import { TxCounter, type TxQueue } from '../virtio-net/tx.ts';
 import { CHUNK, type DataPathIpsec, LINK_HEADER, type NicQueueOptions } from './data-path.ts';
 import { gatherToProtect } from './one-piece.ts';
 import { Found, SaSegments, Split } from './segments.ts';
@@ -72,7 +72,11 @@ export class NicTxQueue {
     if (this.#ipsec.state.outbound === 0) return ring.burst(packets, n);
     if (ring.room < n) ring.reclaim();
     const count = Math.min(n, ring.room, packets.length);
-    if (count <= 0) return ring.burst(packets, n);
+    if (count <= 0) {
+      // Not the ring's to find out: it would look once more, and take what nobody has counted or protected.
+      if (n > 0) ring.counters[TxCounter.ringFull]++;
+      return 0;
+    }
     if (this.#countRun(packets, count)) return ring.burst(packets, count);
     const found = this.#segments.look(packets, count);
     this.#hasChains = (found & Found.chain) !== 0;

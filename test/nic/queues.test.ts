@@ -11,6 +11,7 @@ import { NicTxQueue, type TxRing } from '../../src/nic/tx-queue.ts';
 import { checksum } from '../../src/packet/checksum.ts';
 import { PacketFlag, PacketPool } from '../../src/packet/pool.ts';
 import { mapAnonymous, unmapMemory } from '../../src/sys/memory.ts';
+import { TxCounter } from '../../src/virtio-net/tx.ts';
 import { inbound, key, outbound } from '../ipsec/support.ts';
 
 const COUNT = 1024;
@@ -124,6 +125,34 @@ function inlineSa(handle: number): number {
 const hexOf = (text: string) => Buffer.from(text).toString('hex');
 const otherKey = (first: number) =>
   ({ aead: { name: 'aes-gcm', key: key(16, first), salt: key(4), icvLength: 16 } }) as const;
+
+describe('a transmit queue whose ring is full', () => {
+  it('takes nothing, though the device makes room just then: nobody has looked at the packets', async () => {
+    const soft = await manager.addSa(outbound());
+    const handle = inlineSa(7);
+    ring.room = 0;
+    let looks = 0;
+    // The device is done with all of it between the first look and the next.
+    ring.reclaim = () => {
+      looks++;
+      return 0;
+    };
+    const { burst } = ring;
+    ring.burst = (packets, n) => {
+      ring.room = 512;
+      return burst.call(ring, packets, n);
+    };
+    const four = packets(4, (i) => [handle, soft.handle][i % 2]);
+    expect(tx.burst(four, 4)).toBe(0);
+    expect(ring.sent).toEqual([]);
+    expect([looks, ring.counters[TxCounter.ringFull]]).toEqual([1, 1]);
+    expect(manager.state.packets[handle]).toBe(0);
+    ring.room = 512;
+    expect(tx.burst(four, 4)).toBe(4);
+    expect(manager.state.packets[handle]).toBe(2);
+    expect(soft.traffic().packets).toBe(2n);
+  });
+});
 
 describe('a receive queue whose ring was reset', () => {
   it('has its interrupt again if it was asked for, and wakes who waits', () => {
