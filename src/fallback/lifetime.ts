@@ -25,6 +25,16 @@ export type SaEvent =
 
 const MAX_GRANT = 0x7fffffffn;
 
+/** What of a lifetime has been used, and told. */
+export interface LifetimeProgress {
+  readonly packets: bigint;
+  readonly bytes: bigint;
+  /** Of these, with keys before the one that it has. */
+  readonly packetsBefore: bigint;
+  readonly bytesBefore: bigint;
+  readonly told: readonly SaEvent[];
+}
+
 /** The part of an SA's lifetime that the data path does not see. */
 export class SaLifetime {
   readonly #limits: Lifetime;
@@ -32,14 +42,20 @@ export class SaLifetime {
   readonly #outbound: boolean;
   readonly #esn: boolean;
   /** What had passed when the current grant was made. */
-  #packets = 0n;
-  #bytes = 0n;
+  #packets: bigint;
+  #bytes: bigint;
   /** What had passed when the key was last changed: limits are those of a key. */
-  #packetsBefore = 0n;
-  #bytesBefore = 0n;
-  readonly #told = new Set<SaEvent>();
+  #packetsBefore: bigint;
+  #bytesBefore: bigint;
+  readonly #told: Set<SaEvent>;
 
-  constructor(limits: Lifetime, outbound: boolean, esn: boolean) {
+  /** With `progress` the same lifetime goes on. */
+  constructor(limits: Lifetime, outbound: boolean, esn: boolean, progress: LifetimeProgress | null = null) {
+    this.#packets = progress?.packets ?? 0n;
+    this.#bytes = progress?.bytes ?? 0n;
+    this.#packetsBefore = progress?.packetsBefore ?? 0n;
+    this.#bytesBefore = progress?.bytesBefore ?? 0n;
+    this.#told = new Set(progress?.told);
     this.#limits = limits;
     this.#outbound = outbound;
     this.#esn = esn;
@@ -52,6 +68,17 @@ export class SaLifetime {
 
   bytes(words: Int32Array, record: number): bigint {
     return this.#bytes + BigInt(words[record + SaWord.bytesGranted] - words[record + SaWord.bytesLeft]);
+  }
+
+  /** `words` holds the SA's record at `record`. */
+  progress(words: Int32Array, record: number): LifetimeProgress {
+    return {
+      packets: this.packets(words, record),
+      bytes: this.bytes(words, record),
+      packetsBefore: this.#packetsBefore,
+      bytesBefore: this.#bytesBefore,
+      told: [...this.#told],
+    };
   }
 
   /** Ends the current grant. */

@@ -33,6 +33,7 @@ import { type SaEvent, SaLifetime } from './lifetime.ts';
 import { nonceMaterial } from './nonce-material.ts';
 import { type Encapsulation, encapsulationOf, largestInner } from './pmtu.ts';
 import { readAheadOutbound } from './read-ahead.ts';
+import { type Fingerprints, goOn, type KeyHistory, progressOf, type SoftwareProgress } from './sa-progress.ts';
 import {
   carrySequence,
   copySelector,
@@ -71,23 +72,10 @@ export interface SaCounters {
   readonly softExpired: boolean;
 }
 
-/** Stand for keys; equal ones for equal keys. */
-interface Fingerprints {
-  /** Key and salt, whatever they are used for: two modes with one key and one nonce share their key stream. */
-  readonly nonces: string;
-  /** Whether an old packet passes the ICV hangs on this: key and salt of an AEAD, else the key of the authenticator. */
-  readonly icv: string;
-}
-
 /** What is kept of an SA beside its record: no key. */
-interface Entry {
+interface Entry extends KeyHistory {
   readonly how: Encapsulation;
   readonly wireLimit: number;
-  readonly keys: Fingerprints;
-  /** Fingerprints of keys that this SA has had. Outbound: what makes nonces, which it must not come back to. */
-  readonly sentWith: Set<string>;
-  /** Inbound: what authenticates, and the highest number accepted with it. */
-  readonly acceptedWith: Map<string, bigint>;
   readonly port: number;
   mtu: number;
 }
@@ -103,7 +91,7 @@ export class SoftwareIpsec {
   /** By UDP port: whether ESP may come to it, and how many SAs want it. */
   readonly #espPorts = new Uint8Array(65536);
   readonly #portUsers = new Map<number, number>();
-  /** Makes fingerprints useless outside of this object. */
+  /** Makes fingerprints useless outside of this object, and of those to which its SAs go on. */
   readonly #secret = randomBytes(32);
   #closed = false;
 
@@ -117,21 +105,37 @@ export class SoftwareIpsec {
 
   /**
    * Adds an SA under a handle of the caller's choice, 1 to 2^24 - 1. Throws `IpsecError`: `BAD_HANDLE`, `HANDLE_IN_USE`, `SA_EXISTS`
-   * (inbound, same SPI, destination and protocol), `TRANSFORM_UNKNOWN`, `TRANSFORM_UNSUPPORTED`.
+   * (inbound, same SPI, destination and protocol), `TRANSFORM_UNKNOWN`, `TRANSFORM_UNSUPPORTED`. With `progress` the SA goes on from where
+   * another object's `take` ended it, and `sa.initial` is not looked at; `SA_MOVE` if it is not the same SA.
    */
-  add(handle: number, sa: SecurityAssociation): void {
+  add(handle: number, sa: SecurityAssociation, progress: SoftwareProgress | null = null): void {
     this.#checkOpen();
     this.#sad.checkFree(handle);
     const slot = this.#build(handle, sa);
+    const secret = progress?.secret ?? this.#secret;
+    const keys = this.#fingerprints(sa, secret);
     try {
+      if (progress !== null) goOn(this.#path, slot, progress, keys);
       if (sa.direction === 'inbound') this.#sad.insert(slot);
     } catch (error) {
       this.#discard(slot);
       throw error;
     }
-    const keys = this.#fingerprints(sa);
-    this.#path.lifetimes[slot] = new SaLifetime(sa.lifetime, sa.direction === 'outbound', sa.options.esn);
-    this.#finishAdd(slot, handle, sa, { keys, sentWith: new Set([keys.nonces]), acceptedWith: new Map() });
+    const outbound = sa.direction === 'outbound';
+    this.#path.lifetimes[slot] = new SaLifetime(sa.lifetime, outbound, sa.options.esn, progress?.lifetime);
+    const { sentWith = new Set([keys.nonces]), acceptedWith = new Map<string, bigint>() } = progress ?? {};
+    this.#finishAdd(slot, handle, sa, { secret, keys, sentWith, acceptedWith });
+  }
+
+  /**
+   * Ends the SA here, wipes its key, and says how far it has come, so that it can go on elsewhere: see `add`. Its numbers are used once only if
+   * it goes on once. Throws `IpsecError` `NO_SUCH_SA`.
+   */
+  take(handle: number): SoftwareProgress {
+    const slot = this.#slot(handle);
+    const progress = progressOf(this.#path, slot, this.#entry(slot));
+    this.remove(handle);
+    return progress;
   }
 
   /**
@@ -151,7 +155,8 @@ export class SoftwareIpsec {
     if (outbound !== (sa.direction === 'outbound')) {
       throw new IpsecError('SA_DIRECTION', 'the direction of an SA cannot be changed', { path: 'direction' });
     }
-    const keys = this.#fingerprints(sa);
+    const { secret } = entry;
+    const keys = this.#fingerprints(sa, secret);
     const newNonces = keys.nonces !== entry.keys.nonces;
     const rekeyed = keys.icv !== entry.keys.icv && (newNonces || !outbound);
     if (newNonces && outbound && entry.sentWith.has(keys.nonces)) {
@@ -183,7 +188,7 @@ export class SoftwareIpsec {
     table.dropped.set(counters, slot * VERDICTS);
     const { mtu } = entry;
     this.#forget(old);
-    this.#finishAdd(slot, handle, sa, { keys, sentWith, acceptedWith });
+    this.#finishAdd(slot, handle, sa, { secret, keys, sentWith, acceptedWith });
     if (outbound && mtu !== 0) this.setMtu(handle, mtu);
   }
 
@@ -392,12 +397,7 @@ export class SoftwareIpsec {
   }
 
   /** The switch-over: from here on packets meet the SA in `slot`. */
-  #finishAdd(
-    slot: number,
-    handle: number,
-    sa: SecurityAssociation,
-    history: Pick<Entry, 'keys' | 'sentWith' | 'acceptedWith'>,
-  ): void {
+  #finishAdd(slot: number, handle: number, sa: SecurityAssociation, history: KeyHistory): void {
     const path = this.#path;
     const inbound = sa.direction === 'inbound';
     const port = inbound && sa.udpEncap !== undefined ? sa.udpEncap.destinationPort : 0;
@@ -447,10 +447,10 @@ export class SoftwareIpsec {
     return index;
   }
 
-  #fingerprints(sa: SecurityAssociation): Fingerprints {
+  #fingerprints(sa: SecurityAssociation, secret: Uint8Array): Fingerprints {
     const { cipherKey, authKey } = keysOf(sa);
     const fingerprint = (bytes: Uint8Array, name = '') =>
-      createHmac('sha256', this.#secret).update(name).update(bytes).digest('base64');
+      createHmac('sha256', secret).update(name).update(bytes).digest('base64');
     const material = nonceMaterial(sa);
     const nonces = fingerprint(material ?? (cipherKey.length === 0 ? authKey : cipherKey));
     material?.fill(0);

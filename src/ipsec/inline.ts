@@ -178,6 +178,21 @@ export class InlineIpsec {
     return { id, reused };
   }
 
+  /** From now on packets of this thread may name the outbound SA. */
+  carry(handle: number): void {
+    this.#options.table.resourceId[handle] = this.#get(handle).id;
+  }
+
+  /** From now on none may. */
+  leave(handle: number): void {
+    this.#options.table.resourceId[handle] = NOT_INLINE;
+  }
+
+  /** Resolves when the transmit queues of this thread have finished what they hold, or have had time enough. */
+  async quiesce(): Promise<void> {
+    await this.#options.quiesceTransmit();
+  }
+
   /** From now on what the inbound SA receives counts as secured by it. */
   deliver(handle: number): void {
     const { id, reused } = this.#get(handle);

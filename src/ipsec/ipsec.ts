@@ -85,6 +85,15 @@ export interface SaHandle {
    * `SOFTWARE_NOT_AVAILABLE`, those of validation; AdminCommandError; VirtioError.
    */
   move(where: Where, sa: SecurityAssociationInput, options?: MoveOptions): Promise<void>;
+  /**
+   * Moves an outbound SA, or a software inbound one, to the thread that has queue pair `queue`, while packets flow. `sa` is the SA as it was made
+   * or last modified, with its key, because the driver keeps none; `name` and `initial` are not looked at. Sequence number, IV, replay window,
+   * counters and limits go on; on the way, its packets are dropped as `foreign-sa`, and inbound ones delivered as the ESP that they are. The
+   * packets of an inbound SA have to be steered to the new queue by whoever steers. When it fails the SA is where it was, or over if a thread ended:
+   * then `Ipsec.get` has it no more. Throws IpsecError `SA_MOVE`, `SA_MODIFY`, `SA_QUEUE`, `NO_SUCH_SA`, those of validation; VirtioError
+   * `QUEUE_TIMEOUT`, `QUEUE_GONE`.
+   */
+  moveToQueue(queue: number, sa: SecurityAssociationInput): Promise<void>;
   /** Ends the SA. Packets that still name it are dropped. Idempotent. */
   remove(): Promise<void>;
   on<E extends keyof SaEvents>(event: E, listener: (...args: SaEvents[E]) => void): this;

@@ -10,6 +10,7 @@ import type { MoveOptions } from './move.ts';
 import type { NonceClaim } from './nonce-guard.ts';
 import type { Placement, Where } from './placement.ts';
 import type { Direction, Mode, Protocol, SecurityAssociation } from './sa.ts';
+import { namedCounters, type StateProgress } from './sa-state.ts';
 import type { SaThread } from './sa-thread.ts';
 import type { SecurityAssociationInput } from './validate.ts';
 
@@ -19,6 +20,9 @@ export interface SaOwner {
   query(sa: ManagedSa): Promise<RedactedSaObject | null>;
   modify(sa: ManagedSa, input: SecurityAssociationInput): Promise<void>;
   move(sa: ManagedSa, where: Where, input: SecurityAssociationInput, options: MoveOptions): Promise<void>;
+  moveToQueue(sa: ManagedSa, queue: number, input: SecurityAssociationInput): Promise<void>;
+  /** What `ManagedSa.is` compares. */
+  idOf(sa: SecurityAssociation): string;
   remove(sa: ManagedSa): Promise<void>;
 }
 
@@ -43,8 +47,8 @@ export class ManagedSa implements SaHandle {
   /** The sequence number that it started with, in the words of `SecurityAssociation.initial`. */
   start: bigint;
   replayWindow: number;
-  /** The thread that has it on its data path; null for the one that opened the NIC. */
-  readonly thread: SaThread | null;
+  /** The thread that has it on its data path, or to which it is on its way; null for the one that opened the NIC. */
+  thread: SaThread | null;
   /** A thread has told that a soft limit was reached. */
   softExpired = false;
   /** What its key carried where it was before. */
@@ -58,6 +62,9 @@ export class ManagedSa implements SaHandle {
   /** What it had carried where it was before. */
   #carried: SaTraffic | null = null;
   #finalTraffic: SaTraffic | null = null;
+  /** What it has carried, while it is on no data path. */
+  #underway: SaTraffic | null = null;
+  #id: string;
 
   constructor(
     owner: SaOwner,
@@ -78,6 +85,7 @@ export class ManagedSa implements SaHandle {
     this.placement = placement;
     this.claim = claim;
     this.keyId = keyId(sa);
+    this.#id = owner.idOf(sa);
     this.start = sa.initial.sequence;
     this.replayWindow = sa.replayWindow;
     this.#way = sa.direction === 'inbound' ? wayOf(sa) : '';
@@ -89,7 +97,7 @@ export class ManagedSa implements SaHandle {
 
   traffic(): SaTraffic {
     if (this.#finalTraffic !== null) return this.#finalTraffic;
-    const now = this.#owner.traffic(this);
+    const now = this.#underway ?? this.#owner.traffic(this);
     return this.#carried === null ? now : sum(this.#carried, now);
   }
 
@@ -103,6 +111,10 @@ export class ManagedSa implements SaHandle {
 
   move(where: Where, sa: SecurityAssociationInput, options: MoveOptions = {}): Promise<void> {
     return this.#owner.move(this, where, sa, options);
+  }
+
+  moveToQueue(queue: number, sa: SecurityAssociationInput): Promise<void> {
+    return this.#owner.moveToQueue(this, queue, sa);
   }
 
   get busy(): boolean {
@@ -180,6 +192,33 @@ export class ManagedSa implements SaHandle {
     this.placement = placement;
   }
 
+  /** Whether it is on no data path, on the way from one thread to another. */
+  get isUnderway(): boolean {
+    return this.#underway !== null;
+  }
+
+  /** Its thread has let go of it, when it had come so far; `thread` is to have it. */
+  leaveFor(thread: SaThread | null, { packets, bytes, dropped, softExpired }: StateProgress): void {
+    this.softExpired ||= softExpired;
+    this.#underway = {
+      packets: BigInt(packets),
+      bytes: BigInt(bytes),
+      dropped: namedCounters(dropped),
+      softExpired: this.softExpired,
+    };
+    this.thread = thread;
+  }
+
+  /** Its thread has it. */
+  arrived(): void {
+    this.#underway = null;
+  }
+
+  /** Whether `sa` is this SA, whatever its name and what it begins with. */
+  is(sa: SecurityAssociation): boolean {
+    return this.#owner.idOf(sa) === this.#id;
+  }
+
   /** It has new parameters. Says whether they come with a new key. */
   became(sa: SecurityAssociation): boolean {
     const id = keyId(sa);
@@ -190,6 +229,7 @@ export class ManagedSa implements SaHandle {
       this.usedBefore = NOTHING_USED;
     }
     this.keyId = id;
+    this.#id = this.#owner.idOf(sa);
     this.replayWindow = sa.replayWindow;
     return rekeyed;
   }

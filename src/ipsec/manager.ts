@@ -16,11 +16,13 @@ import type {
   SaNotification,
   SaTraffic,
 } from './ipsec.ts';
+import { saId } from './key-id.ts';
 import { ManagedSa } from './managed-sa.ts';
 import { type MoveOptions, type MoveParts, moveSa } from './move.ts';
 import type { NonceClaim, NonceGuard } from './nonce-guard.ts';
 import { OwnSas, type SoftwareFactory, type SoftwareSide } from './own-sas.ts';
 import { type Placement, place, type Where } from './placement.ts';
+import { moveToQueue, type QueueMoveParts } from './queue-move.ts';
 import { QueueSas } from './queue-sas.ts';
 import type { SecurityAssociation } from './sa.ts';
 import { eventOf } from './sa-facts.ts';
@@ -84,6 +86,7 @@ export class IpsecManager implements Ipsec {
     this.state = state;
     this.#queues = queues;
     this.#own = new OwnSas({
+      device: options.inline,
       ...{ state, guard, mtu, software },
       onEvent: (handle, event) => listeners.tell(handle, ...eventOf(event)),
     });
@@ -292,6 +295,32 @@ export class IpsecManager implements Ipsec {
     await moveSa(parts, managed, where, sa, options);
   }
 
+  moveToQueue(managed: ManagedSa, queue: number, input: SecurityAssociationInput): Promise<void> {
+    return managed.exclusive(async () => {
+      if (this.#closed !== null) throw this.#closed;
+      const sa = validateSa(input);
+      const parts: QueueMoveParts = {
+        own: this.#own,
+        registry: this.#registry,
+        queues: this.#queues,
+        threads: this.threads,
+        device: this.device,
+      };
+      try {
+        await moveToQueue(parts, managed, sa, this.#queues.owner(queue));
+      } catch (error) {
+        throw this.#closed ?? error;
+      } finally {
+        wipeKeys(sa);
+      }
+    });
+  }
+
+  /** SAs move between threads only where there are any. */
+  idOf(sa: SecurityAssociation): string {
+    return this.#options.threads === undefined ? '' : saId(sa);
+  }
+
   /** Why an SA of the other place cannot be `where`, or null. */
   #obstacleThere(sa: SecurityAssociation, where: Where): string | null {
     if (where === 'software') return this.#own.obstacle;
@@ -345,7 +374,7 @@ export class IpsecManager implements Ipsec {
     for (const managed of this.#registry.list()) {
       managed.keepTraffic();
       this.#queues.own(managed.handle, undefined);
-      if (managed.thread !== null) {
+      if (managed.thread !== null || managed.isUnderway) {
         managed.claim.release();
         continue;
       }

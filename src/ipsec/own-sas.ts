@@ -4,24 +4,27 @@
  */
 import { IpsecError } from '../errors.ts';
 import type { SaEvent, SoftwareIpsec } from '../fallback/software.ts';
+import type { InlineIpsec } from './inline.ts';
 import type { SaTraffic } from './ipsec.ts';
 import type { ManagedSa } from './managed-sa.ts';
 import type { NonceClaim, NonceGuard } from './nonce-guard.ts';
 import type { Where } from './placement.ts';
 import type { SecurityAssociation } from './sa.ts';
 import { longestFrame, placeOf, selectorOf, withNonces } from './sa-facts.ts';
-import { SaPlace, type SaState } from './sa-state.ts';
+import { SaPlace, type SaState, type StateProgress } from './sa-state.ts';
+import type { SaEntry, SaPath, SaProgress } from './sa-thread.ts';
 
 /** What is used of `SoftwareIpsec`. */
 export type SoftwareSide = Pick<
   SoftwareIpsec,
-  'add' | 'modify' | 'remove' | 'counters' | 'setMtu' | 'protect' | 'unprotect' | 'close'
+  'add' | 'modify' | 'remove' | 'take' | 'counters' | 'setMtu' | 'protect' | 'unprotect' | 'close'
 >;
 
 /** Makes the software side. */
 export type SoftwareFactory = (onEvent: (handle: number, event: SaEvent) => void) => SoftwareSide;
 
 export interface OwnSasOptions {
+  readonly device: Pick<InlineIpsec, 'carry' | 'leave' | 'quiesce'> | null;
   readonly state: SaState;
   readonly guard: NonceGuard;
   /** Bytes of the longest IP packet on the link. */
@@ -31,7 +34,7 @@ export interface OwnSasOptions {
   readonly onEvent: (handle: number, event: SaEvent) => void;
 }
 
-export class OwnSas {
+export class OwnSas implements SaPath {
   /** Made with the first software SA. */
   software: SoftwareSide | null = null;
   readonly #options: OwnSasOptions;
@@ -67,11 +70,44 @@ export class OwnSas {
     return claim;
   }
 
-  /** From now on packets may name the SA, which has been made `where`. */
-  enter(handle: number, sa: SecurityAssociation, where: Where): void {
+  /** From now on packets may name the SA, which has been made `where`. With `progress` its counters go on. */
+  enter(handle: number, sa: SecurityAssociation, where: Where, progress?: SaProgress): void {
     const { state, mtu } = this.#options;
     if (where === 'software' && sa.direction === 'outbound') this.software?.setMtu(handle, mtu);
-    state.add(handle, sa, placeOf(sa, where), longestFrame(sa, mtu), where === 'inline' ? selectorOf(sa) : null);
+    const selector = where === 'inline' ? selectorOf(sa) : null;
+    state.add(handle, sa, placeOf(sa, where), longestFrame(sa, mtu), selector, progress?.state);
+  }
+
+  /** Enters an SA that comes from the data path of a thread. Throws what `SoftwareIpsec.add` throws. */
+  async add({ handle, sa, where, progress }: SaEntry): Promise<void> {
+    if (where === 'software') this.side().add(handle, sa, progress?.software);
+    else this.#options.device?.carry(handle);
+    this.enter(handle, sa, where, progress);
+  }
+
+  async take(handle: number): Promise<SaProgress> {
+    const { state, device } = this.#options;
+    if (state.place[handle] === SaPlace.inlineOutbound) {
+      const counted = state.progress(handle);
+      device?.leave(handle);
+      state.remove(handle);
+      return { state: counted, software: null };
+    }
+    const software = this.side().take(handle);
+    const { packets, bytes, told } = software.lifetime;
+    state.remove(handle);
+    const counted: StateProgress = {
+      packets: Number(packets),
+      bytes: Number(bytes),
+      dropped: software.dropped,
+      softExpired: told.includes('soft-packets') || told.includes('soft-bytes'),
+      limits: null,
+    };
+    return { state: counted, software };
+  }
+
+  async sent(): Promise<void> {
+    await this.#options.device?.quiesce();
   }
 
   /** With the key and salt that it has, a software SA goes on counting; with new ones it begins anew. */

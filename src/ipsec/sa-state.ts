@@ -62,6 +62,28 @@ export interface SaCounts {
   readonly dropped: Float64Array | null;
 }
 
+/** How far the limits of an inline SA are used up: see `Limits`. */
+interface LimitsProgress {
+  readonly packetsBefore: number;
+  readonly bytesBefore: number;
+  readonly lastAt: number;
+  /** Bits of `Told`, and a `Verdict`. */
+  readonly told: number;
+  readonly over: number;
+}
+
+/** What has been counted for an SA, for it to go on on the data path of another thread. Plain data, which a message can carry. */
+export interface StateProgress {
+  readonly packets: number;
+  readonly bytes: number;
+  /** By `Verdict`. */
+  readonly dropped: Float64Array;
+  /** A soft limit has been reached, as far as is known there. */
+  readonly softExpired: boolean;
+  /** Null for a software SA. */
+  readonly limits: LimitsProgress | null;
+}
+
 /** Counts for handles up to `capacity`, in shared memory. */
 export function sharedCounts(capacity: number, buffer: SharedArrayBuffer = countsBuffer(capacity)): SaCounts {
   const n = capacity + 1;
@@ -128,15 +150,61 @@ export class SaState {
     this.#over = new Uint8Array(capacity + 1);
   }
 
-  /** Enters an SA: from now on packets may name it. `longest` counts for outbound SAs. */
-  add(handle: number, sa: SecurityAssociation, place: SaPlace, longest: number, selector: Selector | null): void {
-    this.packets[handle] = 0;
-    this.bytes[handle] = 0;
+  /** Enters an SA: from now on packets may name it. `longest` counts for outbound SAs. With `progress` counters and limits go on from there. */
+  add(
+    handle: number,
+    sa: SecurityAssociation,
+    place: SaPlace,
+    longest: number,
+    selector: Selector | null,
+    progress: StateProgress | null = null,
+  ): void {
+    this.packets[handle] = progress?.packets ?? 0;
+    this.bytes[handle] = progress?.bytes ?? 0;
     this.#sharedDropped?.fill(0, handle * VERDICTS, (handle + 1) * VERDICTS);
     this.#limits[handle] = undefined;
     this.replace(handle, sa, place, longest, selector, true);
+    if (progress !== null) this.#goOn(handle, sa, progress);
     this.place[handle] = place;
     this.#count(place, 1);
+  }
+
+  /** What was counted so far for an SA that is there, and how far its limits are used up. */
+  progress(handle: number): StateProgress {
+    const limits = this.#limits[handle];
+    return {
+      packets: this.packets[handle],
+      bytes: this.bytes[handle],
+      dropped:
+        this.#sharedDropped?.slice(handle * VERDICTS, (handle + 1) * VERDICTS) ??
+        this.#dropped.get(handle)?.slice() ??
+        new Float64Array(VERDICTS),
+      softExpired: this.#softExpired.has(handle),
+      limits:
+        limits === undefined
+          ? null
+          : {
+              packetsBefore: limits.packetsBefore,
+              bytesBefore: limits.bytesBefore,
+              lastAt: limits.lastAt,
+              told: this.#told[handle],
+              over: this.#over[handle],
+            },
+    };
+  }
+
+  #goOn(handle: number, { lifetime }: SecurityAssociation, { dropped, limits }: StateProgress): void {
+    if (this.#sharedDropped !== null) this.#sharedDropped.set(dropped, handle * VERDICTS);
+    else if (dropped.some((count) => count !== 0)) this.#dropped.set(handle, dropped.slice());
+    if (limits === null) return;
+    const { packetsBefore, bytesBefore, lastAt, told, over } = limits;
+    const own = makeLimits(packetsBefore, bytesBefore, lastAt, lifetime);
+    this.#limits[handle] = own;
+    this.#told[handle] = told;
+    this.#over[handle] = over;
+    if ((told & Told.soft) !== 0) this.#softExpired.add(handle);
+    this.#arm(handle, own);
+    if (over !== Verdict.ok) this.packetsAlert[handle] = 0;
   }
 
   /**

@@ -3,10 +3,18 @@
  * (an inbound SA of the device on all, because the device counts its numbers), so its sequence numbers, nonces and replay window are kept
  * in one place.
  */
+import type { SoftwareProgress } from '../fallback/sa-progress.ts';
 import type { SaEvents } from './ipsec.ts';
 import type { Where } from './placement.ts';
 import type { SecurityAssociation } from './sa.ts';
-import type { SaCounts } from './sa-state.ts';
+import type { SaCounts, StateProgress } from './sa-state.ts';
+
+/** How far an SA has come on one data path, for it to go on on another. It holds no key. */
+export interface SaProgress {
+  readonly state: StateProgress;
+  /** Null for an SA of the device, which does the counting. */
+  readonly software: SoftwareProgress | null;
+}
 
 /** An SA for the data path of a thread. */
 export interface SaEntry {
@@ -15,13 +23,28 @@ export interface SaEntry {
   readonly sa: SecurityAssociation;
   /** Inline: id of the object on the device, and whether the id had another SA before. */
   readonly object: { readonly id: number; readonly reused: boolean } | null;
+  /** When it has been on another data path. */
+  readonly progress?: SaProgress;
+}
+
+/** A data path that an SA can leave for another one: that of a thread, or of the thread that opened the NIC. */
+export interface SaPath {
+  /** As `SaThread.add`. */
+  add(entry: SaEntry): Promise<void>;
+  /**
+   * Takes the SA off: from now on packets that name it are dropped, and what it says of it stays true. When it rejects with `QUEUE_TIMEOUT`, the SA is
+   * where it was.
+   */
+  take(handle: number): Promise<SaProgress>;
+  /** Resolves when what was given to the device before has been sent, or has had time enough. Never rejects. */
+  sent(): Promise<void>;
 }
 
 /**
  * A thread with an open queue. Each method resolves when the thread has done it, between two bursts, and rejects with VirtioError
  * `QUEUE_TIMEOUT` or `QUEUE_GONE` when it does not come to it.
  */
-export interface SaThread {
+export interface SaThread extends SaPath {
   /** Index of its queue pair. */
   readonly index: number;
   readonly counts: SaCounts;

@@ -35,6 +35,14 @@ export class ThreadSas implements ThreadListener {
     await this.#end(managed, gone);
   }
 
+  /** An SA is on no data path, and on none where it could go on: it is over, and all its nonces count as used. */
+  async lost(managed: ManagedSa): Promise<void> {
+    this.#parts.registry.leave(managed);
+    managed.keepTraffic();
+    managed.claim.release();
+    await this.#end(managed, true);
+  }
+
   async #end(managed: ManagedSa, gone: boolean): Promise<void> {
     const { registry, queues, device } = this.#parts;
     const { handle } = managed;

@@ -2,6 +2,7 @@
  * Software IPsec of a worker thread, counted where the control thread can see it: packets and bytes of each SA are added up burst by burst,
  * what was dropped is copied now and then, because a dropped packet does not say which SA it was dropped on.
  */
+import type { SoftwareProgress } from '../fallback/sa-progress.ts';
 import { SoftwareIpsec, type SoftwareIpsecOptions } from '../fallback/software.ts';
 import { VERDICTS, Verdict, verdictNames } from '../fallback/verdict.ts';
 import type { SecurityAssociation } from '../ipsec/sa.ts';
@@ -29,8 +30,8 @@ export class CountedSoftware {
     this.#state = state;
   }
 
-  add(handle: number, sa: SecurityAssociation, mtu: number): void {
-    this.#inner.add(handle, sa);
+  add(handle: number, sa: SecurityAssociation, mtu: number, progress: SoftwareProgress | null = null): void {
+    this.#inner.add(handle, sa, progress);
     if (sa.direction === 'outbound') this.#inner.setMtu(handle, mtu);
     else this.#inbound.add(handle);
   }
@@ -48,6 +49,13 @@ export class CountedSoftware {
     if (this.#inbound.has(handle)) this.#publishOne(handle);
     this.#inbound.delete(handle);
     this.#inner.remove(handle);
+  }
+
+  /** As `SoftwareIpsec.take`. */
+  take(handle: number): SoftwareProgress {
+    if (this.#inbound.has(handle)) this.#publishOne(handle);
+    this.#inbound.delete(handle);
+    return this.#inner.take(handle);
   }
 
   close(): void {

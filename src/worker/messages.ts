@@ -3,7 +3,7 @@
  * out in order, between two bursts. The keys of an SA do not travel in messages, whose copies nobody could wipe, but in shared memory: see `sa-parcel.ts`.
  */
 import type { SaEvents } from '../ipsec/ipsec.ts';
-import type { SaEntry } from '../ipsec/sa-thread.ts';
+import type { SaEntry, SaProgress } from '../ipsec/sa-thread.ts';
 
 export type Command =
   | { readonly name: 'add'; readonly entry: SaEntry }
@@ -11,6 +11,8 @@ export type Command =
   | { readonly name: 'modify'; readonly entry: SaEntry; readonly rekeyed: boolean }
   /** Answered by the SA's next sequence number, if it ran in software and sent; null otherwise. */
   | { readonly name: 'remove'; readonly handle: number }
+  /** Answered by how far the SA has come; from then on the thread does not have it. */
+  | { readonly name: 'take'; readonly handle: number }
   /** Answered by how many packets the device has not sent yet. */
   | { readonly name: 'unsent' }
   /** To let go; there is no answer but `released`. */
@@ -32,7 +34,7 @@ export function takeTicket(ticket: SharedArrayBuffer): boolean {
   return Atomics.exchange(new Int32Array(ticket), 0, 1) === 0;
 }
 
-export type Answer = bigint | number | null;
+export type Answer = bigint | number | SaProgress | null;
 
 export type WorkerMessage =
   | { readonly type: 'answer'; readonly id: number; readonly value: Answer }

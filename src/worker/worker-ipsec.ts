@@ -5,11 +5,12 @@
  * An outbound SA is in one thread, so its sequence numbers are counted in one place. The handle of an SA of another thread means nothing
  * here but that packets for it are dropped as `foreign-sa`.
  */
+import { IpsecError } from '../errors.ts';
 import type { EngineName } from '../fallback/engines/engine.ts';
 import type { SaEvents } from '../ipsec/ipsec.ts';
 import { eventOf, longestFrame, placeOf, selectorOf } from '../ipsec/sa-facts.ts';
 import { SaPlace, SaState, sharedCounts } from '../ipsec/sa-state.ts';
-import type { SaEntry } from '../ipsec/sa-thread.ts';
+import type { SaEntry, SaProgress } from '../ipsec/sa-thread.ts';
 import { wipeKeys } from '../ipsec/secret.ts';
 import type { PacketPool } from '../packet/pool.ts';
 import { createSaTable, NOT_INLINE, type SaTable } from '../virtio-net/sa-table.ts';
@@ -55,12 +56,12 @@ export class WorkerIpsec {
 
   /** Enters an SA. Throws what `SoftwareIpsec.add` throws; then nothing has changed. */
   add(entry: SaEntry): void {
-    const { handle, where, object } = entry;
+    const { handle, where, object, progress } = entry;
     const sa = unpackSa(entry.sa);
     try {
-      if (where === 'software') this.#software().add(handle, sa, this.#mtu);
+      if (where === 'software') this.#software().add(handle, sa, this.#mtu, progress?.software);
       const place = placeOf(sa, where);
-      this.state.add(handle, sa, place, longestFrame(sa, this.#mtu), selectorOf(sa));
+      this.state.add(handle, sa, place, longestFrame(sa, this.#mtu), selectorOf(sa), progress?.state);
       if (object === null) return;
       this.#objects.set(handle, object.id);
       if (place === SaPlace.inlineOutbound) this.table.resourceId[handle] = object.id;
@@ -92,13 +93,32 @@ export class WorkerIpsec {
 
   /** From now on packets that name the SA are dropped. Returns the next sequence number of one that ran in software, else null. */
   remove(handle: number): bigint | null {
-    const place = this.state.place[handle];
-    if (place === SaPlace.none) return null;
+    if (this.state.place[handle] === SaPlace.none) return null;
     let next: bigint | null = null;
-    if (place === SaPlace.softwareOutbound || place === SaPlace.softwareInbound) {
+    if (this.#isSoftware(handle)) {
       next = this.#software().sequence(handle);
       this.#software().remove(handle);
     }
+    this.#leave(handle);
+    return next;
+  }
+
+  /** Like `remove`, for an SA that goes on elsewhere. Throws IpsecError `NO_SUCH_SA`. */
+  take(handle: number): SaProgress {
+    if (this.state.place[handle] === SaPlace.none)
+      throw new IpsecError('NO_SUCH_SA', 'the thread does not have the SA');
+    const software = this.#isSoftware(handle) ? this.#software().take(handle) : null;
+    const state = this.state.progress(handle);
+    this.#leave(handle);
+    return { state, software: software === null ? null : { ...software, dropped: state.dropped } };
+  }
+
+  #isSoftware(handle: number): boolean {
+    const place = this.state.place[handle];
+    return place === SaPlace.softwareOutbound || place === SaPlace.softwareInbound;
+  }
+
+  #leave(handle: number): void {
     const object = this.#objects.get(handle);
     this.#objects.delete(handle);
     this.table.resourceId[handle] = NOT_INLINE;
@@ -106,7 +126,6 @@ export class WorkerIpsec {
     this.device.awaitsDrain = this.#awaited.length > 0;
     if (object !== undefined && this.table.handle[object] === handle) this.table.handle[object] = 0;
     this.state.remove(handle);
-    return next;
   }
 
   /** Ends all SAs and wipes their keys; returns the next sequence numbers of those that sent in software. */

@@ -129,6 +129,8 @@ export class WorkerNicQueue implements Disposable {
         return ipsec.modify(command.entry, command.rekeyed);
       case 'remove':
         return ipsec.remove(command.handle);
+      case 'take':
+        return ipsec.take(command.handle);
       case 'unsent':
         queues.tx.reclaim();
         return rings.tx.broken === null ? rings.tx.size - rings.tx.free : 0;

@@ -12,7 +12,7 @@ import { MessageChannel, type MessagePort } from 'node:worker_threads';
 import { IpsecError, type VipsecError, VirtioError } from '../errors.ts';
 import type { SaEvents } from '../ipsec/ipsec.ts';
 import type { SaCounts } from '../ipsec/sa-state.ts';
-import type { SaEntry, SaThread } from '../ipsec/sa-thread.ts';
+import type { SaEntry, SaProgress, SaThread } from '../ipsec/sa-thread.ts';
 import type { NicRings, WorkerPair, WorkerRing } from '../nic/rings.ts';
 import { EventFd } from '../sys/eventfd.ts';
 import { ffi, type Watch } from '../sys/ffi/ffi.ts';
@@ -29,7 +29,7 @@ export type WorkerQueueState = 'free' | 'offered' | 'open';
 /** How a queue came back: its thread let go, or ended without a word. */
 export type QueueEnd = 'released' | 'died';
 
-/** How long what was sent may take to leave a ring whose SA is removed. */
+/** How long what was sent may take to leave a ring whose SA is removed or taken away. */
 const UNSENT_MS = 100;
 const UNSENT_STEP_MS = 2;
 
@@ -137,12 +137,21 @@ export class WorkerQueue implements SaThread {
 
   async remove(handle: number): Promise<bigint | null> {
     const answer = await this.#command({ name: 'remove', handle }, false);
-    // What was tagged for the SA before is given time to be sent.
+    await this.sent();
+    return typeof answer === 'bigint' ? answer : null;
+  }
+
+  async take(handle: number): Promise<SaProgress> {
+    const answer = await this.#command({ name: 'take', handle });
+    if (typeof answer === 'object' && answer !== null) return answer;
+    throw new IpsecError('NO_SUCH_SA', `the thread does not have SA ${handle}`);
+  }
+
+  async sent(): Promise<void> {
     const deadline = performance.now() + UNSENT_MS;
     while (performance.now() < deadline && (await this.#command({ name: 'unsent' }).catch(() => 0)) !== 0) {
       await new Promise((resolve) => setTimeout(resolve, UNSENT_STEP_MS));
     }
-    return typeof answer === 'bigint' ? answer : null;
   }
 
   /** The device is lost: the thread touches its rings no more. */

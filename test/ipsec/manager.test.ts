@@ -39,6 +39,10 @@ class FakeSoftware implements SoftwareSide {
     this.sas.delete(handle);
   }
 
+  take(): never {
+    throw new Error('no thread takes it');
+  }
+
   counters(handle: number): SaCounters {
     const { sequence } = this.sas.get(handle)!;
     const none = { packets: 7n, bytes: 700n, dropped: { icv: 1 }, softExpired: false };

@@ -5,7 +5,7 @@ import { NonceGuard, NonceMemory } from '../../src/ipsec/nonce-guard.ts';
 import type { SoftwareSide } from '../../src/ipsec/own-sas.ts';
 import { QueueSas } from '../../src/ipsec/queue-sas.ts';
 import { SaState, sharedCounts } from '../../src/ipsec/sa-state.ts';
-import type { SaEntry, SaThread, SaThreads } from '../../src/ipsec/sa-thread.ts';
+import type { SaEntry, SaProgress, SaThread, SaThreads } from '../../src/ipsec/sa-thread.ts';
 import { inbound, key, outbound } from './support.ts';
 
 const HANDLES = 8;
@@ -36,6 +36,12 @@ class FakeThread implements SaThread {
     return this.next.get(entry.handle) ?? null;
   }
 
+  async take(): Promise<SaProgress> {
+    throw this.failure ?? new IpsecError('NO_SUCH_SA', 'not here');
+  }
+
+  async sent(): Promise<void> {}
+
   async remove(handle: number): Promise<bigint | null> {
     if (this.failure !== null) throw this.failure;
     this.entries.delete(handle);
@@ -62,6 +68,9 @@ function setup() {
     add: () => {},
     modify: () => {},
     remove: () => {},
+    take: () => {
+      throw new IpsecError('NO_SUCH_SA', 'not here');
+    },
     counters: () => ({
       packets: 0n,
       bytes: 0n,
