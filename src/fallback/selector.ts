@@ -40,7 +40,9 @@ export function selectorMatches(selector: Selector, u8: Uint8Array, ip: number, 
   let portsVisible = true;
   if (version === 4) {
     protocol = u8[ip + Ipv4.protocol];
-    transport = ip + (u8[ip] & 15) * 4;
+    const headerLength = (u8[ip] & 15) * 4;
+    if (headerLength < Ipv4.minLength) return false;
+    transport = ip + headerLength;
     const fragment = (u8[ip + Ipv4.flagsFragment] << 8) | u8[ip + Ipv4.flagsFragment + 1];
     portsVisible = (fragment & Ipv4Fragment.offsetMask) === 0;
     if (selector.source !== undefined && !inPrefix(u8, ip + Ipv4.source, 4, selector.source)) return false;
@@ -66,7 +68,9 @@ export function selectorMatches(selector: Selector, u8: Uint8Array, ip: number, 
   );
 }
 
-function hasPorts(protocol: number): boolean {
+/** Whether a header of `protocol` begins with two ports. */
+export function hasPorts(protocol: number): boolean {
+  // hot:
   return (
     protocol === IpProtocol.tcp ||
     protocol === IpProtocol.udp ||

@@ -7,6 +7,7 @@
  * The search is linear; a table of thousands of entries wants something else.
  */
 import { Chain, walkIpv6 } from '../fallback/extension-headers.ts';
+import { hasPorts } from '../fallback/selector.ts';
 import { Verdict } from '../fallback/verdict.ts';
 import { Ethernet, EtherType, IpProtocol, Ipv4, Ipv4Fragment, Ipv6, Ports } from '../packet/fields.ts';
 import type { PacketPool } from '../packet/pool.ts';
@@ -62,16 +63,6 @@ function inPrefix(u8: Uint8Array, at: number, count: number, value: Uint32Array,
   // hot:
   for (let i = 0; i < count; i++) if (((word(u8, at + 4 * i) ^ value[i]) & mask[i]) !== 0) return false;
   return true;
-}
-
-function hasPorts(protocol: number): boolean {
-  return (
-    protocol === IpProtocol.tcp ||
-    protocol === IpProtocol.udp ||
-    protocol === IpProtocol.sctp ||
-    protocol === IpProtocol.dccp ||
-    protocol === IpProtocol.udpLite
-  );
 }
 
 function isExtension(protocol: number): boolean {

@@ -56,6 +56,13 @@ describe('a selector', () => {
     expect(matches({ protocol: 17 }, ipv4(ports, { flags: 0x0001 }))).toBe(true);
   });
 
+  it('does not take the IP header for ports when that says that it is shorter than it can be', () => {
+    const short = Uint8Array.from(udp4);
+    short[0] = 0x40;
+    const [sourcePort, destinationPort] = [(short[0] << 8) | short[1], (short[2] << 8) | short[3]];
+    expect(matches({ protocol: 17, sourcePort, destinationPort }, short)).toBe(false);
+  });
+
   it('does not match what is no IP packet', () => {
     expect(matches({}, udp4, 19)).toBe(false);
     expect(matches({}, udp6, 39)).toBe(false);
