@@ -85,7 +85,8 @@ export class OwnSas implements SaPath {
     this.enter(handle, sa, where, progress);
   }
 
-  async take(handle: number): Promise<SaProgress> {
+  /** As `SaThread.take`, at once. */
+  take(handle: number): SaProgress {
     const { state, device } = this.#options;
     if (state.place[handle] === SaPlace.inlineOutbound) {
       const counted = state.progress(handle);

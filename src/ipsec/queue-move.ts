@@ -15,6 +15,7 @@
 import { IpsecError } from '../errors.ts';
 import type { InlineIpsec } from './inline.ts';
 import type { ManagedSa } from './managed-sa.ts';
+import type { OwnSas } from './own-sas.ts';
 import type { QueueSas } from './queue-sas.ts';
 import type { SecurityAssociation } from './sa.ts';
 import type { SaRegistry } from './sa-registry.ts';
@@ -23,7 +24,7 @@ import type { ThreadSas } from './thread-sas.ts';
 
 /** What is used of the manager's parts. */
 export interface QueueMoveParts {
-  readonly own: SaPath;
+  readonly own: Pick<OwnSas, 'take' | keyof SaPath>;
   readonly registry: SaRegistry;
   readonly queues: QueueSas;
   readonly threads: ThreadSas;
@@ -40,7 +41,7 @@ export async function moveToQueue(
   const { registry, queues, threads } = parts;
   const from = managed.thread;
   checkMove(managed, sa, to);
-  const progress = await pathOf(parts, from).take(managed.handle);
+  const progress = from === null ? parts.own.take(managed.handle) : await from.take(managed.handle);
   checkThere(registry, managed);
   managed.leaveFor(to, progress.state);
   try {

@@ -27,15 +27,10 @@ export interface SaEntry {
   readonly progress?: SaProgress;
 }
 
-/** A data path that an SA can leave for another one: that of a thread, or of the thread that opened the NIC. */
+/** A data path to which an SA can go: that of a thread, or of the thread that opened the NIC. */
 export interface SaPath {
   /** As `SaThread.add`. */
   add(entry: SaEntry): Promise<void>;
-  /**
-   * Takes the SA off: from now on packets that name it are dropped, and what it says of it stays true. When it rejects with `QUEUE_TIMEOUT`, the SA is
-   * where it was.
-   */
-  take(handle: number): Promise<SaProgress>;
   /** Resolves when what was given to the device before has been sent, or has had time enough. Never rejects. */
   sent(): Promise<void>;
 }
@@ -48,6 +43,11 @@ export interface SaThread extends SaPath {
   /** Index of its queue pair. */
   readonly index: number;
   readonly counts: SaCounts;
+  /**
+   * Takes the SA off, for it to go on elsewhere: from now on packets that name it are dropped, and how far it has come stays true. When it rejects with
+   * `QUEUE_TIMEOUT`, the SA is where it was.
+   */
+  take(handle: number): Promise<SaProgress>;
   /** Throws also what `SoftwareIpsec.add` throws. After any error the SA is not on the data path, or its thread is gone. */
   add(entry: SaEntry): Promise<void>;
   /** Resolves to the sequence number that the next packet would have had; null when it did not run in software. */
