@@ -6,11 +6,11 @@
  * last sequence number, whatever the device would do. An inline inbound SA is stopped by the device; the driver tells
  * of its limits from what was delivered, which a device that dropped packets afterwards may have reached sooner.
  */
-import { SEQUENCE_LOW } from '../fallback/sequence.ts';
 import { VERDICTS, Verdict, verdictNames } from '../fallback/verdict.ts';
 import { Ipv4 } from '../packet/fields.ts';
 import type { SaEvents } from './ipsec.ts';
-import type { Lifetime, SecurityAssociation, Selector } from './sa.ts';
+import type { SecurityAssociation, Selector } from './sa.ts';
+import { type Limits, limitsOf, numbersOf } from './sa-limits.ts';
 
 /** Where the packets of a handle go. */
 export const SaPlace = {
@@ -24,23 +24,6 @@ export const SaPlace = {
 export type SaPlace = (typeof SaPlace)[keyof typeof SaPlace];
 
 type Tell = <E extends keyof SaEvents>(handle: number, event: E, ...args: SaEvents[E]) => void;
-
-/**
- * The limits of one inline SA, as counts of what it has carried since it was made; `Infinity` is none. SAs without limits of their own
- * share one object.
- */
-interface Limits {
-  /** What had been carried when its key was set: limits are those of a key. */
-  readonly packetsBefore: number;
-  readonly bytesBefore: number;
-  readonly softPackets: number;
-  readonly softBytes: number;
-  readonly hardPackets: number;
-  readonly hardBytes: number;
-  /** Outbound: `sequence-low`, and the packet with the last number. Inbound: `Infinity`. */
-  readonly lowAt: number;
-  readonly lastAt: number;
-}
 
 /** Bytes of an IP packet without payload: with less left of a hard limit, an SA carries nothing more. */
 const SMALLEST_PACKET = Ipv4.minLength;
@@ -98,9 +81,6 @@ export function sharedCounts(capacity: number, buffer: SharedArrayBuffer = count
 export function countsBuffer(capacity: number): SharedArrayBuffer {
   return new SharedArrayBuffer(8 * (capacity + 1) * (2 + VERDICTS));
 }
-
-const SEQUENCE_SPACE_32 = 1n << 32n;
-const SEQUENCE_SPACE_64 = 1n << 64n;
 
 export class SaState {
   /** Handles are 1 to `capacity`. */
@@ -198,7 +178,7 @@ export class SaState {
     else if (dropped.some((count) => count !== 0)) this.#dropped.set(handle, dropped.slice());
     if (limits === null) return;
     const { packetsBefore, bytesBefore, lastAt, told, over } = limits;
-    const own = makeLimits(packetsBefore, bytesBefore, lastAt, lifetime);
+    const own = limitsOf(packetsBefore, bytesBefore, lastAt, lifetime);
     this.#limits[handle] = own;
     this.#told[handle] = told;
     this.#over[handle] = over;
@@ -412,15 +392,8 @@ export class SaState {
     const before = rekeyed ? undefined : this.#limits[handle];
     const packetsBefore = before?.packetsBefore ?? this.packets[handle];
     const bytesBefore = before?.bytesBefore ?? this.bytes[handle];
-    const space = sa.options.esn ? SEQUENCE_SPACE_64 : SEQUENCE_SPACE_32;
-    const left = sa.direction === 'outbound' ? Number(space - sa.initial.sequence) : Number.POSITIVE_INFINITY;
-    const lastAt = Math.min(packetsBefore + left, before?.lastAt ?? Number.POSITIVE_INFINITY);
-    const { softPackets, softBytes, hardPackets, hardBytes } = sa.lifetime;
-    const usual =
-      (softPackets | softBytes | hardPackets | hardBytes) === 0n && packetsBefore === 0 && bytesBefore === 0;
-    const limits =
-      (usual ? USUAL_LIMITS.find((one) => one.lastAt === lastAt) : undefined) ??
-      makeLimits(packetsBefore, bytesBefore, lastAt, sa.lifetime);
+    const lastAt = Math.min(packetsBefore + numbersOf(sa), before?.lastAt ?? Number.POSITIVE_INFINITY);
+    const limits = limitsOf(packetsBefore, bytesBefore, lastAt, sa.lifetime);
     this.#told[handle] = before === undefined ? 0 : this.#told[handle] & (Told.low | Told.overflow);
     this.#over[handle] = Verdict.ok;
     this.#limits[handle] = limits;
@@ -446,8 +419,9 @@ export class SaState {
       this.bytesAlert[handle] = next(bytes, softBytes, hardBytes - SMALLEST_PACKET + 1);
       return;
     }
-    this.packetsAlert[handle] = next(packets, softPackets, lowAt, hardPackets + 1, lastAt + 1);
-    this.bytesAlert[handle] = next(bytes, softBytes, hardBytes + 1);
+    // What ends the SA ends it also when it has been passed already: limits can be lowered.
+    this.packetsAlert[handle] = Math.min(next(packets, softPackets, lowAt), hardPackets + 1, lastAt + 1);
+    this.bytesAlert[handle] = Math.min(next(bytes, softBytes), hardBytes + 1);
   }
 }
 
@@ -459,28 +433,3 @@ export function namedCounters(counters: Float64Array): Record<string, number> {
   });
   return named;
 }
-
-/** A limit as a number; 0 is none. */
-function atLeast(limit: bigint): number {
-  return limit === 0n ? Number.POSITIVE_INFINITY : Number(limit);
-}
-
-function makeLimits(packetsBefore: number, bytesBefore: number, lastAt: number, lifetime: Lifetime): Limits {
-  return {
-    packetsBefore,
-    bytesBefore,
-    softPackets: packetsBefore + atLeast(lifetime.softPackets),
-    softBytes: bytesBefore + atLeast(lifetime.softBytes),
-    hardPackets: packetsBefore + atLeast(lifetime.hardPackets),
-    hardBytes: bytesBefore + atLeast(lifetime.hardBytes),
-    lowAt: lastAt - Number(SEQUENCE_LOW),
-    lastAt,
-  };
-}
-
-/** The limits of SAs that begin with 1 and have no lifetime: outbound without and with ESN, inbound. */
-const USUAL_LIMITS: readonly Limits[] = [
-  Number(SEQUENCE_SPACE_32 - 1n),
-  Number(SEQUENCE_SPACE_64 - 1n),
-  Number.POSITIVE_INFINITY,
-].map((lastAt) => makeLimits(0, 0, lastAt, { softPackets: 0n, softBytes: 0n, hardPackets: 0n, hardBytes: 0n }));
