@@ -4,7 +4,8 @@
  *
  * - `nic.forward.64B`: queue pair in a worker thread (`openQueue`), MAC addresses swapped, the loop device in a thread of its own, which copies
  *   each packet; two cores. `nic.forward.2q`: the rate of two such workers over that of one; each plays its own device, so two cores do.
- * - `nic.interrupt.wake`: from the device's interrupt to the code behind `await rx.wait()` in a worker that slept.
+ * - `nic.interrupt.wake`: from the device's interrupt to the code behind `await rx.wait()`, in a worker and in the main thread; `eventfd`: to a thread that was
+ *   blocked in read(2), the barest wake-up on this machine; `over_eventfd`: the one over the other, turn about.
  * - `nic.forward_same_thread` and `nic.forward_inline`: driver and loop device in turns in one thread, so what the device costs is included,
  *   and nothing is copied. `forward_inline` has an SA each way on the device, so each packet is counted, held against limits and tagged on the
  *   way out, and counted on the way in. What software SAs cost is measured by `esp.ts`, what MRG_RXBUF costs by `ring.ts`.
@@ -25,14 +26,23 @@ import { createSaTable } from '../../src/virtio-net/sa-table.ts';
 import { TxQueue } from '../../src/virtio-net/tx.ts';
 import { virtqueueBytes } from '../../src/virtqueue/create.ts';
 import { SplitVirtqueue } from '../../src/virtqueue/split.ts';
-import { Forwarding, type ForwardingOptions, Shared } from '../forwarding.ts';
-import { type Benchmark, type BenchSuite, rate, ratio, summarize, type Workload } from '../harness.ts';
+import { Forwarding, type ForwardingOptions } from '../forwarding.ts';
+import {
+  type Benchmark,
+  type BenchSuite,
+  type Measurement,
+  rate,
+  ratio,
+  summarize,
+  type Workload,
+} from '../harness.ts';
 import { LoopDevice } from '../loop-device.ts';
+import { frame, PACKET_BYTES } from '../shared-pair.ts';
+import { blockRatios, type WakingDriver, wakeTimes } from '../waking.ts';
 
 const BURST = 32;
 const RING = 256;
 const PACKETS = 1024;
-const PACKET_BYTES = 64;
 /** Bursts per call of `run`. */
 const BURSTS = 64;
 const IOVA = 0x10000;
@@ -42,14 +52,6 @@ const MTU = 1500;
 
 function memory(size: number, iova: number): DmaMemory {
   return { ...mapAnonymous(size), iova, iovaLow: iova, iovaHigh: 0 };
-}
-
-/** An Ethernet frame of 64 bytes with an IPv4 UDP packet. */
-function frame(): Uint8Array {
-  const bytes = new Uint8Array(PACKET_BYTES);
-  bytes.set([2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 0x08, 0x00, 0x45, 0, 0, PACKET_BYTES - 14, 0, 1, 0, 0, 64, 17]);
-  bytes.set([0x66, 0xb9, 10, 0, 0, 1, 10, 0, 0, 2, 0x30, 0x39, 0, 9, 0, PACKET_BYTES - 34], 24);
-  return bytes;
 }
 
 const association = (direction: 'outbound' | 'inbound') =>
@@ -133,7 +135,6 @@ function addSas(manager: IpsecManager, table: ReturnType<typeof createSaTable>):
 const WARMUP_MS = 1500;
 const SAMPLE_MS = 200;
 const SAMPLES = 15;
-const WAKES = 300;
 
 /** A benchmark of threads; `sample` gives its values. */
 function threads(
@@ -180,10 +181,14 @@ async function scaling(forwarding: Forwarding): Promise<number[]> {
   return ratios;
 }
 
-async function wakeTimes(forwarding: Forwarding): Promise<number[]> {
-  const { words, times } = forwarding;
-  while (Atomics.load(words, Shared.active) < WAKES) await forwarding.wait(10);
-  return [...times.subarray(1, WAKES + 1)];
+function waking(name: string, driver: WakingDriver, of: 'driver' | 'reader', goal?: number): Benchmark {
+  const measure = async () => summarize((await wakeTimes(driver))[of], 'us');
+  return goal === undefined ? { name, measure } : { name, measure, goal };
+}
+
+async function wakingOverEventfd(): Promise<Measurement> {
+  const { driver, reader } = await wakeTimes('worker');
+  return summarize(blockRatios(driver, reader), 'ratio');
 }
 
 export const suite: BenchSuite = {
@@ -191,7 +196,10 @@ export const suite: BenchSuite = {
   *benchmarks() {
     yield threads('nic.forward.64B.mpps', 'Mpps', { pairs: 1, device: 'separate' }, forwardingRates, 10);
     yield threads('nic.forward.2q.ratio', 'ratio', { pairs: 2, device: 'together' }, scaling, 1.7);
-    yield threads('nic.interrupt.wake.us', 'us', { pairs: 1, device: 'separate', role: 'wake' }, wakeTimes, 100);
+    yield waking('nic.interrupt.wake.us', 'worker', 'driver', 100);
+    yield waking('nic.interrupt.wake_main.us', 'main', 'driver', 100);
+    yield waking('nic.interrupt.eventfd.us', 'worker', 'reader');
+    yield { name: 'nic.interrupt.wake.over_eventfd', measure: wakingOverEventfd };
     yield rate('nic.forward_same_thread.64B.mpps', 'Mpps', () => forward(false));
     yield rate('nic.forward_inline.64B.mpps', 'Mpps', () => forward(true));
     yield ratio(

@@ -31,7 +31,7 @@ const FIRST_RECEIVE_VECTOR = 1;
 /** Who sleeps until a receive queue may have packets. */
 export interface Sleeper {
   /** Resolves when the receive queue of `pair` may have packets, or after `ms`. */
-  sleep(pair: number, ms: number): Promise<void>;
+  sleep(pair: number, ms: number): Promise<unknown>;
   /** Ends the sleep of whoever waits for the receive queue of `pair`. */
   wake(pair: number): void;
 }
@@ -86,10 +86,10 @@ export class NicInterrupts implements Sleeper {
     return this.#interrupts === null ? false : this.#interrupts.listen(CONFIG_VECTOR, listener);
   }
 
-  async sleep(pair: number, ms: number): Promise<void> {
+  sleep(pair: number, ms: number): Promise<unknown> {
     const vector = this.receiveVector(pair);
-    if (this.#interrupts === null || vector === NO_VECTOR) await sleep(Math.min(ms, NAP_MS));
-    else await this.#interrupts.wait(vector, Math.min(ms, RECHECK_MS));
+    if (this.#interrupts === null || vector === NO_VECTOR) return sleep(Math.min(ms, NAP_MS));
+    return this.#interrupts.wait(vector, Math.min(ms, RECHECK_MS));
   }
 
   wake(pair: number): void {
@@ -107,7 +107,7 @@ export type WaitableRing = Pick<RxQueue, 'broken' | 'enableInterrupts' | 'disabl
 
 /**
  * Resolves to true when `ring` has packets, to false when it has none within `timeout` milliseconds. Rejects with the reason when the
- * ring is broken or closed.
+ * ring is broken or closed; `onBroken` is called before.
  */
 export async function waitForPackets(
   ring: WaitableRing,
@@ -115,20 +115,22 @@ export async function waitForPackets(
   interrupts: Sleeper,
   policy: WaitPolicy,
   timeout: number,
+  onBroken: () => void,
 ): Promise<boolean> {
   const start = performance.now();
   const looking = policy === 'poll' ? timeout : policy === 'adaptive' ? LOOK_MS : 0;
   try {
     for (;;) {
       if (ring.broken !== null) throw ring.broken;
-      const waited = performance.now() - start;
       // Asks for the interrupt and looks, in this order, so that none is missed.
       if (ring.enableInterrupts()) return true;
+      const waited = performance.now() - start;
       if (waited >= timeout) return false;
       if (waited < looking) await turn();
       else await interrupts.sleep(pair, timeout - waited);
     }
   } catch (error) {
+    if (ring.broken !== null) onBroken();
     // Who is woken because the NIC ends is told why it did.
     if (error instanceof VfioError && ring.broken !== null) throw ring.broken;
     throw error;

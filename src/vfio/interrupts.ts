@@ -1,28 +1,22 @@
 /**
- * MSI-X interrupts as eventfds on the event loop.
+ * MSI-X interrupts as eventfds.
  *
- * One eventfd per vector; the device (or the kernel for it) adds one for each interrupt. A vector that fires while
- * nobody waits stays pending until the next `wait`. Interrupts that come close together count as one, as with MSI-X
+ * One eventfd per vector; the device (or the kernel for it) adds one for each interrupt. Who waits sleeps on it (`sys/readable.ts`), listeners are
+ * called from the event loop. A vector that fires while nobody waits stays pending until the next `wait`. Interrupts that come close together count as one, as with MSI-X
  * itself. Whether the device interrupts at all is steered at the rings and in the MSI-X table, not here.
  */
 import { VfioError } from '../errors.ts';
 import { EventFd } from '../sys/eventfd.ts';
+import { EventFdSleepers } from '../sys/eventfd-sleepers.ts';
 import { ffi, type Watch } from '../sys/ffi/ffi.ts';
 import type { DeviceFunction } from './function.ts';
 
-interface Waiter {
-  readonly resolve: (fired: boolean) => void;
-  readonly reject: (error: Error) => void;
-  readonly timer: NodeJS.Timeout | null;
-}
-
 interface Vector {
   readonly eventfd: EventFd;
-  readonly watch: Watch;
-  readonly waiters: Set<Waiter>;
+  readonly sleepers: EventFdSleepers;
   readonly listeners: Set<() => void>;
-  /** Fired while nobody waited. */
-  pending: boolean;
+  /** While there are listeners. */
+  watch: Watch | null;
   /** Another thread watches it. */
   away: boolean;
 }
@@ -39,7 +33,7 @@ export class Interrupts {
     }
     this.#fn = fn;
     try {
-      for (let i = 0; i < count; i++) this.#vectors.push(this.#open());
+      for (let i = 0; i < count; i++) this.#vectors.push(open());
       fn.setInterrupts(this.#vectors.map((vector) => vector.eventfd.fd));
     } catch (error) {
       this.#release();
@@ -65,7 +59,8 @@ export class Interrupts {
   handOver(vector: number): number {
     const entry = this.#at(vector);
     entry.away = true;
-    entry.watch.close();
+    entry.listeners.clear();
+    unwatch(entry);
     return entry.eventfd.fd;
   }
 
@@ -80,23 +75,7 @@ export class Interrupts {
    */
   wait(vector: number, timeoutMs = Infinity): Promise<boolean> {
     if (this.#failure !== null) return Promise.reject(this.#failure);
-    const entry = this.#here(vector);
-    // Look at the counter itself: the event loop may not have got round to it.
-    if (entry.eventfd.drain() > 0 || entry.pending) {
-      entry.pending = false;
-      return Promise.resolve(true);
-    }
-    return new Promise((resolve, reject) => {
-      const expire = () => {
-        entry.waiters.delete(waiter);
-        this.#hold(entry);
-        resolve(false);
-      };
-      const timer = timeoutMs === Infinity ? null : setTimeout(expire, timeoutMs);
-      const waiter: Waiter = { resolve, reject, timer };
-      entry.waiters.add(waiter);
-      this.#hold(entry);
-    });
+    return this.#here(vector).sleepers.sleep(timeoutMs);
   }
 
   /**
@@ -107,7 +86,11 @@ export class Interrupts {
     if (this.#failure !== null) throw this.#failure;
     const entry = this.#here(vector);
     entry.listeners.add(listener);
-    return () => entry.listeners.delete(listener);
+    entry.watch ??= watch(entry);
+    return () => {
+      entry.listeners.delete(listener);
+      if (entry.listeners.size === 0) unwatch(entry);
+    };
   }
 
   /**
@@ -130,56 +113,16 @@ export class Interrupts {
     this.close();
   }
 
-  #open(): Vector {
-    const eventfd = EventFd.create();
-    const vector: Vector = {
-      eventfd,
-      watch: ffi().watch(eventfd.fd, () => this.#fired(vector)),
-      waiters: new Set(),
-      listeners: new Set(),
-      pending: false,
-      away: false,
-    };
-    vector.watch.unref();
-    return vector;
-  }
-
-  #fired(vector: Vector): void {
-    // `wait` may have been quicker than the event loop.
-    if (vector.eventfd.drain() === 0) return;
-    vector.pending = vector.waiters.size === 0 && vector.listeners.size === 0;
-    for (const waiter of vector.waiters) {
-      if (waiter.timer !== null) clearTimeout(waiter.timer);
-      waiter.resolve(true);
-    }
-    vector.waiters.clear();
-    this.#hold(vector);
-    for (const listener of [...vector.listeners]) listener();
-  }
-
   #fail(error: VfioError): void {
     this.#failure ??= error;
-    for (const vector of this.#vectors) {
-      for (const waiter of vector.waiters) {
-        if (waiter.timer !== null) clearTimeout(waiter.timer);
-        waiter.reject(error);
-      }
-      vector.waiters.clear();
-      this.#hold(vector);
-    }
+    for (const { sleepers } of this.#vectors) sleepers.fail(error);
   }
 
   #release(): void {
     for (const vector of this.#vectors.splice(0)) {
-      vector.watch.close();
+      unwatch(vector);
       vector.eventfd.close();
     }
-  }
-
-  /** The event loop stays for a vector that someone waits for. */
-  #hold(vector: Vector): void {
-    if (vector.waiters.size > 0) vector.watch.ref();
-    else vector.watch.unref();
   }
 
   #here(vector: number): Vector {
@@ -193,4 +136,25 @@ export class Interrupts {
     if (entry === undefined) throw new RangeError(`interrupt vector ${vector} of ${this.#vectors.length}`);
     return entry;
   }
+}
+
+function open(): Vector {
+  const eventfd = EventFd.create();
+  return { eventfd, sleepers: new EventFdSleepers(eventfd), listeners: new Set(), watch: null, away: false };
+}
+
+/** Calls the listeners of a vector when it fires, and does not hold the event loop open for them. */
+function watch({ eventfd, sleepers, listeners }: Vector): Watch {
+  const watch = ffi().watch(eventfd.fd, () => {
+    if (eventfd.drain() === 0) return;
+    sleepers.wake();
+    for (const listener of [...listeners]) listener();
+  });
+  watch.unref();
+  return watch;
+}
+
+function unwatch(vector: Vector): void {
+  vector.watch?.close();
+  vector.watch = null;
 }

@@ -7,11 +7,13 @@ Object.assign(process.env, { VIPSEC_FFI: 'ffi-rs' });
 const { ffiSuite } = await import('./suites/ffi.ts');
 const { libcSuite } = await import('./suites/libc.ts');
 const { memorySuite } = await import('./suites/memory.ts');
+const { readableSuite } = await import('./suites/readable.ts');
 const { unixSocketSuite } = await import('./suites/unix-socket.ts');
 
 ffiSuite('ffi-rs');
 libcSuite();
 memorySuite();
+readableSuite();
 unixSocketSuite();
 
 export {};

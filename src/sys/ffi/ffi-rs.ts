@@ -91,6 +91,8 @@ export function createFfiRs(): Ffi {
     view,
     errno: () => errno,
     watch: poller,
+    // In the main thread, where this provider works, it is the default one.
+    eventLoop: () => bind(SELF, 'uv_default_loop', 'i64', [])(),
   };
 }
 

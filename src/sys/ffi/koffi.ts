@@ -55,6 +55,7 @@ export function createKoffi(): Ffi {
     view: (address, length) => koffi.view(address, length),
     errno: () => koffi.errno(),
     watch: (fd, onReadable) => watch(koffi, fd, onReadable),
+    eventLoop: () => eventLoop(koffi),
   };
 }
 
@@ -71,6 +72,15 @@ function numeric(call: KoffiCall, result: CType): NativeFunction {
   // Only 64-bit results can be BigInt, so the others go without the 20 ns of a wrapper.
   if (result === 'i64' || result === 'u64') return (...args) => Number(call(...args));
   return call as NativeFunction;
+}
+
+/** Each thread has its own; Node-API knows which one belongs to an environment. */
+function eventLoop(koffi: Koffi): number {
+  const get = koffi.load(null).func('napi_get_uv_event_loop', 'int', ['void *', koffi.out('int64 *')]);
+  const loop: (number | bigint)[] = [0];
+  const status: number = get(koffi.node.env, loop);
+  if (status !== 0) throw new FfiError('FFI_UNSUPPORTED', `Node-API gives no event loop (status ${status})`);
+  return Number(loop[0]);
 }
 
 /**

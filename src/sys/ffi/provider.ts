@@ -51,6 +51,8 @@ export interface Ffi {
    * the event loop's own epoll. ffi-rs has no way to do so and asks poll(2) once a millisecond.
    */
   watch(fd: number, onReadable: () => void): Watch;
+  /** Address of the `uv_loop_t` of this thread's event loop. */
+  eventLoop(): number;
 }
 
 /**
