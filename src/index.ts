@@ -168,6 +168,7 @@ export type { NetControl, ReceiveMode } from './virtio-net/net-control.ts';
 export { RxCounter } from './virtio-net/rx.ts';
 export { TxCounter } from './virtio-net/tx.ts';
 // Queue pairs in worker threads.
+export type { ArenaHandle } from './worker/arena-loans.ts';
 export type { QueueHandle } from './worker/handle.ts';
 export { openQueue } from './worker/open-queue.ts';
 export type { WorkerNicQueue } from './worker/worker-nic-queue.ts';

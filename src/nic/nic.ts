@@ -199,6 +199,7 @@ export class Nic implements AsyncDisposable {
     if (rings.workerPairs.length > 0) {
       this.#workers = new WorkerQueues({
         rings,
+        arenas: this.#arenas,
         address: this.address,
         mac: this.mac,
         handles,
@@ -374,8 +375,8 @@ export class Nic implements AsyncDisposable {
   }
 
   /**
-   * Takes memory from the device again: its views read zeros from now on. Throws VirtioError `ARENA_BUSY` while pieces of it are in packets.
-   * Idempotent.
+   * Takes memory from the device again: its views read zeros from now on. Throws VirtioError `ARENA_BUSY` while pieces of it are in packets, or other
+   * threads have it. Idempotent.
    */
   unregisterMemory(arena: PacketArena): void {
     this.#arenas.unregister(arena);

@@ -59,6 +59,8 @@ export interface WorkerPair {
   readonly pool: DmaMemory;
   readonly stride: number;
   readonly headroom: number;
+  /** As in `PacketPoolOptions`. */
+  readonly references: number;
 }
 
 /** Pieces of the application's memory that may be on their way at one time. */
@@ -179,7 +181,7 @@ export class NicRings {
   #workerPair(index: number, transport: VirtioTransport, bytes: number, stride: number, size: number): WorkerPair {
     const pool = this.#allocate(bytes);
     const ring = (which: 0 | 1) => this.#ring(2 * index + which, transport, pool, size, { next: 0 });
-    return { index, rx: ring(0), tx: ring(1), pool, stride, headroom: HEADROOM };
+    return { index, rx: ring(0), tx: ring(1), pool, stride, headroom: HEADROOM, references: REFERENCES };
   }
 
   /** Makes virtqueue `index` for packets in `pool`. With `position` another thread drives it. */

@@ -7,7 +7,7 @@
  * reference that was not collected counts as in use, so that attaching ends instead of losing track.
  *
  * A reference remembers its own IOVA and length, in arrays of this file: what a caller writes into the pool's cannot lead the device
- * anywhere else. Left out: receiving into arenas, and arenas of queue pairs that other threads drive.
+ * anywhere else. Left out: receiving into arenas.
  */
 import { VirtioError } from '../errors.ts';
 import type { DmaMemory } from '../sys/memory.ts';

@@ -32,7 +32,7 @@ export const Wish = {
 } as const;
 
 /** Indices of 32-bit words. Those that different threads write are a cache line apart. */
-const Word = { owner: 0, attention: 16, wish: 17, reasonLength: 18, rxNext: 32, txNext: 33 } as const;
+const Word = { owner: 0, attention: 16, wish: 17, reasonLength: 18, tenancy: 19, rxNext: 32, txNext: 33 } as const;
 const REASON = { at: 192, max: 832 } as const;
 const COUNTERS_AT = 1024;
 const LENGTHS = [RX_COUNTERS, VERDICTS, TX_COUNTERS, VERDICTS];
@@ -75,6 +75,15 @@ export class ControlBlock {
   /** From one owner to the next; false when it was another. */
   pass(from: number, to: number): boolean {
     return Atomics.compareExchange(this.words, Word.owner, from, to) === from;
+  }
+
+  /** Stands for this handing over: what was meant for another one is told by it. Written before the handle is posted. */
+  get tenancy(): number {
+    return Atomics.load(this.words, Word.tenancy);
+  }
+
+  set tenancy(token: number) {
+    Atomics.store(this.words, Word.tenancy, token);
   }
 
   /** Makes the worker look at its messages, and at `wish`. */

@@ -50,7 +50,12 @@ export interface QueueHandle {
   readonly mac: Uint8Array;
   readonly rx: RingHandle;
   readonly tx: RingHandle;
-  readonly pool: { readonly memory: SharedDma; readonly stride: number; readonly headroom: number };
+  readonly pool: {
+    readonly memory: SharedDma;
+    readonly stride: number;
+    readonly headroom: number;
+    readonly references?: number;
+  };
   /** Eventfd of the receive queue's interrupt; null without. */
   readonly interrupt: number | null;
   readonly control: SharedArrayBuffer;

@@ -4,6 +4,7 @@
  */
 import type { SaEvents } from '../ipsec/ipsec.ts';
 import type { SaEntry, SaProgress } from '../ipsec/sa-thread.ts';
+import type { ArenaHandle } from './arena-loans.ts';
 
 export type Command =
   | { readonly name: 'add'; readonly entry: SaEntry }
@@ -13,10 +14,15 @@ export type Command =
   | { readonly name: 'remove'; readonly handle: number }
   /** Answered by how far the SA has come; from then on the thread does not have it. */
   | { readonly name: 'take'; readonly handle: number }
+  /** What has become of a `register`. */
+  | { readonly name: 'granted'; readonly request: number; readonly result: Granted }
   /** Answered by how many packets the device has not sent yet. */
   | { readonly name: 'unsent' }
   /** To let go; there is no answer but `released`. */
   | { readonly name: 'look' };
+
+/** Memory that was registered for the thread, or why not. */
+export type Granted = ArenaHandle | { readonly code: string; readonly message: string };
 
 export interface CommandMessage {
   readonly id: number;
@@ -48,5 +54,22 @@ export type WorkerMessage =
       readonly event: keyof SaEvents;
       readonly args: SaEvents[keyof SaEvents];
     }
-  /** The last one: nothing of the queue is used any more. Next sequence numbers of the SAs that sent in software. */
-  | { readonly type: 'released'; readonly sequences: ReadonlyMap<number, bigint> };
+  /** Asks for memory of the application to be registered; answered by a command. */
+  | {
+      readonly type: 'register';
+      readonly request: number;
+      readonly fd: number;
+      readonly offset: number;
+      readonly size: number;
+    }
+  /** The thread has no use for an arena any more. */
+  | { readonly type: 'arena'; readonly id: number }
+  /**
+   * The last one: nothing of the queue is used any more. Next sequence numbers of the SAs that sent in software; arenas of which pieces may
+   * still be in the ring.
+   */
+  | {
+      readonly type: 'released';
+      readonly sequences: ReadonlyMap<number, bigint>;
+      readonly arenas: readonly number[];
+    };

@@ -19,8 +19,7 @@ import { VirtioError } from '../errors.ts';
 import { makeQueues } from '../nic/pair.ts';
 import { PacketPool } from '../packet/pool.ts';
 import { dropLedger, keepLedger, MappingLedger } from '../sys/mapping-ledger.ts';
-import { type DmaMemory, type MappedMemory, mapShared, unmapMemory } from '../sys/memory.ts';
-import { IOVA_BOUNDARY } from '../vfio/dma.ts';
+import { type MappedMemory, unmapMemory } from '../sys/memory.ts';
 import type { SharedDma } from '../vfio/function.ts';
 import { FeatureSet } from '../virtio/features.ts';
 import { ringFormat } from '../virtio/ring-format.ts';
@@ -29,7 +28,9 @@ import type { Virtqueue } from '../virtqueue/virtqueue.ts';
 import { ControlBlock, Owner } from './control-block.ts';
 import { openDoorbell } from './doorbells.ts';
 import type { QueueHandle, RingHandle } from './handle.ts';
+import { mapDma } from './map-dma.ts';
 import type { WorkerMessage } from './messages.ts';
+import { WorkerArenas } from './worker-arenas.ts';
 import { WorkerIpsec } from './worker-ipsec.ts';
 import { WorkerNicQueue } from './worker-nic-queue.ts';
 import { WorkerSleeper } from './worker-sleeper.ts';
@@ -48,10 +49,14 @@ export function openQueue(handle: QueueHandle): WorkerNicQueue {
   keepLedger(ledger);
   const mappings: MappedMemory[] = [];
   try {
-    const map = (dma: SharedDma) => mapDma(dma, mappings);
+    const map = (dma: SharedDma) => {
+      const memory = mapDma(dma);
+      mappings.push(memory);
+      return memory;
+    };
     const features = FeatureSet.fromWords([...handle.features]);
-    const { stride, headroom } = handle.pool;
-    const pool = new PacketPool(map(handle.pool.memory), { stride, headroom });
+    const { memory, ...slots } = handle.pool;
+    const pool = new PacketPool(map(memory), slots);
     pool.keepForReceive(handle.rx.options.size);
     const open = ({ options, memory }: RingHandle) => createVirtqueue(ringFormat(features), map(memory), options);
     const rings = { rx: open(handle.rx), tx: open(handle.tx) };
@@ -73,9 +78,10 @@ export function openQueue(handle: QueueHandle): WorkerNicQueue {
       { queue: rings.rx, notifier: notifier('rx', rings.rx), counters: control.counters.rx.counters },
       { queue: rings.tx, notifier: notifier('tx', rings.tx), counters: control.counters.tx.counters },
     );
+    const arenas = new WorkerArenas(control.tenancy, pool.references, post);
     const sleeper = new WorkerSleeper(handle.interrupt);
     post({ type: 'opened' });
-    const parts = { index, mac, mtu, pool, rings, queues, control, ipsec, sleeper, port, mappings, ledger };
+    const parts = { index, mac, mtu, pool, rings, queues, control, ipsec, arenas, sleeper, port, mappings, ledger };
     const queue = new WorkerNicQueue(parts);
     queues.rx.refill();
     return queue;
@@ -86,12 +92,4 @@ export function openQueue(handle: QueueHandle): WorkerNicQueue {
     handle.port.close();
     throw error;
   }
-}
-
-function mapDma({ fd, offset, size, iova }: SharedDma, mappings: MappedMemory[]): DmaMemory {
-  const memory = mapShared(fd, offset, size, { write: true, populate: true, secret: true });
-  mappings.push(memory);
-  const { address, u8, u16, u32 } = memory;
-  const [iovaLow, iovaHigh] = [iova % IOVA_BOUNDARY, Math.floor(iova / IOVA_BOUNDARY)];
-  return { address, size, u8, u16, u32, iova, iovaLow, iovaHigh };
 }

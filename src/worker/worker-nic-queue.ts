@@ -9,13 +9,16 @@ import type { NicQueueOptions } from '../nic/data-path.ts';
 import { NicRxQueue, type NicRxQueueOptions, type RxRing } from '../nic/rx-queue.ts';
 import { NicTxQueue, type TxRing } from '../nic/tx-queue.ts';
 import type { PacketPool } from '../packet/pool.ts';
+import type { PacketArena } from '../packet/references.ts';
 import { dropLedger, type MappingLedger } from '../sys/mapping-ledger.ts';
 import { type MappedMemory, unmapMemory } from '../sys/memory.ts';
 import type { RxQueue } from '../virtio-net/rx.ts';
 import type { TxQueue } from '../virtio-net/tx.ts';
 import type { Virtqueue } from '../virtqueue/virtqueue.ts';
+import type { ArenaHandle } from './arena-loans.ts';
 import { ATTENTION, type ControlBlock, Owner, Wish } from './control-block.ts';
 import { type Answer, type Command, type CommandMessage, takeTicket, type WorkerMessage } from './messages.ts';
+import type { WorkerArenas } from './worker-arenas.ts';
 import type { WorkerIpsec } from './worker-ipsec.ts';
 import type { WorkerSleeper } from './worker-sleeper.ts';
 
@@ -29,6 +32,7 @@ export interface WorkerParts {
   readonly queues: { readonly rx: RxQueue; readonly tx: TxQueue };
   readonly control: ControlBlock;
   readonly ipsec: WorkerIpsec;
+  readonly arenas: WorkerArenas;
   readonly sleeper: WorkerSleeper;
   readonly port: MessagePort;
   readonly mappings: readonly MappedMemory[];
@@ -93,6 +97,30 @@ export class WorkerNicQueue implements Disposable {
     this.close();
   }
 
+  /**
+   * Opens memory that `WorkerQueue.lendMemory` has lent to this queue pair: `packets.refer` puts pieces of it into chains that are sent, without a
+   * copy. A handle is opened once. Throws VirtioError `NO_ARENA` when it was lent to another or opened before, `ARENA_LIMIT`; SystemError; why the queue has ended.
+   */
+  openMemory(handle: ArenaHandle): PacketArena {
+    return this.#parts.arenas.open(handle);
+  }
+
+  /**
+   * As `Nic.registerMemory`, by way of the control thread; `fd` is to stay open until then. Resolves when this thread comes to its event loop. Rejects with
+   * VirtioError, whose `code` is that of `Nic.registerMemory`, and why the queue has ended.
+   */
+  registerMemory(fd: number, offset: number, size: number): Promise<PacketArena> {
+    return this.#parts.arenas.register(fd, offset, size);
+  }
+
+  /**
+   * Gives memory back that was lent, and has such unregistered that was registered here: its views read zeros from now on. Throws VirtioError
+   * `ARENA_BUSY` while pieces of it are in packets. Idempotent.
+   */
+  unregisterMemory(arena: PacketArena): void {
+    this.#parts.arenas.close(arena);
+  }
+
   /** Carries out what the control thread wants; between two bursts. */
   #attend(): void {
     const { control, port } = this.#parts;
@@ -120,7 +148,7 @@ export class WorkerNicQueue implements Disposable {
   }
 
   #carryOut(command: Exclude<Command, { name: 'look' }>): Answer {
-    const { ipsec, queues, rings } = this.#parts;
+    const { ipsec, arenas, queues, rings } = this.#parts;
     switch (command.name) {
       case 'add':
         ipsec.add(command.entry);
@@ -131,6 +159,9 @@ export class WorkerNicQueue implements Disposable {
         return ipsec.remove(command.handle);
       case 'take':
         return ipsec.take(command.handle);
+      case 'granted':
+        arenas.granted(command.request, command.result);
+        return null;
       case 'unsent':
         queues.tx.reclaim();
         return rings.tx.broken === null ? rings.tx.size - rings.tx.free : 0;
@@ -151,7 +182,9 @@ export class WorkerNicQueue implements Disposable {
   #release(reason: VirtioError): void {
     if (this.#end !== null) return;
     this.#end = reason;
-    const { rings, ipsec, sleeper, control, port, mappings, ledger } = this.#parts;
+    const { rings, queues, ipsec, arenas, sleeper, control, port, mappings, ledger } = this.#parts;
+    queues.tx.reclaim();
+    const kept = arenas.end(reason);
     rings.rx.fail(reason);
     rings.tx.fail(reason);
     // What is known of sequence numbers after a stop is known no more: all of them count as used.
@@ -162,7 +195,7 @@ export class WorkerNicQueue implements Disposable {
     for (const memory of mappings) unmapMemory(memory);
     dropLedger(ledger);
     control.pass(Owner.worker, Owner.none);
-    this.#send({ type: 'released', sequences });
+    this.#send({ type: 'released', sequences, arenas: kept });
     port.close();
   }
 

@@ -137,7 +137,6 @@ export class WorkerQueue implements SaThread {
 
   async remove(handle: number): Promise<bigint | null> {
     const answer = await this.#command({ name: 'remove', handle }, false);
-    await this.sent();
     return typeof answer === 'bigint' ? answer : null;
   }
 
@@ -147,11 +146,13 @@ export class WorkerQueue implements SaThread {
     throw new IpsecError('NO_SUCH_SA', `the thread does not have SA ${handle}`);
   }
 
-  async sent(): Promise<void> {
+  async sent(): Promise<boolean> {
     const deadline = performance.now() + UNSENT_MS;
-    while (performance.now() < deadline && (await this.#command({ name: 'unsent' }).catch(() => 0)) !== 0) {
+    while ((await this.#command({ name: 'unsent' }).catch(() => null)) !== 0) {
+      if (performance.now() >= deadline) return false;
       await new Promise((resolve) => setTimeout(resolve, UNSENT_STEP_MS));
     }
+    return true;
   }
 
   /** The device is lost: the thread touches its rings no more. */

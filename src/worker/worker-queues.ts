@@ -5,11 +5,13 @@ import { IpsecError, type VipsecError } from '../errors.ts';
 import type { EngineName } from '../fallback/engines/engine.ts';
 import { countsBuffer, sharedCounts } from '../ipsec/sa-state.ts';
 import type { SaThread, SaThreads, ThreadListener } from '../ipsec/sa-thread.ts';
+import type { NicArenas } from '../nic/arenas.ts';
 import type { NicRings } from '../nic/rings.ts';
 import { WorkerQueue } from './worker-queue.ts';
 
 export interface WorkerQueuesOptions {
   readonly rings: NicRings;
+  readonly arenas: NicArenas;
   readonly address: string;
   readonly mac: Uint8Array;
   readonly handles: number;
@@ -38,6 +40,7 @@ export class WorkerQueues implements SaThreads {
       const counts = countsBuffer(handles);
       return new WorkerQueue({
         rings,
+        arenas: options.arenas,
         pair,
         address: options.address,
         mac: options.mac,

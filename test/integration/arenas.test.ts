@@ -139,7 +139,7 @@ describe('memory of the application, sent by a vfio-user device', () => {
     a.unregisterMemory(arena);
   });
 
-  it('is dropped with all of its pieces when its SA is in software, which protects single packets only', async () => {
+  it('comes back with a packet that its SA in software cannot carry', async () => {
     const { a } = await openPair({ ipsec: false, nic: { ipsec: 'software' } });
     const sa = await a.ipsec.addSa({
       mode: 'tunnel',

@@ -6,6 +6,8 @@ import { openQueue } from '../../dist/src/index.js';
 
 const queues = new Map();
 const packets = new Uint32Array(64);
+/** Arenas, by a name that the test gives. */
+const arenas = new Map();
 
 /** Writes frames into packets and sends them under `sa`; those that find no room are tried again. */
 async function send(queue, frames, sa) {
@@ -74,7 +76,60 @@ async function sendWhile(queue, words, frame, count) {
   return sent;
 }
 
+/**
+ * Sends frames under `sa`: each `header`, and behind it pieces `[start, length]` of the arena `name`. Resolves to the starts of the pieces in the order in which
+ * they came back, when all have.
+ */
+async function sendPieces(queue, name, header, frames, sa) {
+  const arena = arenas.get(name);
+  const one = new Uint32Array(1);
+  const starts = new Uint32Array(64);
+  const back = [];
+  const wanted = frames.flat().length;
+  const deadline = performance.now() + 10_000;
+  for (let next = 0; back.length < wanted && performance.now() < deadline; ) {
+    if (next < frames.length && queue.packets.allocate(one, 1) === 1) {
+      queue.packets.write(one[0], header);
+      queue.packets.sa[one[0]] = sa;
+      let last = one[0];
+      for (const [start, length] of frames[next]) {
+        const p = queue.packets.refer(arena, start, length);
+        if (p === 0xffffffff) break;
+        queue.packets.next[last] = p;
+        last = p;
+      }
+      if (queue.tx.burst(one, 1) === 1) next++;
+      else queue.packets.freeChains(one, 1);
+    }
+    queue.tx.reclaim();
+    const n = arena.reclaim(starts);
+    back.push(...starts.subarray(0, n));
+    if (n === 0) await new Promise((resolve) => setTimeout(resolve, 1));
+  }
+  return back;
+}
+
 const actions = {
+  openMemory: ({ queue, arena, handle }) => {
+    arenas.set(arena, queue.openMemory(handle));
+  },
+  registerMemory: async ({ queue, arena, fd, offset, size }) => {
+    arenas.set(arena, await queue.registerMemory(fd, offset, size));
+  },
+  unregisterMemory: ({ queue, arena }) => queue.unregisterMemory(arenas.get(arena)),
+  readMemory: ({ arena, start, length }) => arenas.get(arena).memory.u8.slice(start, start + length),
+  /** Puts a piece into a packet, which is not sent. */
+  hold: ({ queue, arena }) => {
+    const held = new Uint32Array(1);
+    queue.packets.allocate(held, 1);
+    queue.packets.next[held[0]] = queue.packets.refer(arenas.get(arena), 0, 10);
+    return held[0];
+  },
+  letGo: ({ queue, arena, packet }) => {
+    queue.packets.freeChains(Uint32Array.of(packet), 1);
+    return arenas.get(arena).reclaim(new Uint32Array(1));
+  },
+  sendPieces: ({ queue, arena, header, frames, sa }) => sendPieces(queue, arena, header, frames, sa),
   sendWhile: ({ queue, words, frame, count }) => sendWhile(queue, words, frame, count),
   open: ({ handle }) => {
     const queue = openQueue(handle);
