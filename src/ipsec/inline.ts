@@ -188,9 +188,9 @@ export class InlineIpsec {
     this.#options.table.resourceId[handle] = NOT_INLINE;
   }
 
-  /** Resolves when the transmit queues of this thread have finished what they hold, or have had time enough. */
-  async quiesce(): Promise<void> {
-    await this.#options.quiesceTransmit();
+  /** Resolves when the transmit queues of this thread have finished what they hold; to false when they have not after time enough. */
+  quiesce(): Promise<boolean> {
+    return this.#options.quiesceTransmit();
   }
 
   /** From now on what the inbound SA receives counts as secured by it. */

@@ -107,8 +107,8 @@ export class OwnSas implements SaPath {
     return { state: counted, software };
   }
 
-  async sent(): Promise<void> {
-    await this.#options.device?.quiesce();
+  async sent(): Promise<boolean> {
+    return (await this.#options.device?.quiesce()) ?? true;
   }
 
   /** With the key and salt that it has, a software SA goes on counting; with new ones it begins anew. */

@@ -31,8 +31,8 @@ export interface SaEntry {
 export interface SaPath {
   /** As `SaThread.add`. */
   add(entry: SaEntry): Promise<void>;
-  /** Resolves when what was given to the device before has been sent, or has had time enough. Never rejects. */
-  sent(): Promise<void>;
+  /** Resolves when what was given to the device before has been sent; to false when it has not after time enough. Never rejects. */
+  sent(): Promise<boolean>;
 }
 
 /**

@@ -32,7 +32,9 @@ export class ThreadSas implements ThreadListener {
     registry.leave(managed);
     const gone = await queues.remove(thread, managed);
     managed.keepTraffic();
-    await this.#end(managed, gone);
+    // In software what is in the ring is protected already, and names no object.
+    const isSent = managed.placement.where === 'software' || (await thread.sent());
+    await this.#end(managed, gone, isSent);
   }
 
   /** An SA is on no data path, and on none where it could go on: it is over, and all its nonces count as used. */
@@ -43,11 +45,12 @@ export class ThreadSas implements ThreadListener {
     await this.#end(managed, true);
   }
 
-  async #end(managed: ManagedSa, gone: boolean): Promise<void> {
+  /** `isSent`: no packet that names its object is in the thread's ring any more. */
+  async #end(managed: ManagedSa, gone: boolean, isSent = true): Promise<void> {
     const { registry, queues, device } = this.#parts;
     const { handle } = managed;
     if (managed.placement.where === 'software') registry.countTwins(managed, -1);
-    else await device?.destroy(handle, !gone);
+    else await device?.destroy(handle, !gone || !isSent);
     queues.own(handle, undefined);
     if (gone) registry.give(handle);
   }

@@ -8,20 +8,24 @@
  *
  * A pair that was open before is reset on the device before it is handed over again (RING_RESET).
  */
+import { randomInt } from 'node:crypto';
 import { MessageChannel, type MessagePort } from 'node:worker_threads';
 import { IpsecError, type VipsecError, VirtioError } from '../errors.ts';
 import type { SaEvents } from '../ipsec/ipsec.ts';
 import type { SaCounts } from '../ipsec/sa-state.ts';
 import type { SaEntry, SaProgress, SaThread } from '../ipsec/sa-thread.ts';
+import type { NicArenas } from '../nic/arenas.ts';
 import type { NicRings, WorkerPair, WorkerRing } from '../nic/rings.ts';
+import type { PacketArena } from '../packet/references.ts';
 import { EventFd } from '../sys/eventfd.ts';
 import { ffi, type Watch } from '../sys/ffi/ffi.ts';
 import { close, FcntlCommand, fcntl } from '../sys/libc.ts';
 import { MappingLedger } from '../sys/mapping-ledger.ts';
 import { abandonMapping } from '../sys/memory.ts';
+import { type ArenaHandle, ArenaLoans, refusalOf } from './arena-loans.ts';
 import { ControlBlock, Owner, type PairCounters, Wish } from './control-block.ts';
 import type { QueueHandle, RingHandle, SaHandling } from './handle.ts';
-import { type Answer, type Command, makeTicket, takeTicket, type WorkerMessage } from './messages.ts';
+import { type Answer, type Command, type Granted, makeTicket, takeTicket, type WorkerMessage } from './messages.ts';
 import { packSa, wipeParcel } from './sa-parcel.ts';
 
 export type WorkerQueueState = 'free' | 'offered' | 'open';
@@ -35,6 +39,7 @@ const UNSENT_STEP_MS = 2;
 
 export interface WorkerQueueParts {
   readonly rings: NicRings;
+  readonly arenas: NicArenas;
   readonly pair: WorkerPair;
   readonly address: string;
   readonly mac: Uint8Array;
@@ -47,6 +52,8 @@ export interface WorkerQueueParts {
   readonly onOpened: (queue: WorkerQueue) => void;
   readonly onEnded: (queue: WorkerQueue, sequences: ReadonlyMap<number, bigint>) => void;
 }
+
+type Released = Extract<WorkerMessage, { readonly type: 'released' }>;
 
 interface Pending {
   readonly resolve: (answer: Answer) => void;
@@ -71,6 +78,7 @@ export class WorkerQueue implements SaThread {
   readonly index: number;
   readonly counts: SaCounts;
   readonly #parts: WorkerQueueParts;
+  readonly #loans: ArenaLoans;
   #state: WorkerQueueState = 'free';
   #tenancy: Tenancy | null = null;
   /** The rings are not as new. */
@@ -87,6 +95,7 @@ export class WorkerQueue implements SaThread {
     this.#parts = parts;
     this.index = parts.pair.index;
     this.counts = parts.counts;
+    this.#loans = new ArenaLoans(parts.arenas);
   }
 
   get state(): WorkerQueueState {
@@ -105,7 +114,10 @@ export class WorkerQueue implements SaThread {
     }
     this.#state = 'offered';
     try {
-      if (this.#used) await this.#parts.rings.resetWorkerPair(this.#parts.pair);
+      if (this.#used) {
+        await this.#parts.rings.resetWorkerPair(this.#parts.pair);
+        this.#loans.reset();
+      }
       if (this.#over !== null) throw this.#over;
       this.#used = true;
       return this.#offer();
@@ -113,6 +125,16 @@ export class WorkerQueue implements SaThread {
       this.#state = 'free';
       throw error;
     }
+  }
+
+  /**
+   * Lends memory that was registered with the NIC to the thread that has the queue, or is about to open it: to be posted to it, which opens it with
+   * `openMemory`. The NIC has it, too; who writes where is for the application to see to. It cannot be unregistered until the thread has given it back, or
+   * has ended with nothing of it in its ring; else until the pair is handed over again. Throws VirtioError `NO_ARENA`, `QUEUE_GONE`.
+   */
+  lendMemory(arena: PacketArena): ArenaHandle {
+    if (this.#tenancy === null) throw gone(this.index);
+    return this.#loans.lend(this.#tenancy.control.tenancy, arena);
   }
 
   /** Calls `listener` each time that the queue comes back. Returns how to stop. */
@@ -167,7 +189,7 @@ export class WorkerQueue implements SaThread {
     const tenancy = this.#tenancy;
     if (tenancy === null) return;
     if (tenancy.control.pass(Owner.offered, Owner.none)) {
-      this.#end(tenancy, new Map());
+      this.#end(tenancy, { sequences: new Map(), arenas: [] });
       return;
     }
     const ended = new Promise<void>((resolve) => {
@@ -194,6 +216,7 @@ export class WorkerQueue implements SaThread {
     const { rings, pair, address, mac, sas } = this.#parts;
     const { settings } = rings;
     const control = new ControlBlock();
+    control.tenancy = randomInt(2 ** 31);
     const { port1, port2 } = new MessageChannel();
     const tenancy: Tenancy = {
       control,
@@ -214,7 +237,12 @@ export class WorkerQueue implements SaThread {
         mac,
         rx: this.#ring(tenancy, pair.rx, 'rx'),
         tx: this.#ring(tenancy, pair.tx, 'tx'),
-        pool: { memory: this.#share(tenancy, pair.pool), stride: pair.stride, headroom: pair.headroom },
+        pool: {
+          memory: this.#share(tenancy, pair.pool),
+          stride: pair.stride,
+          headroom: pair.headroom,
+          references: pair.references,
+        },
         interrupt: interrupt === null ? null : duplicate(tenancy, interrupt),
         control: control.buffer,
         ledger: tenancy.ledger.buffer,
@@ -310,25 +338,47 @@ export class WorkerQueue implements SaThread {
       case 'event':
         onEvent(message.handle, message.event, message.args);
         return;
+      case 'register':
+        this.#register(tenancy, message);
+        return;
+      case 'arena':
+        this.#loans.giveBack(message.id);
+        return;
       case 'released':
-        this.#end(tenancy, message.sequences);
+        this.#end(tenancy, message);
         return;
     }
   }
 
-  /** The thread has let go, with the next sequence numbers of its SAs; or it has died, and nobody knows. */
-  #end(tenancy: Tenancy, sequences: ReadonlyMap<number, bigint> | null): void {
+  /** Registers memory for the thread, and tells it. */
+  #register(tenancy: Tenancy, { request, fd, offset, size }: Extract<WorkerMessage, { type: 'register' }>): void {
+    let result: Granted;
+    try {
+      if (this.#over !== null) throw this.#over;
+      result = this.#loans.register(tenancy.control.tenancy, fd, offset, size);
+    } catch (error) {
+      result = refusalOf(error);
+    }
+    this.#command({ name: 'granted', request, result }).catch(() => {
+      // It was not taken, or cannot be mapped there.
+      if ('id' in result) this.#loans.giveBack(result.id);
+    });
+  }
+
+  /** The thread has let go, and says how far its SAs came and which arenas are in its ring; or it has died, and nobody knows. */
+  #end(tenancy: Tenancy, last: Pick<Released, 'sequences' | 'arenas'> | null): void {
     if (this.#tenancy !== tenancy) return;
     this.#tenancy = null;
     this.#state = 'free';
     tenancy.control.pass(Owner.offered, Owner.none);
     // Packets and crypto contexts, with the keys in them.
-    if (sequences === null) for (const { address, size } of tenancy.ledger.entries) abandonMapping(address, size);
+    if (last === null) for (const { address, size } of tenancy.ledger.entries) abandonMapping(address, size);
     for (const id of [...tenancy.pending.keys()]) settle(tenancy, id)?.reject(gone(this.index));
     addCounters(this.#past, tenancy.control.counters);
     giveBack(tenancy);
-    this.#parts.onEnded(this, sequences ?? new Map());
-    for (const listener of [...this.#listeners]) listener(sequences === null ? 'died' : 'released');
+    this.#loans.ended(last?.arenas ?? null);
+    this.#parts.onEnded(this, last?.sequences ?? new Map());
+    for (const listener of [...this.#listeners]) listener(last === null ? 'died' : 'released');
   }
 }
 

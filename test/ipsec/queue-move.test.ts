@@ -54,8 +54,9 @@ class ModelThread implements SaThread {
     return this.#step('take', () => structuredClone(this.ipsec.take(handle)));
   }
 
-  async sent(): Promise<void> {
+  async sent(): Promise<boolean> {
     this.onStep('sent');
+    return true;
   }
 
   async modify(entry: SaEntry, rekeyed: boolean): Promise<bigint | null> {

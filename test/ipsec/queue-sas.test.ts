@@ -1,11 +1,14 @@
 import { describe, expect, it } from 'vitest';
 import { IpsecError, VirtioError } from '../../src/errors.ts';
+import { InlineIpsec } from '../../src/ipsec/inline.ts';
 import { IpsecManager } from '../../src/ipsec/manager.ts';
 import { NonceGuard, NonceMemory } from '../../src/ipsec/nonce-guard.ts';
 import type { SoftwareSide } from '../../src/ipsec/own-sas.ts';
 import { QueueSas } from '../../src/ipsec/queue-sas.ts';
 import { SaState, sharedCounts } from '../../src/ipsec/sa-state.ts';
 import type { SaEntry, SaProgress, SaThread, SaThreads } from '../../src/ipsec/sa-thread.ts';
+import { ipsecWire } from '../../src/ipsec/wire/revisions.ts';
+import { ipsecDevice } from './fake-device.ts';
 import { inbound, key, outbound } from './support.ts';
 
 const HANDLES = 8;
@@ -19,6 +22,8 @@ class FakeThread implements SaThread {
   /** Next sequence numbers by handle. */
   readonly next = new Map<number, bigint>();
   failure: Error | null = null;
+  /** Whether the device takes what was given to it. */
+  drains = true;
 
   constructor(index: number) {
     this.index = index;
@@ -40,7 +45,9 @@ class FakeThread implements SaThread {
     throw this.failure ?? new IpsecError('NO_SUCH_SA', 'not here');
   }
 
-  async sent(): Promise<void> {}
+  async sent(): Promise<boolean> {
+    return this.drains;
+  }
 
   async remove(handle: number): Promise<bigint | null> {
     if (this.failure !== null) throw this.failure;
@@ -62,7 +69,7 @@ class FakeThreads implements SaThreads {
   }
 }
 
-function setup() {
+function setup(inline: InlineIpsec | null = null) {
   const threads = new FakeThreads();
   const software: SoftwareSide = {
     add: () => {},
@@ -86,8 +93,8 @@ function setup() {
     close: () => {},
   };
   const manager = new IpsecManager({
-    inline: null,
-    inlineObstacle: 'no device',
+    inline,
+    inlineObstacle: inline === null ? 'no device' : null,
     software: () => software,
     guard: new NonceGuard({ memory: new NonceMemory() }),
     mtu: 1500,
@@ -101,6 +108,32 @@ function setup() {
 const sa = (n = 0) => outbound({ aead: { name: 'aes-gcm', key: key(16, n), salt: key(4), icvLength: 16 } });
 const gone = new VirtioError('QUEUE_GONE', 'gone');
 const late = new VirtioError('QUEUE_TIMEOUT', 'late');
+
+describe('an outbound SA of the device on a thread', () => {
+  it.each([true, false])(
+    'gives the id of its object back when all its packets have left the ring: %s',
+    async (drains) => {
+      const admin = ipsecDevice({ inbound: 0, outbound: 1 });
+      const inline = await InlineIpsec.open(admin, [0x803, 0x804], {
+        wire: ipsecWire('virtio-1.4'),
+        rules: null,
+        table: { resourceId: new Uint32Array(0), handle: new Uint32Array(0) },
+        handles: HANDLES,
+        maxSas: HANDLES,
+        quiesceTransmit: async () => true,
+        receiveQueues: 0,
+      });
+      const { manager, first } = setup(inline);
+      const one = await manager.addSa(sa(1), { queue: 1 });
+      expect(one.placement.where).toBe('inline');
+      first.drains = drains;
+      await one.remove();
+      expect(admin.objects.size).toBe(0);
+      const two = await manager.addSa(sa(2), { queue: 1 });
+      expect(two.placement.where).toBe(drains ? 'inline' : 'software');
+    },
+  );
+});
 
 describe('an inbound SA of the device on all threads', () => {
   it('is lost to a thread that is too slow to learn of a new selector', async () => {
