@@ -6,8 +6,8 @@
  * looked at. Queues of other threads have no interrupt of their own, and look by themselves. The device looks only once, when it is started,
  * whether interrupts are wanted; from then on they come whether anybody sleeps or not.
  */
-import { setTimeout as pause } from 'node:timers/promises';
 import { VfioError } from '../errors.ts';
+import type { Wake } from '../sys/eventfd-sleepers.ts';
 import type { DeviceFunction } from '../vfio/function.ts';
 import { Interrupts } from '../vfio/interrupts.ts';
 import { IsrBit, NO_VECTOR } from '../virtio/pci-layout.ts';
@@ -54,24 +54,31 @@ export class CauseInterrupts extends NicInterrupts {
     });
   }
 
-  override async sleep(pair: number, ms: number): Promise<void> {
+  override sleep(pair: number, ms: number, wake: Wake): void {
     if (this.#vectors === null) {
-      await pause(Math.min(ms, NAP_MS));
+      setTimeout(wake, Math.min(ms, NAP_MS), false);
       return;
     }
     const queue = 2 * pair;
-    // An interrupt of before, for which nobody was waiting.
-    if (this.#causes.take(queue)) return;
-    await new Promise<void>((resolve) => {
-      const end = () => {
-        clearTimeout(timer);
-        this.#sleeps.delete(entry);
-        resolve();
-      };
-      const timer = setTimeout(end, Math.min(ms, RECHECK_MS));
-      const entry: Sleep = { queue, end };
-      this.#sleeps.add(entry);
-    });
+    try {
+      // An interrupt of before, for which nobody was waiting.
+      if (this.#causes.take(queue)) {
+        setImmediate(wake, true);
+        return;
+      }
+    } catch (error) {
+      if (!(error instanceof VfioError)) throw error;
+      setImmediate(wake, error);
+      return;
+    }
+    const end = () => {
+      clearTimeout(timer);
+      this.#sleeps.delete(entry);
+      wake(true);
+    };
+    const timer = setTimeout(end, Math.min(ms, RECHECK_MS));
+    const entry: Sleep = { queue, end };
+    this.#sleeps.add(entry);
   }
 
   override wake(pair: number): void {

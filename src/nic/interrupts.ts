@@ -5,8 +5,8 @@
  * And waiting for packets: rings are polled first or not, by policy, and only while somebody waits is the device asked for an interrupt. No
  * sleep is longer than `RECHECK_MS`: an interrupt that is lost, or a ring that was reset meanwhile, delays but never hangs.
  */
-import { setTimeout as sleep, setImmediate as turn } from 'node:timers/promises';
-import { VfioError, VirtioError } from '../errors.ts';
+import { VirtioError } from '../errors.ts';
+import type { Wake } from '../sys/eventfd-sleepers.ts';
 import type { DeviceFunction } from '../vfio/function.ts';
 import { Interrupts } from '../vfio/interrupts.ts';
 import { NO_VECTOR } from '../virtio/pci-layout.ts';
@@ -30,8 +30,8 @@ const FIRST_RECEIVE_VECTOR = 1;
 
 /** Who sleeps until a receive queue may have packets. */
 export interface Sleeper {
-  /** Resolves when the receive queue of `pair` may have packets, or after `ms`. */
-  sleep(pair: number, ms: number): Promise<unknown>;
+  /** Calls `wake`, but not at once, when the receive queue of `pair` may have packets, or after `ms`; with an error when the function is lost. */
+  sleep(pair: number, ms: number, wake: Wake): void;
   /** Ends the sleep of whoever waits for the receive queue of `pair`. */
   wake(pair: number): void;
 }
@@ -86,10 +86,10 @@ export class NicInterrupts implements Sleeper {
     return this.#interrupts === null ? false : this.#interrupts.listen(CONFIG_VECTOR, listener);
   }
 
-  sleep(pair: number, ms: number): Promise<unknown> {
+  sleep(pair: number, ms: number, wake: Wake): void {
     const vector = this.receiveVector(pair);
-    if (this.#interrupts === null || vector === NO_VECTOR) return sleep(Math.min(ms, NAP_MS));
-    return this.#interrupts.wait(vector, Math.min(ms, RECHECK_MS));
+    if (this.#interrupts === null || vector === NO_VECTOR) setTimeout(wake, Math.min(ms, NAP_MS), false);
+    else this.#interrupts.sleep(vector, Math.min(ms, RECHECK_MS), wake);
   }
 
   wake(pair: number): void {
@@ -109,7 +109,7 @@ export type WaitableRing = Pick<RxQueue, 'broken' | 'enableInterrupts' | 'disabl
  * Resolves to true when `ring` has packets, to false when it has none within `timeout` milliseconds. Rejects with the reason when the
  * ring is broken or closed; `onBroken` is called before.
  */
-export async function waitForPackets(
+export function waitForPackets(
   ring: WaitableRing,
   pair: number,
   interrupts: Sleeper,
@@ -119,24 +119,37 @@ export async function waitForPackets(
 ): Promise<boolean> {
   const start = performance.now();
   const looking = policy === 'poll' ? timeout : policy === 'adaptive' ? LOOK_MS : 0;
-  try {
-    for (;;) {
-      if (ring.broken !== null) throw ring.broken;
-      // Asks for the interrupt and looks, in this order, so that none is missed.
-      if (ring.enableInterrupts()) return true;
+  // Callbacks up to here, because each promise in between would take 10 µs after a sleep.
+  return new Promise((resolve, reject) => {
+    const look = (result: unknown) => {
+      if (ring.broken !== null) {
+        onBroken();
+        // Who is woken because the NIC ends is told why it did.
+        reject(ring.broken);
+      } else if (result instanceof Error) {
+        ring.disableInterrupts();
+        reject(result);
+      } else if (ring.enableInterrupts()) {
+        // It asks for the interrupt and looks, in this order, so that none is missed.
+        ring.disableInterrupts();
+        resolve(true);
+      } else {
+        again();
+      }
+    };
+    const again = () => {
       const waited = performance.now() - start;
-      if (waited >= timeout) return false;
-      if (waited < looking) await turn();
-      else await interrupts.sleep(pair, timeout - waited);
-    }
-  } catch (error) {
-    if (ring.broken !== null) onBroken();
-    // Who is woken because the NIC ends is told why it did.
-    if (error instanceof VfioError && ring.broken !== null) throw ring.broken;
-    throw error;
-  } finally {
-    ring.disableInterrupts();
-  }
+      if (waited >= timeout) {
+        ring.disableInterrupts();
+        resolve(false);
+      } else if (waited < looking) {
+        setImmediate(look);
+      } else {
+        interrupts.sleep(pair, timeout - waited, look);
+      }
+    };
+    look(null);
+  });
 }
 
 /** What is used of a receive queue. */

@@ -4,9 +4,11 @@
 import type { EventFd } from './eventfd.ts';
 import { type Waiting, whenReadable } from './readable.ts';
 
+/** Is told true when something was signalled, false when the time is over, or why there is nothing to wait for any more. Must not throw. */
+export type Wake = (result: boolean | Error) => void;
+
 interface Sleeper {
-  readonly resolve: (signalled: boolean) => void;
-  readonly reject: (error: Error) => void;
+  readonly wake: Wake;
   readonly waiting: Waiting;
 }
 
@@ -21,36 +23,26 @@ export class EventFdSleepers {
   }
 
   /**
-   * Resolves to true when the eventfd is signalled, or has been since somebody slept last; to false after `ms` milliseconds. The signal that woke the last one is
-   * still there, so that who sleeps again is woken once more for nothing. Holds the event loop open.
+   * Calls `wake` with true when the eventfd is signalled, or has been since somebody slept last; with false after `ms` milliseconds. Never before this has
+   * returned. The signal that woke the last one is still there, so that who sleeps again is woken once more for nothing. Holds the event loop open.
    */
-  sleep(ms: number): Promise<boolean> {
+  sleep(ms: number, wake: Wake): void {
     // Here and not when somebody is woken: a system call less between the signal and who is woken by it.
     if (this.#eventfd.drain() > 0) {
       // It may have been for somebody else, who sleeps.
-      this.wake();
-      return Promise.resolve(true);
+      this.end(true);
+      setImmediate(wake, true);
+      return;
     }
     this.#sleepers = this.#sleepers.filter(({ waiting }) => !waiting.over);
-    return new Promise((resolve, reject) => {
-      this.#sleepers.push({ resolve, reject, waiting: whenReadable(this.#eventfd.fd, ms, resolve) });
-    });
+    this.#sleepers.push({ wake, waiting: whenReadable(this.#eventfd.fd, ms, wake) });
   }
 
-  /** Wakes all. */
-  wake(): void {
-    for (const { resolve } of this.#takeAll()) resolve(true);
-  }
-
-  /** Rejects all. */
-  fail(error: Error): void {
-    for (const { reject } of this.#takeAll()) reject(error);
-  }
-
-  #takeAll(): Sleeper[] {
+  /** Ends all sleeps with this result. */
+  end(result: boolean | Error): void {
     const all = this.#sleepers.filter(({ waiting }) => !waiting.over);
     this.#sleepers = [];
     for (const { waiting } of all) waiting.over = true;
-    return all;
+    for (const { wake } of all) wake(result);
   }
 }

@@ -7,7 +7,7 @@
  */
 import { VfioError } from '../errors.ts';
 import { EventFd } from '../sys/eventfd.ts';
-import { EventFdSleepers } from '../sys/eventfd-sleepers.ts';
+import { EventFdSleepers, type Wake } from '../sys/eventfd-sleepers.ts';
 import { ffi, type Watch } from '../sys/ffi/ffi.ts';
 import type { DeviceFunction } from './function.ts';
 
@@ -75,7 +75,16 @@ export class Interrupts {
    */
   wait(vector: number, timeoutMs = Infinity): Promise<boolean> {
     if (this.#failure !== null) return Promise.reject(this.#failure);
-    return this.#here(vector).sleepers.sleep(timeoutMs);
+    const { sleepers } = this.#here(vector);
+    return new Promise((resolve, reject) => {
+      sleepers.sleep(timeoutMs, (result) => (result instanceof Error ? reject(result) : resolve(result)));
+    });
+  }
+
+  /** As `wait`, with less between the interrupt and who waits for it. */
+  sleep(vector: number, timeoutMs: number, wake: Wake): void {
+    if (this.#failure !== null) setImmediate(wake, this.#failure);
+    else this.#here(vector).sleepers.sleep(timeoutMs, wake);
   }
 
   /**
@@ -115,7 +124,7 @@ export class Interrupts {
 
   #fail(error: VfioError): void {
     this.#failure ??= error;
-    for (const { sleepers } of this.#vectors) sleepers.fail(error);
+    for (const { sleepers } of this.#vectors) sleepers.end(error);
   }
 
   #release(): void {
@@ -147,7 +156,7 @@ function open(): Vector {
 function watch({ eventfd, sleepers, listeners }: Vector): Watch {
   const watch = ffi().watch(eventfd.fd, () => {
     if (eventfd.drain() === 0) return;
-    sleepers.wake();
+    sleepers.end(true);
     for (const listener of [...listeners]) listener();
   });
   watch.unref();

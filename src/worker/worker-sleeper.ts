@@ -2,10 +2,9 @@
  * Waiting in a worker thread: for the eventfd of the receive queue's interrupt, asleep in poll(2) (`sys/readable.ts`). Nothing is called back while the thread is being
  * ended: koffi ends the process when a callback of a poll handle meets that.
  */
-import { setTimeout as pause } from 'node:timers/promises';
 import { NAP_MS, RECHECK_MS, type Sleeper } from '../nic/interrupts.ts';
 import { EventFd } from '../sys/eventfd.ts';
-import { EventFdSleepers } from '../sys/eventfd-sleepers.ts';
+import { EventFdSleepers, type Wake } from '../sys/eventfd-sleepers.ts';
 
 export class WorkerSleeper implements Sleeper {
   readonly #sleepers: EventFdSleepers | null;
@@ -15,12 +14,13 @@ export class WorkerSleeper implements Sleeper {
     this.#sleepers = fd === null ? null : new EventFdSleepers(EventFd.adopt(fd));
   }
 
-  sleep(_pair: number, ms: number): Promise<unknown> {
-    return this.#sleepers?.sleep(Math.min(ms, RECHECK_MS)) ?? pause(Math.min(ms, NAP_MS));
+  sleep(_pair: number, ms: number, wake: Wake): void {
+    if (this.#sleepers === null) setTimeout(wake, Math.min(ms, NAP_MS), false);
+    else this.#sleepers.sleep(Math.min(ms, RECHECK_MS), wake);
   }
 
   /** Ends all sleeps. */
   wake(): void {
-    this.#sleepers?.wake();
+    this.#sleepers?.end(true);
   }
 }

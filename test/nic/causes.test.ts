@@ -58,6 +58,12 @@ function partial(fn: Pick<DeviceFunction, 'interruptVectors' | 'gone' | 'setInte
   return { address: 'fake', behindIommu: false, allocateDma: unused, freeDma: unused, close: unused, ...fn };
 }
 
+function asleep(interrupts: CauseInterrupts, pair: number, ms: number): Promise<void> {
+  return new Promise((resolve, reject) => {
+    interrupts.sleep(pair, ms, (result) => (result instanceof Error ? reject(result) : resolve()));
+  });
+}
+
 /** Follows a sleep. */
 function watch(sleeping: Promise<void>): { over: boolean } {
   const state = { over: false };
@@ -85,7 +91,7 @@ describe('interrupts that queues share', () => {
     const shared = device();
     const interrupts = shared.make();
     const started = performance.now();
-    const [first, second] = [watch(interrupts.sleep(0, LONG)), watch(interrupts.sleep(1, LONG))];
+    const [first, second] = [watch(asleep(interrupts, 0, LONG)), watch(asleep(interrupts, 1, LONG))];
     shared.flags.add(2);
     shared.fire(0);
     await until('the second', () => second.over);
@@ -101,7 +107,7 @@ describe('interrupts that queues share', () => {
     const interrupts = shared.make();
     shared.flags.add(0);
     const started = performance.now();
-    await interrupts.sleep(0, 60_000);
+    await asleep(interrupts, 0, 60_000);
     expect(performance.now() - started).toBeLessThan(30_000);
   });
 
@@ -109,8 +115,8 @@ describe('interrupts that queues share', () => {
     const shared = device();
     const interrupts = shared.make();
     const started = performance.now();
-    await interrupts.sleep(0, 5);
-    await interrupts.sleep(1, 60_000);
+    await asleep(interrupts, 0, 5);
+    await asleep(interrupts, 1, 60_000);
     expect(performance.now() - started).toBeGreaterThan(90);
     expect(performance.now() - started).toBeLessThan(30_000);
   });
@@ -133,7 +139,7 @@ describe('interrupts that queues share', () => {
   it('end a sleep that is called off, and all of them when they are closed', async () => {
     const shared = device();
     const interrupts = shared.make();
-    const [first, second] = [watch(interrupts.sleep(0, LONG)), watch(interrupts.sleep(1, LONG))];
+    const [first, second] = [watch(asleep(interrupts, 0, LONG)), watch(asleep(interrupts, 1, LONG))];
     interrupts.wake(0);
     await until('the first', () => first.over);
     interrupts.close();
@@ -144,7 +150,7 @@ describe('interrupts that queues share', () => {
   it('wake everybody when the device is lost, and throw into nobody’s event loop', async () => {
     const shared = device();
     const interrupts = shared.make();
-    const first = watch(interrupts.sleep(0, LONG));
+    const first = watch(asleep(interrupts, 0, LONG));
     let told = false;
     interrupts.onConfigChange(() => {
       told = true;
@@ -166,7 +172,7 @@ describe('interrupts that queues share', () => {
       expect(interrupts.receiveVector(0)).toBe(NO_VECTOR);
       expect(interrupts.handOver(0)).toBeNull();
       expect(interrupts.onConfigChange(() => {})).toBe(false);
-      await interrupts.sleep(0, 1);
+      await asleep(interrupts, 0, 1);
       expect(shared.eventfds).toEqual([]);
     }
   });

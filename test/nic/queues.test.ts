@@ -158,7 +158,7 @@ describe('a receive queue whose ring was reset', () => {
   it('has its interrupt again if it was asked for, and wakes who waits', () => {
     const calls: string[] = [];
     ring.enableInterrupts = () => calls.push('enable') < 0;
-    const sleeper = { sleep: async () => {}, wake: (pair: number) => calls.push(`wake ${pair}`) };
+    const sleeper = { sleep: () => {}, wake: (pair: number) => calls.push(`wake ${pair}`) };
     const queue = new NicRxQueue(3, ring, pool, manager, { sleeper });
     queue.rearm();
     expect(calls.splice(0)).toEqual(['wake 3']);

@@ -24,6 +24,12 @@ function wait(eventfd: EventFd, ms: number): Promise<boolean> {
   });
 }
 
+function asleep(sleepers: EventFdSleepers, ms: number): Promise<boolean> {
+  return new Promise((resolve, reject) => {
+    sleepers.sleep(ms, (result) => (result instanceof Error ? reject(result) : resolve(result)));
+  });
+}
+
 export function readableSuite(): void {
   describe('waiting until a descriptor is readable', () => {
     it('ends when it is, also when it was before', async () => {
@@ -156,22 +162,22 @@ export function readableSuite(): void {
     it('are all woken, by a signal that one of them takes away too', async () => {
       const eventfd = create();
       const sleepers = new EventFdSleepers(eventfd);
-      const first = sleepers.sleep(FOREVER);
+      const first = asleep(sleepers, FOREVER);
       eventfd.signal();
       // It comes before the first one was woken, and reads the counter.
-      expect(await sleepers.sleep(FOREVER)).toBe(true);
+      expect(await asleep(sleepers, FOREVER)).toBe(true);
       expect(await first).toBe(true);
     });
 
     it('are woken without a signal, and rejected', async () => {
       const sleepers = new EventFdSleepers(create());
-      const woken = [sleepers.sleep(FOREVER), sleepers.sleep(60_000)];
-      sleepers.wake();
+      const woken = [asleep(sleepers, FOREVER), asleep(sleepers, 60_000)];
+      sleepers.end(true);
       expect(await Promise.all(woken)).toEqual([true, true]);
-      const rejected = expect(Promise.all([sleepers.sleep(FOREVER)])).rejects.toThrow('it is over');
-      sleepers.fail(new Error('it is over'));
+      const rejected = expect(Promise.all([asleep(sleepers, FOREVER)])).rejects.toThrow('it is over');
+      sleepers.end(new Error('it is over'));
       await rejected;
-      expect(await sleepers.sleep(5)).toBe(false);
+      expect(await asleep(sleepers, 5)).toBe(false);
     });
 
     it('lose no signal that comes between two sleeps', async () => {
@@ -189,7 +195,7 @@ export function readableSuite(): void {
       let seen = 0;
       // Who looks after each wake-up what there is to see, has seen all in the end.
       while (seen < 300) {
-        expect(await sleepers.sleep(FOREVER)).toBe(true);
+        expect(await asleep(sleepers, FOREVER)).toBe(true);
         seen = signals;
       }
       expect(seen).toBe(300);
