@@ -49,6 +49,8 @@ export class ManagedSa implements SaHandle {
   replayWindow: number;
   /** The thread that has it on its data path, or to which it is on its way; null for the one that opened the NIC. */
   thread: SaThread | null;
+  /** A thread that has had it may still have packets in its ring that name its object. */
+  lingers = false;
   /** A thread has told that a soft limit was reached. */
   softExpired = false;
   /** What its key carried where it was before. */

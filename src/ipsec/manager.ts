@@ -357,7 +357,7 @@ export class IpsecManager implements Ipsec {
       this.#removeSoftware(managed);
     } else {
       managed.claim.release();
-      await this.device?.destroy(handle);
+      await this.device?.destroy(handle, managed.lingers);
     }
     this.#registry.give(handle);
   }

@@ -45,7 +45,8 @@ export async function moveToQueue(
   checkThere(registry, managed);
   managed.leaveFor(to, progress.state);
   try {
-    await pathOf(parts, from).sent();
+    const isSent = await pathOf(parts, from).sent();
+    managed.lingers ||= !isSent && managed.placement.where === 'inline';
     await enter(parts, managed, sa, progress);
   } catch (error) {
     // A thread that has ended has taken the SA with it.

@@ -125,7 +125,8 @@ export class SaPair implements AsyncDisposable {
   }
 
   /**
-   * Makes the next SAs beside the current ones: the inbound one first, so that the peer may use it as soon as it knows of it. Throws what
+   * Makes the next SAs beside the current ones, on the queues on which these are now: the inbound one first, so that the peer may use it as soon as it
+   * knows of it. Throws what
    * `Ipsec.addSa` throws, IpsecError `SA_PAIR` when there are prepared SAs already or the pair is closed; then nothing has changed.
    */
   async prepare(next: SaPairInput): Promise<PreparedPair> {
@@ -135,7 +136,7 @@ export class SaPair implements AsyncDisposable {
     }
     this.#preparing = true;
     try {
-      const made = await make(this.#ipsec, next, this.#options);
+      const made = await make(this.#ipsec, next, this.#options, this.#current);
       this.#inbound.add(made.inbound.handle);
       const prepared = this.#prepare(made);
       this.#prepared = prepared;
@@ -239,18 +240,28 @@ export class SaPair implements AsyncDisposable {
   }
 }
 
-/** Both SAs or none, the inbound one first. */
-async function make(ipsec: Ipsec, { outbound, inbound }: SaPairInput, options: SaPairOptions): Promise<Generation> {
+/** Both SAs or none, the inbound one first. With `before` each goes where the one is that it follows. */
+async function make(
+  ipsec: Ipsec,
+  { outbound, inbound }: SaPairInput,
+  options: SaPairOptions,
+  before: Generation | null = null,
+): Promise<Generation> {
   if (outbound.direction !== 'outbound' || inbound.direction !== 'inbound') {
     throw new IpsecError('SA_PAIR', 'a pair is an outbound and an inbound SA', { path: 'direction' });
   }
-  const where = {
-    ...(options.require === undefined ? {} : { require: options.require }),
-    ...(options.queue === undefined ? {} : { queue: options.queue }),
+  const where = (sa: SaHandle | undefined): AddSaOptions => {
+    // An inbound SA of the device is on all queues; should the next one be in software, it is where the first was to be.
+    const onAll = sa?.direction === 'inbound' && sa.placement.where === 'inline';
+    const queue = sa === undefined || onAll ? options.queue : (sa.queue ?? undefined);
+    return {
+      ...(options.require === undefined ? {} : { require: options.require }),
+      ...(queue === undefined ? {} : { queue }),
+    };
   };
-  const first = await ipsec.addSa(inbound, where);
+  const first = await ipsec.addSa(inbound, where(before?.inbound));
   try {
-    return { inbound: first, outbound: await ipsec.addSa(outbound, where) };
+    return { inbound: first, outbound: await ipsec.addSa(outbound, where(before?.outbound)) };
   } catch (error) {
     await first.remove().catch(() => {});
     throw error;

@@ -50,7 +50,7 @@ export class ThreadSas implements ThreadListener {
     const { registry, queues, device } = this.#parts;
     const { handle } = managed;
     if (managed.placement.where === 'software') registry.countTwins(managed, -1);
-    else await device?.destroy(handle, !gone || !isSent);
+    else await device?.destroy(handle, !gone || !isSent || managed.lingers);
     queues.own(handle, undefined);
     if (gone) registry.give(handle);
   }

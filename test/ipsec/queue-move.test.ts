@@ -1,14 +1,19 @@
 import { describe, expect, it } from 'vitest';
 import { IpsecError, VirtioError } from '../../src/errors.ts';
 import { SoftwareIpsec } from '../../src/fallback/software.ts';
+import { InlineIpsec, type MutableSaTable } from '../../src/ipsec/inline.ts';
 import { IpsecManager } from '../../src/ipsec/manager.ts';
 import { NonceGuard, NonceMemory } from '../../src/ipsec/nonce-guard.ts';
+import { SaPair } from '../../src/ipsec/rekey.ts';
 import { countsBuffer, sharedCounts } from '../../src/ipsec/sa-state.ts';
 import type { SaEntry, SaProgress, SaThread, SaThreads } from '../../src/ipsec/sa-thread.ts';
+import { ipsecWire } from '../../src/ipsec/wire/revisions.ts';
 import { PacketPool } from '../../src/packet/pool.ts';
+import { NOT_INLINE } from '../../src/virtio-net/sa-table.ts';
 import { packSa, wipeParcel } from '../../src/worker/sa-parcel.ts';
 import { WorkerIpsec } from '../../src/worker/worker-ipsec.ts';
 import { plainMemory } from '../fallback/node-engine.ts';
+import { ipsecDevice } from './fake-device.ts';
 import { inbound, key, outbound } from './support.ts';
 
 const HANDLES = 8;
@@ -54,9 +59,12 @@ class ModelThread implements SaThread {
     return this.#step('take', () => structuredClone(this.ipsec.take(handle)));
   }
 
+  /** Whether the device takes what was given to it. */
+  drains = true;
+
   async sent(): Promise<boolean> {
     this.onStep('sent');
-    return true;
+    return this.drains;
   }
 
   async modify(entry: SaEntry, rekeyed: boolean): Promise<bigint | null> {
@@ -72,7 +80,7 @@ class ModelThread implements SaThread {
   }
 }
 
-function setup() {
+function setup(inline: InlineIpsec | null = null) {
   const shared = new SharedArrayBuffer(2 * (HANDLES + 1));
   const list = [new ModelThread(1, shared), new ModelThread(2, shared)];
   const threads: SaThreads = {
@@ -82,8 +90,8 @@ function setup() {
   };
   const pool = new PacketPool(plainMemory(8 * 2048));
   const manager = new IpsecManager({
-    inline: null,
-    inlineObstacle: 'no device',
+    inline,
+    inlineObstacle: inline === null ? 'no device' : null,
     software: (onEvent) => new SoftwareIpsec(pool, { engine: 'noble', onEvent }),
     guard: new NonceGuard({ memory: new NonceMemory() }),
     mtu: 1500,
@@ -92,6 +100,22 @@ function setup() {
   });
   const [first, second] = list;
   return { manager, first, second, owners: threads.owners };
+}
+
+/** A device that has room for one outbound SA. */
+async function smallDevice(): Promise<{ inline: InlineIpsec; table: MutableSaTable }> {
+  const table: MutableSaTable = { resourceId: new Uint32Array(0), handle: new Uint32Array(0) };
+  const inline = await InlineIpsec.open(ipsecDevice({ inbound: 0, outbound: 1 }), [0x803, 0x804], {
+    wire: ipsecWire('virtio-1.4'),
+    rules: null,
+    table,
+    handles: HANDLES,
+    maxSas: HANDLES,
+    quiesceTransmit: async () => true,
+    receiveQueues: 0,
+  });
+  if (inline === null) throw new Error('the device offers no IPsec');
+  return { inline, table };
 }
 
 const sa = (n = 0) => outbound({ aead: { name: 'aes-gcm', key: key(16, n), salt: key(4), icvLength: 16 } });
@@ -237,5 +261,62 @@ describe('an SA on its way to another thread', () => {
     }
     await one.moveToQueue(2, { ...inbound(), name: 'two', initial: { sequence: 5n } });
     expect(one.queue).toBe(2);
+  });
+});
+
+describe('an SA of the device on its way to another thread', () => {
+  it('takes its object along: one thread at a time can name it', async () => {
+    const { inline, table } = await smallDevice();
+    const { manager, first, second } = setup(inline);
+    const one = await manager.addSa(sa(), { queue: 1 });
+    const { handle } = one;
+    expect(one.placement.where).toBe('inline');
+    const named = () =>
+      [table, first.ipsec.table, second.ipsec.table].map((of) => of.resourceId[handle] !== NOT_INLINE);
+    for (const [queue, want] of [
+      [2, [false, false, true]],
+      [0, [true, false, false]],
+      [1, [false, true, false]],
+    ] as const) {
+      await one.moveToQueue(queue, sa());
+      expect(named()).toEqual(want);
+    }
+    await one.remove();
+    expect(named()).toEqual([false, false, false]);
+  });
+
+  it.each([true, false])(
+    'gives its id back if all packets had left the ring from which it came: %s',
+    async (drains) => {
+      for (const last of [0, 2]) {
+        const { inline } = await smallDevice();
+        const { manager, first } = setup(inline);
+        const one = await manager.addSa(sa(), { queue: 1 });
+        first.drains = drains;
+        await one.moveToQueue(last, sa());
+        first.drains = true;
+        await one.remove();
+        expect((await manager.addSa(sa(1))).placement.where).toBe(drains ? 'inline' : 'software');
+      }
+    },
+  );
+});
+
+describe('a pair of SAs', () => {
+  it('is followed by the next one on the queues to which it has moved', async () => {
+    const { manager } = setup();
+    const sas = (n: number) => ({
+      outbound: { ...sa(n), spi: 0x100 + n },
+      inbound: inbound({ spi: 0x200 + n }),
+    });
+    const pair = await SaPair.open(manager, sas(1), { queue: 1, graceMs: 0 });
+    expect([pair.outbound.queue, pair.inbound.queue]).toEqual([1, 1]);
+    await pair.outbound.moveToQueue(2, sas(1).outbound);
+    await pair.inbound.moveToQueue(0, sas(1).inbound);
+    const { done } = await pair.rekey(sas(2));
+    expect([pair.outbound.queue, pair.inbound.queue]).toEqual([2, null]);
+    await done;
+    await pair.close();
+    expect(manager.list()).toEqual([]);
   });
 });
