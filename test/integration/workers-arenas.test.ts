@@ -1,6 +1,8 @@
 import { closeSync } from 'node:fs';
 import { afterEach, describe, expect, it } from 'vitest';
 import { createMemoryFile, Feature, type NicOptions, type PacketArena } from '../../src/index.ts';
+import { ffi } from '../../src/sys/ffi/ffi.ts';
+import { MappingLedger } from '../../src/sys/mapping-ledger.ts';
 import { mapShared, unmapMemory } from '../../src/sys/memory.ts';
 import { capture, cleanUp, isProtected, openPair, receive, saPair, until } from './support.ts';
 import { Host, handOver, hire } from './worker-support.ts';
@@ -149,12 +151,21 @@ describe('memory that a thread has which dies', () => {
     const arena = a.registerMemory(memoryFile(), 0, ARENA_BYTES);
     const other = memoryFile();
     fill(arena.memory.u8);
-    const host = await hire(queue);
+    const host = new Host();
+    const offered = await queue.transfer();
+    await host.open(offered);
+    await until(
+      () => queue.state === 'open',
+      () => queue.state,
+    );
     const handle = queue.lendMemory(arena);
     await host.do('openMemory', { index: 1, arena: 'lent', handle });
     const own = { index: 1, arena: 'own', fd: other, offset: 0, size: ARENA_BYTES };
     await host.do('registerMemory', own);
     await exchange(host, b, 'lent', 10);
+    const mapped = new MappingLedger(offered.ledger).entries.filter(({ size }) => size === ARENA_BYTES);
+    const there = () => mapped.map(({ address }) => Buffer.from(ffi().view(address, ARENA_BYTES)));
+    expect(there().map((bytes) => bytes[77])).toEqual([byteAt(77), 0]);
     await host.worker.terminate();
     await until(
       () => queue.state === 'free',
@@ -162,7 +173,8 @@ describe('memory that a thread has which dies', () => {
     );
     expect(() => a.unregisterMemory(arena)).toThrow(code('ARENA_BUSY'));
     expect(() => a.registerMemory(other, 0, ARENA_BYTES)).toThrow(code('DMA_OVERLAP'));
-    // The memory itself is the application's, and as it was.
+    // What the thread had mapped is gone. The memory itself is the application's, and as it was.
+    expect(there().flatMap((bytes) => [...new Set(bytes)])).toEqual([0, 0]);
     expect(arena.memory.u8[77]).toBe(byteAt(77));
     const next = new Host();
     await handOver(queue, next);

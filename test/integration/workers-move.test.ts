@@ -155,7 +155,7 @@ describe.each(['software', 'auto'] as const)('an SA that sends and goes from que
   });
 
   it('goes back when the other thread does not look at its queue, and is not entered there later', async () => {
-    const { a, wire, first, second } = await wired(ipsec, 400);
+    const { a, wire, first, second } = await wired(ipsec, 1500);
     const { outbound } = saPair();
     const sa = await a.ipsec.addSa(outbound, { queue: 1 });
     await first.send(1, frames.slice(0, 5), sa.handle);
@@ -242,6 +242,62 @@ describe.each(['software', 'auto'] as const)('an SA that sends and goes from que
     await expect(moving).rejects.toThrow(code('QUEUE_GONE'));
     expect(a.ipsec.get(sa.handle)).toBeUndefined();
     await expect(a.ipsec.addSa(outbound, { queue: 2 })).rejects.toThrow(code('NONCE_REUSE'));
+  });
+
+  it('repeats no number and no IV, whenever either thread is killed while it goes to and fro', async () => {
+    const { a, wire, first, second } = await wired(ipsec);
+    const hosts = [first, second];
+    for (let round = 0; round < 4; round++) {
+      const { outbound } = saPair();
+      const from = wire.frames.length;
+      const sa = await a.ipsec.addSa(outbound, { queue: 1 });
+      const spinning = hosts.map((host, i) => host.spin(i + 1, frames[0]));
+      for (const { words } of spinning) Atomics.store(words, 1, sa.handle);
+      let moves = 0;
+      const goesOn = async () => {
+        for (;;) {
+          await sa.moveToQueue(sa.queue === 1 ? 2 : 1, outbound);
+          moves++;
+        }
+      };
+      const moving = goesOn();
+      moving.catch(() => {});
+      const enough = 3 + 2 * round;
+      await until(
+        () => moves >= enough,
+        () => `${moves} moves`,
+      );
+      const victim = round % 2;
+      await hosts[victim].worker.terminate();
+      await expect(moving).rejects.toThrow();
+      await until(
+        () => a.workerQueues[victim].state === 'free',
+        () => 'the queue did not come back',
+      );
+      const survivor = spinning[1 - victim];
+      if (a.ipsec.get(sa.handle) === undefined) {
+        // Beyond what was used, too: nobody knows how far the thread came.
+        const far = { ...outbound, initial: { sequence: 1_000_000n } };
+        await expect(a.ipsec.addSa(far, { queue: 2 - victim })).rejects.toThrow(code('NONCE_REUSE'));
+      } else {
+        expect(sa.queue).toBe(2 - victim);
+        const { packets } = sa.traffic();
+        await until(
+          () => sa.traffic().packets > packets,
+          () => 'the thread that is left does not send',
+        );
+      }
+      survivor.words[0] = 1;
+      await survivor.ended;
+      await sa.remove();
+      const packets = wire.frames.slice(from).filter((one) => one.from === 'a');
+      const seen = packets.map(({ frame }) => esp(frame));
+      expect(new Set(seen.map(({ sequence }) => sequence)).size).toBe(seen.length);
+      expect(new Set(seen.map(({ iv }) => iv)).size).toBe(seen.length);
+      expect(seen.length).toBeGreaterThan(0);
+      hosts[victim] = await hire(a.workerQueues[victim]);
+      await a.ipsec.addSa(saPair().outbound, { queue: victim + 1 });
+    }
   });
 
   it('is over with the NIC, also on its way', async () => {
