@@ -12,6 +12,7 @@ const HANDLE = 1;
 export class Ours implements Disposable {
   readonly #memory = mapAnonymous(1 << 16);
   readonly #pool = new PacketPool(this.#memory, { stride: 4096 });
+  readonly #ipsec = new SoftwareIpsec(this.#pool);
   readonly #packets = new Uint32Array(1);
   readonly #verdicts = new Uint8Array(1);
 
@@ -30,9 +31,9 @@ export class Ours implements Disposable {
   }
 
   #run(input: SaText & { direction: 'outbound' | 'inbound' }, packet: Uint8Array): Uint8Array {
-    const ipsec = new SoftwareIpsec(this.#pool);
+    const ipsec = this.#ipsec;
+    ipsec.add(HANDLE, validateSa(input));
     try {
-      ipsec.add(HANDLE, validateSa(input));
       this.#pool.allocate(this.#packets, 1);
       const p = this.#packets[0];
       this.#pool.write(p, packet);
@@ -45,11 +46,12 @@ export class Ours implements Disposable {
       if (this.#verdicts[0] !== Verdict.ok) throw new Error(`our verdict: ${verdictNames[this.#verdicts[0]]}`);
       return result;
     } finally {
-      ipsec.close();
+      ipsec.remove(HANDLE);
     }
   }
 
   [Symbol.dispose](): void {
+    this.#ipsec.close();
     unmapMemory(this.#memory);
   }
 }
