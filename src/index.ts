@@ -133,6 +133,7 @@ export { type PortReport, probePort } from './probe/port.ts';
 export {
   type ModeReport,
   type PciReport,
+  type ProbeOptions,
   type ProbeReport,
   type Problem,
   probeFunction,

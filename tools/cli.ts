@@ -7,7 +7,8 @@
 import { writeSync } from 'node:fs';
 import Table from 'cli-table3';
 import { CommanderError } from 'commander';
-import { InputError, VipsecError } from '../src/index.ts';
+// Not by `index.ts`: no command needs to load what another is about.
+import { InputError, VipsecError } from '../src/errors.ts';
 
 export const ExitCode = {
   done: 0,

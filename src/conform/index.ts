@@ -5,8 +5,7 @@
  * `runConformance` drives one function; `vipsec conform` is its command line.
  *
  * ```ts
- * import { openFunction } from 'virtio-ipsec'
- * import { CHECKS, runConformance } from 'virtio-ipsec/conform'
+ * import { CHECKS, openFunction, runConformance } from 'virtio-ipsec/conform'
  *
  * const { checks } = await runConformance({ open: () => openFunction('0000:01:00.0'), checks: CHECKS })
  * for (const { id, level, title, verdict, detail } of checks) {
@@ -42,6 +41,8 @@ import { queueChecks } from './checks/queues.ts';
 import { resetChecks } from './checks/reset.ts';
 import { suspendChecks } from './checks/suspend.ts';
 
+export { openFunction } from '../nic/device.ts';
+export { WIRE_REVISIONS, type WireRevision } from '../virtio/revision.ts';
 export {
   AREAS,
   type Area,

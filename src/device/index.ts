@@ -6,6 +6,7 @@
  */
 import { createHash } from 'node:crypto';
 import { InputError } from '../errors.ts';
+import { PAGE_SIZE } from '../sys/libc.ts';
 import { WIRE_REVISIONS, type WireRevision } from '../virtio/revision.ts';
 import { ARENA_MAX, Arena } from './arena.ts';
 import { makeFunction, makePool, maxFrameOf } from './assemble.ts';
@@ -21,6 +22,7 @@ import { DEVICE_RINGS, type DeviceRings, MAX_QUEUE_PAIRS } from './personalities
 import { type Pollable, Pump } from './pump.ts';
 import { VfioUserServer } from './vfio-user-server.ts';
 
+export { WIRE_REVISIONS, type WireRevision } from '../virtio/revision.ts';
 export { FAULTS, type FaultName } from './faults.ts';
 export { OCTEP_FAULTS, type OctepFault } from './personalities/octep-faults.ts';
 export { PERSONALITIES, type PersonalityName } from './personalities/personality.ts';
@@ -46,6 +48,11 @@ export interface DeviceOptions {
   readonly mtu?: number;
   /** Names from `FAULTS`, with personality `octep` also `OCTEP_FAULTS`, for all functions, or `NAME@2` for the second one alone. */
   readonly faults?: readonly string[];
+  /**
+   * Bytes of address space for its packets and for the guest memory that drivers map, in whole pages; default and most 2 GiB. For processes
+   * with many devices: each 2 GiB make the garbage collector go through everything.
+   */
+  readonly memory?: number;
   /** Told of sessions that ended badly, and of faults of the device itself. */
   readonly onWarning?: (text: string) => void;
 }
@@ -100,6 +107,7 @@ interface Resolved {
   readonly mtu: number;
   readonly faults: readonly ReturnType<typeof faultSet>[];
   readonly octepFaults: readonly ReadonlySet<OctepFault>[];
+  readonly memory: number;
   readonly onWarning: (text: string) => void;
 }
 
@@ -133,8 +141,14 @@ function resolve(options: DeviceOptions): Resolved {
     mtu: inRange('MTU', options.mtu ?? DEFAULT_MTU, MTU_RANGE.min, MTU_RANGE.max),
     faults: faults.map((names) => faultSet(names.filter((name) => !isOwn(name)))),
     octepFaults: faults.map((names) => new Set(names.filter(isOctepFault).filter(isOwn))),
+    memory: memoryOf(options.memory ?? ARENA_MAX),
     onWarning: options.onWarning ?? (() => {}),
   };
+}
+
+function memoryOf(size: number): number {
+  if (size % PAGE_SIZE !== 0) throw invalid(`memory ${size}: not in whole pages`);
+  return inRange('memory', size, PAGE_SIZE, ARENA_MAX);
 }
 
 /** Names without `@`, and those for function `number`. */
@@ -200,7 +214,7 @@ class RunningDevice implements Device {
     const count = options.sockets.length;
     const maxFrame = maxFrameOf(options.mtu);
     const slots = PACKETS_PER_PAIR * count * options.queuePairs;
-    this.#arena = new Arena(ARENA_MAX);
+    this.#arena = new Arena(options.memory);
     this.#pump = new Pump((error) => this.#survive(error, options.onWarning));
     try {
       const pool = makePool(this.#arena, slots, maxFrame);

@@ -7,7 +7,7 @@ import type { PciFunction } from '../vfio/function.ts';
 import { FEATURE_BITS, featureName } from '../virtio/features.ts';
 import { resetDevice } from '../virtio/initialize.ts';
 import { openOctepTransport } from '../virtio/octep.ts';
-import type { BringUpStep, OctepOptions } from '../virtio/octep-bring-up.ts';
+import type { BringUpStep } from '../virtio/octep-bring-up.ts';
 import { OCTEP_REQUIRED, type OctepModel } from '../virtio/octep-layout.ts';
 import type { VirtioTransport } from '../virtio/transport.ts';
 
@@ -24,27 +24,25 @@ export interface OctepReport {
 const OLD_FEATURE_BITS = 64;
 /** A receive and a transmit queue. */
 const LEAST_QUEUES = 2;
-const RESET_MS = 5000;
 const FIRMWARE_HINT = 'Restart the virtio application of the DPU: its control thread polls this window.';
 const FEATURE_HINT =
   'The firmware is of another version, or emulates another device: such a function has packed rings and notifications with data, and no others.';
 
-/** Takes all steps that `report` is to have; the transport if it got that far. Throws what the step that failed did. */
-export async function walkOctep(
-  fn: PciFunction,
-  report: OctepReport,
-  options: OctepOptions = {},
-): Promise<VirtioTransport> {
+/**
+ * Takes all steps that `report` is to have, with `timeout` milliseconds for the ready mark and for the reset; the transport if it got that far.
+ * Throws what the step that failed did.
+ */
+export async function walkOctep(fn: PciFunction, report: OctepReport, timeout: number): Promise<VirtioTransport> {
   const { steps } = report;
   const onStep = (step: BringUpStep): void => {
     steps.push(step);
     if (step.step.startsWith('firmware signature')) report.speaksVirtio = step.ok;
   };
-  const transport = await openOctepTransport(fn, { ...options, onStep });
+  const transport = await openOctepTransport(fn, { readyTimeout: timeout, onStep });
   await attempt(
     steps,
-    { step: 'reset (device_status = 0x80)', expected: `device_status 0 within ${RESET_MS} ms` },
-    () => resetDevice(transport, RESET_MS),
+    { step: 'reset (device_status = 0x80)', expected: `device_status 0 within ${timeout} ms` },
+    () => resetDevice(transport, timeout),
     () => 'device_status 0',
   );
   const features = await attempt(

@@ -30,7 +30,6 @@ import { AdminQueue } from '../virtio/admin.ts';
 import { AdminOpcode, adminOpcodeName, CapabilityId, decodeDevicePartsCapability } from '../virtio/admin-wire.ts';
 import { FEATURE_BITS, Feature, FeatureSet, featureName } from '../virtio/features.ts';
 import { GENERIC_FEATURES, initializeDevice, resetDevice } from '../virtio/initialize.ts';
-import type { OctepOptions } from '../virtio/octep-bring-up.ts';
 import { octepModel } from '../virtio/octep-layout.ts';
 import { VirtioCfgType } from '../virtio/pci-layout.ts';
 import type { WireRevision } from '../virtio/revision.ts';
@@ -142,14 +141,20 @@ class Steps {
   }
 }
 
-/**
- * Reads everything from `fn`, which stays open and is left reset. `octep`: how long to wait for an octeon_ep class function. Only the loss of
- * the function throws.
- */
+export interface ProbeOptions {
+  /**
+   * Milliseconds for a reset, for each answer of the administration queue, and for an octeon_ep class function to be ready. Default 5000.
+   */
+  readonly timeout?: number;
+}
+
+const DEFAULT_TIMEOUT = 5000;
+
+/** Reads everything from `fn`, which stays open and is left reset. Only the loss of the function throws. */
 export async function probeFunction(
   fn: PciFunction,
   revision: WireRevision | 'auto',
-  octep: OctepOptions = {},
+  { timeout = DEFAULT_TIMEOUT }: ProbeOptions = {},
 ): Promise<ProbeReport> {
   const report: ProbeReport = { device: fn.address, problems: [] };
   const steps = new Steps(report.problems);
@@ -163,10 +168,10 @@ export async function probeFunction(
   const transport =
     walk === undefined
       ? await steps.run('virtio structures', () => openStandardTransport(fn))
-      : await steps.run('bring-up', () => walkOctep(fn, walk, octep));
+      : await steps.run('bring-up', () => walkOctep(fn, walk, timeout));
   if (transport === undefined) return report;
   const reset = await steps.run('reset', async () => {
-    await resetDevice(transport);
+    await resetDevice(transport, timeout);
     return true;
   });
   const offered = await steps.run('features', () => transport.readDeviceFeatures());
@@ -174,8 +179,8 @@ export async function probeFunction(
   assign('features', namedFeatures(offered));
   assign('config', await steps.run('device configuration', () => readConfig(transport, offered)));
   if (reset === undefined) return report;
-  await steps.run('initialisation', () => bringUp(fn, transport, offered, revision, report, steps));
-  await steps.run('reset', () => resetDevice(transport));
+  await steps.run('initialisation', () => bringUp(fn, transport, offered, revision, timeout, report, steps));
+  await steps.run('reset', () => resetDevice(transport, timeout));
   return report;
 }
 
@@ -234,6 +239,7 @@ async function bringUp(
   transport: VirtioTransport,
   offered: FeatureSet,
   revision: WireRevision | 'auto',
+  timeout: number,
   report: ProbeReport,
   steps: Steps,
 ): Promise<void> {
@@ -258,10 +264,10 @@ async function bringUp(
       });
     }
     if (!features.has(Feature.ADMIN_VQ)) return;
-    admin = await steps.run('administration queue', () => new AdminQueue(transport, fn, features));
+    admin = await steps.run('administration queue', () => new AdminQueue(transport, fn, features, { timeout }));
   };
   try {
-    await initializeDevice(transport, { required, wanted, setup });
+    await initializeDevice(transport, { required, wanted, setup, resetTimeout: timeout });
     if (admin === undefined) return;
     const queue = admin;
     const asked = await steps.run('administration commands', () => askCommands(transport, queue));
@@ -271,7 +277,7 @@ async function bringUp(
     await readCapabilities(queue, report, revision, steps);
   } finally {
     if (admin !== undefined) {
-      await resetDevice(transport).catch(() => {});
+      await resetDevice(transport, timeout).catch(() => {});
       admin.close();
     }
   }

@@ -98,6 +98,9 @@ describe('the socket of a device', () => {
     ['a group address', { sockets: ['/a'], macs: ['01:00:00:00:00:00'] }],
     ['half an address', { sockets: ['/a'], macs: ['02:00:00'] }],
     ['an MTU of 67', { sockets: ['/a'], mtu: 67 }],
+    ['memory for nothing', { sockets: ['/a'], memory: 0 }],
+    ['memory of half a page', { sockets: ['/a'], memory: 2 ** 28 + 2048 }],
+    ['more than 2 GiB', { sockets: ['/a'], memory: 2 ** 31 + 4096 }],
     ['an unknown fault', { sockets: ['/a'], faults: ['laziness'] }],
   ])('is not made with %s', (_, options) => {
     expect(() => startDevice(options)).toThrow(expect.objectContaining({ code: 'DEVICE_OPTION' }));

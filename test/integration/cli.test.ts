@@ -1,13 +1,13 @@
 import { once } from 'node:events';
 import { readFileSync } from 'node:fs';
 import { describe, expect, test } from 'vitest';
-import { startVipsec, vipsec } from './vipsec.ts';
+import { startVipsec, vipsec, vipsecProcess } from './vipsec.ts';
 
 const { version } = JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8'));
 
 describe('the command line', () => {
   test('prints its version', async () => {
-    expect(await vipsec(['--version'])).toMatchObject({ code: 0, stdout: `${version}\n`, stderr: '' });
+    expect(await vipsecProcess(['--version'])).toMatchObject({ code: 0, stdout: `${version}\n`, stderr: '' });
   });
 
   test.each([
@@ -24,7 +24,7 @@ describe('the command line', () => {
   });
 
   test('without a command prints help to stderr and is wrong usage', async () => {
-    const { code, stdout, stderr } = await vipsec([]);
+    const { code, stdout, stderr } = await vipsecProcess([]);
     expect({ code, stdout }).toEqual({ code: 2, stdout: '' });
     expect(stderr).toMatch(/^Usage: vipsec /);
   });
@@ -48,7 +48,7 @@ describe('the command line', () => {
 
   test('shows a stack trace only with VIPSEC_DEBUG=1', async () => {
     const args = ['probe', 'vfio-user:/nonexistent'];
-    const plain = await vipsec(args);
+    const plain = await vipsecProcess(args);
     expect(plain.code).toBe(1);
     expect(plain.stderr).not.toMatch(/\n\s+at /);
     const debug = await vipsec(args, { env: { VIPSEC_DEBUG: '1' } });

@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
-import { startVipsec, vipsec } from './vipsec.ts';
+import { startVipsec, vipsecProcess } from './vipsec.ts';
 
 let folder = '';
 beforeEach(() => {
@@ -42,7 +42,7 @@ const env = (): Record<string, string> => ({ TMPDIR: folder });
 
 describe('vipsec demo', () => {
   test('shows inline and software IPsec agreeing on real traffic, and refuses what an attacker does', async () => {
-    const { code, stdout, stderr } = await vipsec(['demo', '--json', '--rounds', '2'], { env: env() });
+    const { code, stdout, stderr } = await vipsecProcess(['demo', '--json', '--rounds', '2'], { env: env() });
     expect({ code, stderr }).toEqual({ code: 0, stderr: '' });
     const report = JSON.parse(stdout);
     expect(report.ok).toBe(true);
@@ -59,7 +59,7 @@ describe('vipsec demo', () => {
   });
 
   test('prints tables for people', async () => {
-    const { code, stdout } = await vipsec(['demo', '--rounds', '1'], { env: env() });
+    const { code, stdout } = await vipsecProcess(['demo', '--rounds', '1'], { env: env() });
     expect(code).toBe(0);
     expect(stdout).toMatch(/east to west +inline +software/);
     expect(stdout).toMatch(/west to east +software +inline/);
@@ -68,7 +68,7 @@ describe('vipsec demo', () => {
 
   test('leaves the capture and the decryption file where it is told, and no key in what it prints', async () => {
     const out = join(folder, 'kept');
-    const { code, stdout } = await vipsec(['demo', '--rounds', '1', '--out', out], { env: env() });
+    const { code, stdout } = await vipsecProcess(['demo', '--rounds', '1', '--out', out], { env: env() });
     expect(code).toBe(0);
     expect(readdirSync(out).sort()).toEqual(['esp_sa', 'wire.pcap']);
     const keys = [...readFileSync(join(out, 'esp_sa'), 'utf8').matchAll(/"0x([0-9a-f]{32,})"/g)].map(
@@ -80,7 +80,7 @@ describe('vipsec demo', () => {
   });
 
   test('says that tshark is missing when it is, and is right all the same', async () => {
-    const { code, stdout } = await vipsec(['demo', '--json', '--rounds', '1'], {
+    const { code, stdout } = await vipsecProcess(['demo', '--json', '--rounds', '1'], {
       env: { ...env(), PATH: join(folder, 'nothing') },
     });
     expect(code).toBe(0);

@@ -8,6 +8,9 @@ import type { DeviceOptions } from '../../src/device/index.ts';
 
 const script = fileURLToPath(new URL('./device-host.mjs', import.meta.url));
 
+/** Bytes of address space of each device: enough for any driver here, and a small part of what the garbage collector minds. */
+const MEMORY = 2 ** 28;
+
 interface Answer {
   readonly id: number;
   readonly value?: unknown;
@@ -39,7 +42,7 @@ export class DeviceHost {
 
   async start(options: DeviceOptions): Promise<HostedDevice> {
     const number = ++this.#devices;
-    await this.#ask(number, 'start', options);
+    await this.#ask(number, 'start', { memory: MEMORY, ...options });
     return {
       stop: async () => {
         const internalErrors = await this.#ask(number, 'stop');

@@ -14,7 +14,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
-import { vipsec } from './vipsec.ts';
+import { vipsec, vipsecProcess } from './vipsec.ts';
 
 const data = fileURLToPath(new URL('../data/', import.meta.url));
 const program = fileURLToPath(new URL('../../dist/tools/vipsec.js', import.meta.url));
@@ -70,7 +70,8 @@ describe('vipsec esp', () => {
       }),
       dummy: 0,
     });
-    const back = await esp(saFile('in.json', inbound), at('esp.pcap'), at('back.pcap'), '--json');
+    const sas = saFile('in.json', inbound);
+    const back = await vipsecProcess(['esp', '--sa', sas, '--in', at('esp.pcap'), '--out', at('back.pcap'), '--json']);
     expect(back.code).toBe(0);
     expect(JSON.parse(back.stdout)).toMatchObject({ verified: 52, bypassed: 2, out: 54 });
     expect(readFileSync(at('back.pcap')).equals(readFileSync(input))).toBe(true);

@@ -1,37 +1,35 @@
-import type { ChildProcess } from 'node:child_process';
-import { mkdtempSync, rmSync } from 'node:fs';
-import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { afterEach, describe, expect, it } from 'vitest';
+import type { OctepFault } from '../../src/device/index.ts';
 import type { ProbeReport } from '../../src/index.ts';
-import { startDeviceProcess, stop, vipsec } from './vipsec.ts';
+import { cleanUp, type DeviceSetup, directory, startDevice } from './support.ts';
+import { vipsec } from './vipsec.ts';
 
-let folder = '';
-let device: ChildProcess | undefined;
-beforeEach(() => {
-  folder = mkdtempSync(join(tmpdir(), 'vipsec-octep-'));
-});
-afterEach(async () => {
-  if (device !== undefined) await stop(device);
-  device = undefined;
-  rmSync(folder, { recursive: true });
-});
+afterEach(cleanUp);
 
-async function probe(deviceArgs: string[], args: string[] = []) {
-  const socket = join(folder, 'device');
-  device = await startDeviceProcess(socket, ['--personality', 'octep', ...deviceArgs]);
-  return vipsec(['probe', `vfio-user:${socket}`, ...args]);
+/** Milliseconds for what never comes. */
+const PATIENCE: Partial<Record<OctepFault, string>> = { 'octep-not-ready': '300', 'octep-reset-ignored': '300' };
+
+function patience(fault: OctepFault): string[] {
+  const ms = PATIENCE[fault];
+  return ms === undefined ? [] : ['--timeout', ms];
 }
 
-async function report(deviceArgs: string[]): Promise<{ code: number | null; report: ProbeReport }> {
-  const { code, stdout } = await probe(deviceArgs, ['--json']);
+async function probe(setup: DeviceSetup, args: string[] = []) {
+  const { addresses } = await startDevice({ personality: 'octep', ...setup });
+  return { address: addresses[0], ...(await vipsec(['probe', addresses[0], ...args])) };
+}
+
+async function report(setup: DeviceSetup, args: string[] = []) {
+  const { address, code, stdout } = await probe(setup, ['--json', ...args]);
   expect(stdout.trim().split('\n')).toHaveLength(1);
-  return { code, report: JSON.parse(stdout) };
+  const found: ProbeReport = JSON.parse(stdout);
+  return { address, code, report: found };
 }
 
 describe('vipsec probe of an octeon_ep class function', () => {
   it('recognises it, and says that its firmware speaks virtio', async () => {
-    const { code, stdout, stderr } = await probe([]);
+    const { code, stdout, stderr } = await probe({});
     expect({ code, stderr }).toEqual({ code: 0, stderr: '' });
     expect(stdout).toMatch(/octeon_ep class: a virtual function of CN106K; its firmware speaks virtio/);
     for (const row of [
@@ -55,7 +53,7 @@ describe('vipsec probe of an octeon_ep class function', () => {
   });
 
   it('gives the same as one JSON document, and can be repeated', async () => {
-    const first = await report(['--queue-pairs', '3']);
+    const first = await report({ queuePairs: 3 });
     expect(first.code).toBe(0);
     expect(first.report.problems).toEqual([]);
     expect(first.report.octep).toMatchObject({ model: 'CN106K', virtualFunction: true, speaksVirtio: true });
@@ -63,12 +61,12 @@ describe('vipsec probe of an octeon_ep class function', () => {
     expect(first.report.queues).toHaveLength(7);
     expect(first.report.queues?.at(-1)).toEqual({ index: 6, name: 'controlq', maxSize: 4096 });
     expect(first.report.ipsec?.modes).toHaveLength(4);
-    const again = await vipsec(['probe', `vfio-user:${join(folder, 'device')}`, '--json']);
+    const again = await vipsec(['probe', first.address, '--json']);
     expect(JSON.parse(again.stdout)).toEqual(first.report);
   });
 
   it('says of published firmware that it leaves IPsec to software', async () => {
-    const { report: found } = await report(['--no-ipsec']);
+    const { report: found } = await report({ ipsec: false });
     expect(found.octep?.steps).toContainEqual({
       step: 'features 64 to 127',
       expected: 'of their own, where IPsec is to be offloaded',
@@ -88,7 +86,7 @@ describe('vipsec probe of an octeon_ep class function', () => {
     ['octep-not-ready', 'OCTEP_NOT_READY', 'ready mark', null],
     ['octep-reset-ignored', 'RESET_TIMEOUT', 'reset', true],
   ] as const)('ends with %s at the step that fails, with a hint: %s at "%s"', async (fault, code, step, speaks) => {
-    const { code: exit, report: found } = await report(['--fault', fault]);
+    const { code: exit, report: found } = await report({ faults: [fault] }, patience(fault));
     expect(exit).toBe(1);
     expect(found.problems.map((problem) => problem.code)).toEqual([code]);
     expect(found.octep?.speaksVirtio).toBe(speaks);
@@ -101,7 +99,7 @@ describe('vipsec probe of an octeon_ep class function', () => {
   });
 
   it('goes on after features that are missing, because the rest can be seen', async () => {
-    const { code, report: found } = await report(['--fault', 'octep-split-only']);
+    const { code, report: found } = await report({ faults: ['octep-split-only'] });
     expect(code).toBe(1);
     expect(found.octep?.steps.find(({ ok }) => !ok)).toMatchObject({
       step: 'required features',
@@ -113,7 +111,7 @@ describe('vipsec probe of an octeon_ep class function', () => {
   });
 
   it('prints the step that failed, what was read, and the way out', async () => {
-    const { code, stdout } = await probe(['--fault', 'octep-no-signature']);
+    const { code, stdout } = await probe({ faults: ['octep-no-signature'] });
     expect(code).toBe(1);
     expect(stdout).toMatch(/its firmware does not speak virtio/);
     expect(stdout).toMatch(/FAILED +firmware signature \(BAR 4 \+ 0x0\) +0xfeedfeed 0x3355ffaa +0x0 0x0/);
@@ -127,7 +125,7 @@ describe('vipsec device --personality octep', () => {
     ['split rings', ['--personality', 'octep', '--rings', 'split'], /packed virtqueues only/],
     ['faults of octep on a standard function', ['--fault', 'octep-physical'], /no fault octep-physical/],
   ])('is refused with %s', async (_, args, text) => {
-    const { code, stderr } = await vipsec(['device', '--socket', join(folder, 'other'), ...args]);
+    const { code, stderr } = await vipsec(['device', '--socket', join(directory(), 'other'), ...args]);
     expect(code).toBe(2);
     expect(stderr).toMatch(text);
   });

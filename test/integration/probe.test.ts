@@ -1,31 +1,30 @@
-import type { ChildProcess } from 'node:child_process';
-import { mkdtempSync, rmSync } from 'node:fs';
 import { createServer } from 'node:net';
-import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterEach, beforeEach, describe, expect, test } from 'vitest';
-import { startDeviceProcess, stop, vipsec } from './vipsec.ts';
+import { afterEach, describe, expect, test } from 'vitest';
+import type { FaultName } from '../../src/device/index.ts';
+import { WIRE_REVISIONS } from '../../src/index.ts';
+import { cleanUp, type DeviceSetup, directory, spawnDevice, startDevice } from './support.ts';
+import { vipsec, vipsecProcess } from './vipsec.ts';
 
-let folder = '';
-let device: ChildProcess | undefined;
-beforeEach(() => {
-  folder = mkdtempSync(join(tmpdir(), 'vipsec-probe-'));
-});
-afterEach(async () => {
-  if (device !== undefined) await stop(device);
-  device = undefined;
-  rmSync(folder, { recursive: true });
-});
+afterEach(cleanUp);
 
-async function probe(deviceArgs: string[], args: string[] = []) {
-  const socket = join(folder, 'device');
-  device = await startDeviceProcess(socket, deviceArgs);
-  return vipsec(['probe', `vfio-user:${socket}`, ...args]);
+/** Milliseconds for what never comes. */
+const PATIENCE: Partial<Record<FaultName, string>> = { 'reset-stuck': '300', 'admin-silent': '300' };
+
+function patience(fault: FaultName): string[] {
+  const ms = PATIENCE[fault];
+  return ms === undefined ? [] : ['--timeout', ms];
+}
+
+async function probe(setup: DeviceSetup, args: string[] = []) {
+  const { addresses } = await startDevice(setup);
+  return vipsec(['probe', addresses[0], ...args]);
 }
 
 describe('vipsec probe', () => {
   test('prints features, administration commands and IPsec capabilities by name', async () => {
-    const { code, stdout, stderr } = await probe(['--mac', '02:00:00:00:00:09']);
+    const { addresses } = await spawnDevice({ mac: '02:00:00:00:00:09' });
+    const { code, stdout, stderr } = await vipsecProcess(['probe', addresses[0]]);
     expect({ code, stderr }).toEqual({ code: 0, stderr: '' });
     for (const text of [
       /vendor:device +1af4:1041/,
@@ -45,8 +44,8 @@ describe('vipsec probe', () => {
     expect(stdout).not.toContain('Problems');
   });
 
-  test.each(['virtio-1.4', 'rfc-2025-01'])('gives the same as one JSON document, for %s', async (wire) => {
-    const { code, stdout } = await probe(['--wire', wire], ['--json']);
+  test.each(WIRE_REVISIONS)('gives the same as one JSON document, for %s', async (wire) => {
+    const { code, stdout } = await probe({ wire }, ['--json']);
     expect(code).toBe(0);
     const report = JSON.parse(stdout);
     expect(stdout.trim().split('\n')).toHaveLength(1);
@@ -70,23 +69,22 @@ describe('vipsec probe', () => {
   });
 
   test('says of a plain function that it is one', async () => {
-    const { code, stdout } = await probe(['--no-ipsec']);
+    const { code, stdout } = await probe({ ipsec: false });
     expect(code).toBe(0);
     expect(stdout).toMatch(/70 +VIRTIO_NET_F_IPSEC +-/);
     expect(stdout).toContain('the device does not offer it');
   });
 
   test('can be repeated: it leaves the function as it was', async () => {
-    const socket = join(folder, 'device');
-    device = await startDeviceProcess(socket);
-    const first = await vipsec(['probe', `vfio-user:${socket}`, '--json']);
-    const second = await vipsec(['probe', `vfio-user:${socket}`, '--json']);
+    const { addresses } = await startDevice();
+    const first = await vipsec(['probe', addresses[0], '--json']);
+    const second = await vipsec(['probe', addresses[0], '--json']);
     expect(first.code).toBe(0);
     expect(second.stdout).toBe(first.stdout);
   });
 
   // What was read before the failure is in the report all the same.
-  test.each([
+  test.each<[FaultName, string, string]>([
     ['no-version-1', 'FEATURES_MISSING', 'features'],
     ['features-ok-refused', 'FEATURES_REJECTED', 'features'],
     ['reset-stuck', 'RESET_TIMEOUT', 'features'],
@@ -102,7 +100,7 @@ describe('vipsec probe', () => {
     ['config-unstable', 'CONFIG_UNSTABLE', 'features'],
     ['region-read-error', 'DEVICE_REFUSED', 'problems'],
   ])('a device with the fault %s gives the problem %s and the rest of the report', async (fault, code, part) => {
-    const outcome = await probe(['--fault', fault], ['--json']);
+    const outcome = await probe({ faults: [fault] }, ['--json', ...patience(fault)]);
     expect(outcome.code).toBe(1);
     const report = JSON.parse(outcome.stdout);
     expect(report.problems[0].code).toBe(code);
@@ -110,10 +108,10 @@ describe('vipsec probe', () => {
   });
 
   test('of nothing, or of something else than a vfio-user server, is one error line', async () => {
-    const missing = await vipsec(['probe', `vfio-user:${join(folder, 'none')}`]);
+    const missing = await vipsec(['probe', `vfio-user:${join(directory(), 'none')}`]);
     expect(missing).toMatchObject({ code: 1, stdout: '' });
     expect(missing.stderr).toMatch(/^vipsec: error: .*\[CONNECT_FAILED\]\nhint: .*\n$/);
-    const path = join(folder, 'other');
+    const path = join(directory(), 'other');
     const server = createServer((socket) => {
       // The client leaves as soon as it sees what this is.
       socket.on('error', () => {});

@@ -1,11 +1,12 @@
 /** Runs the built command line for tests. */
-import { type ChildProcess, spawn } from 'node:child_process';
+import { type ChildProcess, fork, spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { existsSync } from 'node:fs';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 
 const program = fileURLToPath(new URL('../../dist/tools/vipsec.js', import.meta.url));
+const hostScript = fileURLToPath(new URL('./cli-host.mjs', import.meta.url));
 
 export interface Outcome {
   readonly code: number | null;
@@ -14,8 +15,53 @@ export interface Outcome {
   readonly stderr: string;
 }
 
-/** Runs `vipsec …args` to its end; kills it after `deadline` milliseconds, which then shows as `signal`. */
+/** Milliseconds that a command may take. */
+const DEADLINE = 25_000;
+
+let host: ChildProcess | null = null;
+let asked = 0;
+
+/** The process in which the commands of this test file run. */
+function commandHost(): ChildProcess {
+  if (host?.connected === true) return host;
+  host = fork(hostScript, { stdio: ['ignore', 'inherit', 'inherit', 'ipc'] });
+  host.setMaxListeners(0);
+  // It ends with us, and does not keep us.
+  host.unref();
+  host.channel?.unref();
+  return host;
+}
+
+/**
+ * Runs `vipsec …args` to its end in a process that has run others before: that takes milliseconds, where one of its own takes a third of a
+ * second to load. For commands that neither signals nor the ends of pipes concern.
+ */
 export async function vipsec(
+  args: readonly string[],
+  options: { env?: Record<string, string>; deadline?: number } = {},
+): Promise<Outcome> {
+  const child = commandHost();
+  const id = ++asked;
+  return new Promise((resolve, reject) => {
+    const settle = (end: () => void) => {
+      clearTimeout(timer);
+      child.off('message', onMessage);
+      child.off('exit', onExit);
+      end();
+    };
+    const onMessage = (message: { id: number; outcome: Outcome }) => {
+      if (message.id === id) settle(() => resolve(message.outcome));
+    };
+    const onExit = () => settle(() => reject(new Error(`vipsec ${args.join(' ')} ended its process`)));
+    const timer = setTimeout(() => child.kill('SIGKILL'), options.deadline ?? DEADLINE);
+    child.on('message', onMessage);
+    child.once('exit', onExit);
+    child.send({ id, args, env: options.env ?? {} });
+  });
+}
+
+/** Runs `vipsec …args` to its end in a process of its own; kills it after `deadline` milliseconds, which then shows as `signal`. */
+export async function vipsecProcess(
   args: readonly string[],
   options: { env?: Record<string, string>; deadline?: number } = {},
 ): Promise<Outcome> {
@@ -23,7 +69,7 @@ export async function vipsec(
     env: { ...process.env, ...options.env },
     stdio: ['ignore', 'pipe', 'pipe'],
   });
-  const timer = setTimeout(() => child.kill('SIGKILL'), options.deadline ?? 25_000);
+  const timer = setTimeout(() => child.kill('SIGKILL'), options.deadline ?? DEADLINE);
   let stdout = '';
   let stderr = '';
   child.stdout.setEncoding('utf8').on('data', (text: string) => {

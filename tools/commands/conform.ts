@@ -8,10 +8,13 @@ import {
   CHECKS,
   type Check,
   type ConformanceReport,
+  openFunction,
   type RingFormat,
   runConformance,
+  WIRE_REVISIONS,
+  type WireRevision,
 } from '../../src/conform/index.ts';
-import { InputError, openFunction, WIRE_REVISIONS, type WireRevision } from '../../src/index.ts';
+import { InputError } from '../../src/errors.ts';
 import { ExitCode, note, ProgressLine, print, printJson, table, untilSignal } from '../cli.ts';
 import { htmlReport } from '../conform/html.ts';
 import { jsonReport } from '../conform/json.ts';

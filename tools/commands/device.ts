@@ -11,8 +11,10 @@ import {
   PERSONALITIES,
   type PersonalityName,
   startDevice,
+  WIRE_REVISIONS,
+  type WireRevision,
 } from '../../src/device/index.ts';
-import { InputError, WIRE_REVISIONS, type WireRevision } from '../../src/index.ts';
+import { InputError } from '../../src/errors.ts';
 import { note, print, printJson, warn } from '../cli.ts';
 
 interface Flags {

@@ -1,7 +1,7 @@
 /**
  * `vipsec probe DEVICE`: what a virtio network function says about itself.
  */
-import { Command, Option } from 'commander';
+import { Command, InvalidArgumentError, Option } from 'commander';
 import {
   isPortAddress,
   type ModeReport,
@@ -20,7 +20,13 @@ import { ExitCode, print, printJson, table } from '../cli.ts';
 
 interface Options {
   readonly wire: WireRevision | 'auto';
+  readonly timeout: number;
   readonly json?: true;
+}
+
+function milliseconds(text: string): number {
+  if (!/^\d{2,6}$/.test(text)) throw new InvalidArgumentError('milliseconds, 10 to 999999');
+  return Number(text);
 }
 
 export function command(): Command {
@@ -32,6 +38,9 @@ export function command(): Command {
         .choices(['auto', ...WIRE_REVISIONS])
         .default('auto'),
     )
+    .addOption(
+      new Option('--timeout <ms>', 'how long a function may take for an answer').argParser(milliseconds).default(5000),
+    )
     .option('--json', 'print the report as one JSON document')
     .addHelpText(
       'after',
@@ -41,16 +50,16 @@ export function command(): Command {
 }
 
 async function run(device: string, options: Options): Promise<void> {
-  const report = isPortAddress(device) ? await readPort(device) : await readFunction(device, options.wire);
+  const report = isPortAddress(device) ? await readPort(device) : await readFunction(device, options);
   if (options.json === true) printJson(report);
   else printReport(report);
   if (report.problems.length > 0) process.exitCode = ExitCode.failed;
 }
 
-async function readFunction(device: string, wire: WireRevision | 'auto'): Promise<ProbeReport> {
+async function readFunction(device: string, { wire, timeout }: Options): Promise<ProbeReport> {
   const fn = openFunction(device);
   try {
-    return await probeFunction(fn, wire);
+    return await probeFunction(fn, wire, { timeout });
   } finally {
     fn.close();
   }
