@@ -8,8 +8,6 @@
  *
  * A pair that was open before is reset on the device before it is handed over again (RING_RESET).
  */
-import { randomInt } from 'node:crypto';
-import { MessageChannel, type MessagePort } from 'node:worker_threads';
 import { IpsecError, type VipsecError, VirtioError } from '../errors.ts';
 import type { SaEvents } from '../ipsec/ipsec.ts';
 import type { SaCounts } from '../ipsec/sa-state.ts';
@@ -18,15 +16,14 @@ import type { NicArenas } from '../nic/arenas.ts';
 import type { NicRings, WorkerPair, WorkerRing } from '../nic/rings.ts';
 import type { PacketArena } from '../packet/references.ts';
 import { EventFd } from '../sys/eventfd.ts';
-import { ffi, type Watch } from '../sys/ffi/ffi.ts';
-import { close, FcntlCommand, fcntl } from '../sys/libc.ts';
-import { MappingLedger } from '../sys/mapping-ledger.ts';
+import { ffi } from '../sys/ffi/ffi.ts';
 import { abandonMapping } from '../sys/memory.ts';
 import { type ArenaHandle, ArenaLoans, refusalOf } from './arena-loans.ts';
 import { ControlBlock, Owner, type PairCounters, Wish } from './control-block.ts';
 import type { QueueHandle, RingHandle, SaHandling } from './handle.ts';
 import { type Answer, type Command, type Granted, makeTicket, takeTicket, type WorkerMessage } from './messages.ts';
 import { packSa, wipeParcel } from './sa-parcel.ts';
+import { duplicate, endTenancy, makeTenancy, settle, type Tenancy } from './tenancy.ts';
 
 export type WorkerQueueState = 'free' | 'offered' | 'open';
 
@@ -54,24 +51,6 @@ export interface WorkerQueueParts {
 }
 
 type Released = Extract<WorkerMessage, { readonly type: 'released' }>;
-
-interface Pending {
-  readonly resolve: (answer: Answer) => void;
-  readonly reject: (error: Error) => void;
-  readonly timer: NodeJS.Timeout;
-}
-
-/** One handing over, from `transfer` to the end. */
-interface Tenancy {
-  readonly control: ControlBlock;
-  readonly port: MessagePort;
-  /** Closed when the queue has come back. */
-  readonly descriptors: number[];
-  readonly relays: { readonly eventfd: EventFd; readonly watch: Watch }[];
-  readonly pending: Map<number, Pending>;
-  /** What the thread has mapped. */
-  readonly ledger: MappingLedger;
-}
 
 export class WorkerQueue implements SaThread {
   /** Index of the queue pair. */
@@ -215,17 +194,8 @@ export class WorkerQueue implements SaThread {
   #offer(): QueueHandle {
     const { rings, pair, address, mac, sas } = this.#parts;
     const { settings } = rings;
-    const control = new ControlBlock();
-    control.tenancy = randomInt(2 ** 31);
-    const { port1, port2 } = new MessageChannel();
-    const tenancy: Tenancy = {
-      control,
-      port: port1,
-      descriptors: [],
-      relays: [],
-      pending: new Map(),
-      ledger: new MappingLedger(),
-    };
+    const { tenancy, theirs } = makeTenancy();
+    const { control, port } = tenancy;
     try {
       const interrupt = rings.interrupts.handOver(pair.index);
       const handle: QueueHandle = {
@@ -247,15 +217,15 @@ export class WorkerQueue implements SaThread {
         control: control.buffer,
         ledger: tenancy.ledger.buffer,
         sas,
-        port: port2,
+        port: theirs,
       };
-      port1.on('message', (message: WorkerMessage) => this.#receive(tenancy, message));
-      port1.on('close', () => this.#end(tenancy, null));
-      port1.unref();
+      port.on('message', (message: WorkerMessage) => this.#receive(tenancy, message));
+      port.on('close', () => this.#end(tenancy, null));
+      port.unref();
       this.#tenancy = tenancy;
       return handle;
     } catch (error) {
-      giveBack(tenancy);
+      endTenancy(tenancy);
       throw error;
     }
   }
@@ -375,7 +345,7 @@ export class WorkerQueue implements SaThread {
     if (last === null) for (const { address, size } of tenancy.ledger.entries) abandonMapping(address, size);
     for (const id of [...tenancy.pending.keys()]) settle(tenancy, id)?.reject(gone(this.index));
     addCounters(this.#past, tenancy.control.counters);
-    giveBack(tenancy);
+    endTenancy(tenancy);
     this.#loans.ended(last?.arenas ?? null);
     this.#parts.onEnded(this, last?.sequences ?? new Map());
     for (const listener of [...this.#listeners]) listener(last === null ? 'died' : 'released');
@@ -384,29 +354,6 @@ export class WorkerQueue implements SaThread {
 
 function gone(index: number): VirtioError {
   return new VirtioError('QUEUE_GONE', `no thread has queue pair ${index} open`);
-}
-
-/** A descriptor of the same file that lives until the queue has come back. */
-function duplicate(tenancy: Tenancy, fd: number): number {
-  const own = fcntl(fd, FcntlCommand.duplicate, 0);
-  tenancy.descriptors.push(own);
-  return own;
-}
-
-function settle(tenancy: Tenancy, id: number): Pending | undefined {
-  const pending = tenancy.pending.get(id);
-  tenancy.pending.delete(id);
-  if (pending !== undefined) clearTimeout(pending.timer);
-  return pending;
-}
-
-function giveBack({ descriptors, relays, port }: Tenancy): void {
-  port.close();
-  for (const { eventfd, watch } of relays.splice(0)) {
-    watch.close();
-    eventfd.close();
-  }
-  for (const fd of descriptors.splice(0)) close(fd);
 }
 
 function addCounters(sum: PairCounters, more: PairCounters): void {
