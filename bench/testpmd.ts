@@ -37,6 +37,8 @@ export interface TestpmdOptions {
   readonly devices: readonly string[];
   /** `--lcores`: the first is for commands, the others forward. Default: two threads on whichever cores are free. */
   readonly cores?: string;
+  /** MiB of memory, default 512. It is all cleared at the start. */
+  readonly megabytes?: number;
   /** Arguments of testpmd itself, beside `-i`. */
   readonly args?: readonly string[];
 }
@@ -74,7 +76,7 @@ export class Testpmd {
       '--file-prefix',
       `vipsec-${process.pid}-${started++}`,
       '-m',
-      '512',
+      String(options.megabytes ?? 512),
       '--no-pci',
       '--no-telemetry',
     ];
