@@ -60,7 +60,10 @@ async function sendAround(nic: Nic, bytes: Uint8Array): Promise<Uint8Array[]> {
 }
 
 const [address, path] = process.argv.slice(2);
-if (address === undefined || path === undefined) throw new Error('usage: zero-copy.js DEVICE FILE');
+if (address === undefined || path === undefined) {
+  process.stderr.write('usage: zero-copy DEVICE FILE\n');
+  process.exit(2);
+}
 await using nic = await openNic(address, { ipsec: 'off' });
 const bytes = readFileSync(path);
 const frames = await sendAround(nic, bytes);

@@ -20,6 +20,7 @@ export {
   type InlineCryptoOptions,
   type InlineCryptoParameters,
 } from './fallback/inline-crypto.ts';
+export { writeTooBig } from './fallback/pmtu.ts';
 export { type SaCounters, type SaEvent, SoftwareIpsec, type SoftwareIpsecOptions } from './fallback/software.ts';
 export { VERDICTS, Verdict, verdictNames } from './fallback/verdict.ts';
 export { algorithmNames, type InlineCapability, modeName, optionNamesOf } from './ipsec/capability.ts';

@@ -30,8 +30,6 @@ import {
 /** `struct pvirtq_event_suppress` (2.8.14), in 16-bit words. */
 const Event = { position: 0, flags: 1 } as const;
 const EVENT_BYTES = 4;
-/** Flags of a descriptor in an indirect table that are reserved there (2.8.7). */
-export const RESERVED_IN_TABLE = DescriptorFlag.NEXT | RING_FLAGS;
 
 export class PackedRing extends CheckRing {
   readonly descriptors: number;

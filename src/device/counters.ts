@@ -36,8 +36,6 @@ export const NetCounter = {
   txUnfinished: 18,
 } as const;
 
-export type NetCounterName = keyof typeof NetCounter;
-
 /** Counters by `NetCounter`. */
 export function makeNetCounters(): Float64Array {
   return new Float64Array(Object.keys(NetCounter).length);

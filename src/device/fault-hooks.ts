@@ -73,7 +73,7 @@ const PATCHES: Partial<Record<FaultName, (at: Places) => readonly Patch[]>> = {
   'sr-iov-silent': () => [[EXTENDED_CAPABILITIES, 4, SR_IOV_HEADER]],
   'pci-vendor': () => [[ConfigField.vendorId, 2, VirtioPciId.vendor + 1]],
   'pci-device-id': () => [[ConfigField.deviceId, 2, VirtioPciId.transitionalLast]],
-  'pci-revision': () => [[ConfigField.revision, 1, 0]],
+  'pci-revision': () => [[ConfigField.revisionId, 1, 0]],
   'pci-subsystem': () => [[ConfigField.subsystemId, 2, 1]],
 };
 

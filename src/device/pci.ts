@@ -6,28 +6,13 @@
  * expansion ROM.
  */
 
+import { ConfigHeader } from '../vfio/config-space.ts';
 import { PCI_CAP_VENDOR, VirtioCapField, VirtioCapLength, VirtioCfgType } from '../virtio/pci-layout.ts';
 
 export const CONFIG_SPACE_SIZE = 4096;
 
-/** Type 0 header (PCI 3.0, 6.1). */
-export const ConfigField = {
-  vendorId: 0x00,
-  deviceId: 0x02,
-  command: 0x04,
-  status: 0x06,
-  revision: 0x08,
-  classCode: 0x09,
-  cacheLineSize: 0x0c,
-  latencyTimer: 0x0d,
-  headerType: 0x0e,
-  bar0: 0x10,
-  subsystemVendorId: 0x2c,
-  subsystemId: 0x2e,
-  capabilities: 0x34,
-  interruptLine: 0x3c,
-  interruptPin: 0x3d,
-} as const;
+/** Type 0 header (PCI 3.0, 6.1): fields that drivers have no use for, beside the others. */
+export const ConfigField = { ...ConfigHeader, cacheLineSize: 0x0c, latencyTimer: 0x0d } as const;
 
 /** First byte that a capability may stand at, and the end of the space that the list may use. */
 const CAPABILITIES_START = 0x40;
@@ -231,7 +216,7 @@ export class ConfigSpace {
     this.#put(ConfigField.vendorId, 2, layout.vendorId);
     this.#put(ConfigField.deviceId, 2, layout.deviceId);
     this.#put(ConfigField.status, 2, Status.capabilityList);
-    this.#put(ConfigField.revision, 1, layout.revision);
+    this.#put(ConfigField.revisionId, 1, layout.revision);
     this.#put(ConfigField.classCode, 3, layout.classCode);
     this.#put(ConfigField.subsystemVendorId, 2, layout.subsystemVendorId);
     this.#put(ConfigField.subsystemId, 2, layout.subsystemId);

@@ -12,9 +12,6 @@
  * so `update` checks again (two copies in one burst pass the check both).
  */
 
-/** Sizes that are accepted, in packets. */
-export const ReplayWindow = { min: 1, max: 65536 } as const;
-
 /** Blocks (words) for a window of `size` packets: a power of two, one block more than the window can touch. */
 export function windowBlocks(size: number): number {
   let blocks = 2;

@@ -88,11 +88,6 @@ export function goOn(path: DataPath, slot: number, progress: SoftwareProgress, k
   table.dropped.set(progress.dropped, slot * VERDICTS);
 }
 
-/** The number of the next packet of an outbound SA, or the highest that an inbound one has accepted. */
-export function sequenceIn({ sequence: [low, high] }: SoftwareProgress): bigint {
-  return (BigInt(high >>> 0) << 32n) | BigInt(low >>> 0);
-}
-
 /** Where the replay window of the inbound SA at `record` lies; empty without. */
 function windowRange({ words }: SaTable, record: number): [from: number, to: number] {
   if (words[record + SaWord.window] === 0) return [0, 0];

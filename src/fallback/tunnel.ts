@@ -14,7 +14,8 @@
  * A word read or written that way has its bytes swapped against the number it stands for; a checksum does not care.
  */
 import type { Tunnel } from '../ipsec/sa.ts';
-import { IpProtocol, Ipv4, Ipv6 } from '../packet/fields.ts';
+import { updateChecksum } from '../packet/checksum.ts';
+import { Ipv4, Ipv6 } from '../packet/fields.ts';
 import { Outer, SaWord } from './sa-table.ts';
 import { Verdict } from './verdict.ts';
 
@@ -129,12 +130,10 @@ export function setTrafficClass(u8: Uint8Array, ip: number, value: number): void
   if (u8[ip] >>> 4 === 4) {
     const old = u8[ip + Ipv4.tos];
     u8[ip + Ipv4.tos] = value;
-    // RFC 1624, equation 3; the changed byte is the low one of its word.
-    let sum = (~((u8[ip + Ipv4.checksum] << 8) | u8[ip + Ipv4.checksum + 1]) & 0xffff) + (~old & 0xffff) + value;
-    sum = (sum & 0xffff) + (sum >>> 16);
-    sum = ~((sum & 0xffff) + (sum >>> 16)) & 0xffff;
-    u8[ip + Ipv4.checksum] = sum >>> 8;
-    u8[ip + Ipv4.checksum + 1] = sum & 0xff;
+    // The changed byte is the low one of its word.
+    const check = updateChecksum((u8[ip + Ipv4.checksum] << 8) | u8[ip + Ipv4.checksum + 1], old, value);
+    u8[ip + Ipv4.checksum] = check >>> 8;
+    u8[ip + Ipv4.checksum + 1] = check & 0xff;
   } else {
     u8[ip] = (u8[ip] & 0xf0) | (value >>> 4);
     u8[ip + 1] = (u8[ip + 1] & 0x0f) | ((value & 15) << 4);
@@ -162,7 +161,7 @@ export function decrementTtl(u8: Uint8Array, ip: number): number {
 }
 
 /** ECN codepoints (RFC 3168, 5). */
-export const Ecn = { notEct: 0, ect1: 1, ect0: 2, ce: 3 } as const;
+const Ecn = { notEct: 0, ect1: 1, ect0: 2, ce: 3 } as const;
 
 /** The result that says that the packet must be dropped. */
 export const ECN_DROP = 4;
@@ -190,8 +189,3 @@ export const ecnAfter = new Uint8Array([
   Ecn.ce,
   Ecn.ce,
 ]);
-
-/** Protocol number of an inner packet of `version`. */
-export function innerProtocol(version: number): number {
-  return version === 4 ? IpProtocol.ipv4 : IpProtocol.ipv6;
-}

@@ -14,6 +14,14 @@ import { ffi, type Watch } from './ffi/ffi.ts';
 import * as libc from './libc.ts';
 import { type MappedMemory, mapAnonymous } from './memory.ts';
 
+/** Errors of a socket whose other side is gone, or that is closed here. */
+export const CLOSED_ERRORS: readonly number[] = [
+  os.errno.ECONNRESET,
+  os.errno.EPIPE,
+  os.errno.EBADF,
+  os.errno.ENOTCONN,
+];
+
 /** SCM_MAX_FD: the kernel passes no more descriptors than this in one message. */
 export const MAX_DESCRIPTORS = 253;
 

@@ -6,7 +6,7 @@ import { constants as os } from 'node:os';
 import { SystemError, VfioError } from '../errors.ts';
 import { close } from '../sys/libc.ts';
 import { readU16, readU32, writeU16 } from '../sys/little-endian.ts';
-import type { UnixSocket } from '../sys/unix-socket.ts';
+import { CLOSED_ERRORS, type UnixSocket } from '../sys/unix-socket.ts';
 import { Header, HeaderFlag, MAX_MESSAGE_SIZE, protocolError } from './protocol.ts';
 
 /** One received message. Whoever gets it owns its descriptors and closes them, or calls `dropDescriptors`. */
@@ -139,11 +139,9 @@ export class MessageSocket {
   }
 }
 
-const CLOSED: readonly number[] = [os.errno.ECONNRESET, os.errno.EPIPE, os.errno.EBADF, os.errno.ENOTCONN];
-
 function translate(error: unknown): unknown {
   if (!(error instanceof SystemError)) return error;
-  if (CLOSED.includes(error.errno)) {
+  if (CLOSED_ERRORS.includes(error.errno)) {
     return new VfioError('PEER_CLOSED', 'vfio-user: the other side closed the socket', { cause: error });
   }
   if (error.errno === os.errno.ETIMEDOUT) {

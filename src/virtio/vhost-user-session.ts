@@ -9,7 +9,7 @@
 import { constants as os } from 'node:os';
 import { SystemError, VfioError } from '../errors.ts';
 import { readU32, writeU32 } from '../sys/little-endian.ts';
-import type { UnixSocket } from '../sys/unix-socket.ts';
+import { CLOSED_ERRORS, type UnixSocket } from '../sys/unix-socket.ts';
 import { SocketSession } from '../vfio/session.ts';
 import {
   encodeEmpty,
@@ -20,8 +20,6 @@ import {
   Request,
   requestName,
 } from './vhost-user-protocol.ts';
-
-const CLOSED: readonly number[] = [os.errno.ECONNRESET, os.errno.EPIPE, os.errno.EBADF, os.errno.ENOTCONN];
 
 export class VhostUserSession extends SocketSession {
   /** Set once REPLY_ACK is negotiated: from then on every request is answered. */
@@ -121,7 +119,7 @@ function closed(cause?: unknown): VfioError {
 function translate(error: unknown): VfioError {
   if (error instanceof VfioError) return error;
   if (!(error instanceof SystemError)) return protocolError('a reply that cannot be read', error);
-  if (CLOSED.includes(error.errno)) return closed(error);
+  if (CLOSED_ERRORS.includes(error.errno)) return closed(error);
   if (error.errno === os.errno.ETIMEDOUT) {
     return new VfioError('TIMEOUT', 'vhost-user: the back-end did not take or answer a message in time', {
       cause: error,

@@ -37,7 +37,7 @@ describe('PCI configuration space', () => {
     const { read } = make();
     expect(read(ConfigField.vendorId, 2)).toBe(0x1af4);
     expect(read(ConfigField.deviceId, 2)).toBe(0x1041);
-    expect(read(ConfigField.revision, 1)).toBeGreaterThanOrEqual(1);
+    expect(read(ConfigField.revisionId, 1)).toBeGreaterThanOrEqual(1);
     expect(read(ConfigField.subsystemId, 2)).toBeGreaterThanOrEqual(0x40);
     expect(read(ConfigField.classCode, 3)).toBe(0x020000);
     expect(read(ConfigField.status, 2) & 0x10).toBe(0x10);
