@@ -12,6 +12,7 @@ import { NodeEngine, plainMemory } from '../../node-engine.ts';
 import {
   AVAILABLE,
   blockOf,
+  IS_DEFAULT_PROVIDER,
   layOut,
   Random,
   randomKeys,
@@ -73,10 +74,12 @@ function roundTrip(
   use(burst, numbers.decrypt);
   engine.decrypt(transform, burst);
   expect(statuses(burst).every((status) => status === JobStatus.ok)).toBe(true);
+  const wrong: number[] = [];
   for (let i = 0; i < burst.count; i++) {
     const [from, to] = [burst.authOffset[i], burst.icvOffset[i]];
-    expect(firstDifference(memory.u8.subarray(from, to), text.subarray(from, to))).toBe(-1);
+    if (firstDifference(memory.u8.subarray(from, to), text.subarray(from, to)) !== -1) wrong.push(i);
   }
+  expect(wrong).toEqual([]);
 
   memory.u8.set(reference.u8);
   for (let i = 0; i < burst.count; i++) {
@@ -103,11 +106,12 @@ export function matrixSuite(): void {
         });
 
         it.each(done.map((transform) => [transform.id, transform] as const))(
-          '%s agrees in both directions at all lengths from 0 to 300 and refuses every changed packet',
+          '%s agrees in both directions at lengths from 0 to 300 and refuses every changed packet',
           (_, transform) => {
             const block = blockOf(transform);
             const shortest = transform.family === 'cipher-auth' && transform.cipher !== 'null' ? 1 : 0;
-            const lengths = Array.from({ length: 301 }, (__, n) => n).filter((n) => n % block === 0 && n >= shortest);
+            const all = Array.from({ length: 301 }, (__, n) => n).filter((n) => n % block === 0 && n >= shortest);
+            const lengths = IS_DEFAULT_PROVIDER || block > 1 ? all : all.filter((n) => n % 7 < 2);
             withEngine(create, MAX_BURST * STRIDE, (own, memory, burst) => {
               const random = new Random(transform.id.length * 7919 + transform.icvLength);
               for (let done = 0; done < lengths.length; done += MAX_BURST) {
@@ -127,7 +131,11 @@ export function matrixSuite(): void {
           (_, transform) => {
             withEngine(create, MAX_BURST * STRIDE, (own, memory, burst) => {
               const random = new Random(4711);
-              const sizes = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 255, 256];
+              // noble takes one job after the other, whatever the burst.
+              const sizes =
+                IS_DEFAULT_PROVIDER && own.name !== 'noble'
+                  ? [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 255, 256]
+                  : [1, 2, 17, 64, 256];
               for (const size of sizes) {
                 burst.count = size;
                 burst.aadLength = transform.family === 'aead' ? 8 : 0;

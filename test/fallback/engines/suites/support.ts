@@ -65,6 +65,15 @@ export const AVAILABLE: readonly Create[] = ENGINES.filter(creatable);
  * leaves 3DES out on processors with AVX-512, where it mixes up the lanes of a burst.
  */
 export function usable(create: Create): readonly Transform[] {
+  const transforms = found.get(create) ?? findUsable(create);
+  found.set(create, transforms);
+  return transforms;
+}
+
+/** What `usable` has found: the known answers of all transforms take a second. */
+const found = new Map<Create, readonly Transform[]>();
+
+function findUsable(create: Create): readonly Transform[] {
   const memory = mapAnonymous(4096);
   const engine = create(memory);
   const can = TRANSFORMS.filter((transform) => engine.supports(transform));
@@ -98,6 +107,9 @@ export function withEngine(
 export function blockOf(transform: Transform): number {
   return transform.cipher === 'aes-cbc' ? 16 : transform.cipher === '3des-cbc' ? 8 : 1;
 }
+
+/** Whether the calls of the engines are those that are used by default; for the others fewer sizes say enough. */
+export const IS_DEFAULT_PROVIDER: boolean = provider !== 'ffi-rs';
 
 /** One of each way through the engines. */
 export const TYPICAL: readonly Transform[] = TRANSFORMS.filter(({ id }) =>
