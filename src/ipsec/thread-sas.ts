@@ -33,7 +33,7 @@ export class ThreadSas implements ThreadListener {
     const gone = await queues.remove(thread, managed);
     managed.keepTraffic();
     // In software what is in the ring is protected already, and names no object.
-    const isSent = managed.placement.where === 'software' || (await thread.sent());
+    const isSent = managed.placement.where === 'software' || (gone && (await thread.sent()));
     await this.#end(managed, gone, isSent);
   }
 
