@@ -4,10 +4,11 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import fc from 'fast-check';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
-import { type Device, type DeviceOptions, startDevice } from '../../src/device/index.ts';
+import type { Device, DeviceOptions } from '../../src/device/index.ts';
 import { Feature, FeatureSet } from '../../src/virtio/features.ts';
 import { NetDriver, udpFrame } from './helpers/net-driver.ts';
 import { pause, until } from './helpers/raw-client.ts';
+import { startDevice } from './helpers/start.ts';
 
 const OK = 0;
 const ERR = 1;

@@ -3,13 +3,14 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { CHECKS } from '../../src/conform/index.ts';
-import { type Device, FAULTS, startDevice } from '../../src/device/index.ts';
+import { type Device, FAULTS } from '../../src/device/index.ts';
 import { PollEvent, poll } from '../../src/sys/libc.ts';
 import { Feature, FeatureSet } from '../../src/virtio/features.ts';
 import { DeviceStatus, CommonCfgField as F } from '../../src/virtio/pci-layout.ts';
 import { MiniDriver } from './helpers/mini-driver.ts';
 import { NetDriver, udpFrame } from './helpers/net-driver.ts';
 import { pause } from './helpers/raw-client.ts';
+import { startDevice } from './helpers/start.ts';
 
 const CONFIG = 7;
 const V1 = FeatureSet.of(Feature.VERSION_1);

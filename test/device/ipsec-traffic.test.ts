@@ -3,7 +3,7 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
-import { type Device, type DeviceOptions, startDevice } from '../../src/device/index.ts';
+import type { Device, DeviceOptions } from '../../src/device/index.ts';
 import type { SaObject } from '../../src/ipsec/wire/codec.ts';
 import { ipsecWire } from '../../src/ipsec/wire/revisions.ts';
 import {
@@ -24,6 +24,7 @@ import { NetHeaderFlag as H } from '../../src/virtio-net/header.ts';
 import { NetDriver, udpFrame } from './helpers/net-driver.ts';
 import { pause } from './helpers/raw-client.ts';
 import { encodeSa, inboundObject, saObject } from './helpers/sa.ts';
+import { startDevice } from './helpers/start.ts';
 
 let folder = '';
 let device: Device;

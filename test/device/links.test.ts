@@ -3,13 +3,14 @@ import { connect, createServer, type Socket } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
-import { type Device, startDevice } from '../../src/device/index.ts';
+import type { Device } from '../../src/device/index.ts';
 import { CaptureReader, CaptureWriter } from '../../src/packet/capture-file.ts';
 import { LinkType } from '../../src/packet/fields.ts';
 import { PollEvent, poll } from '../../src/sys/libc.ts';
 import { Feature, FeatureSet } from '../../src/virtio/features.ts';
 import { NetDriver, udpFrame } from './helpers/net-driver.ts';
 import { pause, until } from './helpers/raw-client.ts';
+import { startDevice } from './helpers/start.ts';
 
 let folder = '';
 let path = '';

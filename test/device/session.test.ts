@@ -4,13 +4,14 @@ import { constants as os, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import fc from 'fast-check';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
-import { type Device, startDevice } from '../../src/device/index.ts';
+import type { Device } from '../../src/device/index.ts';
 import { EventFd } from '../../src/sys/eventfd.ts';
 import { close, eventfd, ftruncate, memfdCreate } from '../../src/sys/libc.ts';
 import { writeU32 } from '../../src/sys/little-endian.ts';
 import * as protocol from '../../src/vfio/protocol.ts';
 import { CommonCfgField as F } from '../../src/virtio/pci-layout.ts';
 import { openDescriptors, pause, RawClient, until, versionRequest } from './helpers/raw-client.ts';
+import { startDevice } from './helpers/start.ts';
 
 const { Command, Header, HeaderFlag } = protocol;
 const CONFIG = 7;

@@ -2,7 +2,7 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
-import { type Device, type DeviceOptions, startDevice } from '../../src/device/index.ts';
+import type { Device, DeviceOptions } from '../../src/device/index.ts';
 import { checksum } from '../../src/packet/checksum.ts';
 import { PollEvent, poll } from '../../src/sys/libc.ts';
 import { Feature, FeatureSet } from '../../src/virtio/features.ts';
@@ -11,6 +11,7 @@ import { NetHeaderFlag } from '../../src/virtio-net/header.ts';
 import { GUEST_IOVA, GUEST_SIZE, MiniDriver, type Ring } from './helpers/mini-driver.ts';
 import { NetDriver, udpFrame } from './helpers/net-driver.ts';
 import { pause, until } from './helpers/raw-client.ts';
+import { startDevice } from './helpers/start.ts';
 
 const CONFIG = 7;
 let folder = '';

@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import fc from 'fast-check';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
-import { type Device, type DeviceOptions, startDevice } from '../../src/device/index.ts';
+import type { Device, DeviceOptions } from '../../src/device/index.ts';
 import { CaptureWriter } from '../../src/packet/capture-file.ts';
 import { LinkType } from '../../src/packet/fields.ts';
 import { ChecksumState, transportChecksum } from '../../src/packet/transport-checksum.ts';
@@ -14,6 +14,7 @@ import { type NetHeader, NetHeaderFlag } from '../../src/virtio-net/header.ts';
 import { inTunnel, type Large, large } from './helpers/large.ts';
 import { NetDriver, udpFrame } from './helpers/net-driver.ts';
 import { pause, until } from './helpers/raw-client.ts';
+import { startDevice } from './helpers/start.ts';
 
 const { NEEDS_CSUM, DATA_VALID } = NetHeaderFlag;
 const {
@@ -250,7 +251,7 @@ describe('a packet that stands for several', () => {
   });
 
   it('of which one would be longer than the MTU of the other side is dropped', async () => {
-    start({ mtu: 9000 });
+    start({ mtu: 9000, memory: 2 ** 28 });
     const left = await open('a', SENDS);
     const right = await open('b', TAKES.with(MRG_RXBUF, Feature.MTU));
     const send = async (size: number) => {
