@@ -28,27 +28,32 @@ afterEach(closeMoves);
 /** Where files are in memory: a nonce file is flushed to its disk again and again. */
 const MEMORY = '/dev/shm';
 const KEYS = [0x10, 0x30, 0x50, 0x70, 0x90, 0xb0].map((first) => key(16, first));
-const SALT = key(4, 0xa0);
+/** With the salt of GCM and CTR that of CCM makes the same counter blocks: they begin with 3 there (RFC 3610, 2.3). */
+const SALT = Uint8Array.of(3, 0xa1, 0xa2, 0xa3);
+const CCM_SALT = SALT.subarray(1);
 const SLOTS = 3;
 const options = { esn: true, copyDscp: false, copyDf: false, decrementTtl: false, ecn: false };
 
-/** What an SA is made with: a key, an algorithm, the first sequence number, and the first IV if it is to differ. */
+/** What an SA is made with: a key, an algorithm, with CTR which of two authenticators, the first sequence number, and the first IV if it is to differ. */
 interface Wish {
   readonly key: number;
-  readonly ctr: boolean;
+  readonly mode: 'gcm' | 'ccm' | 'ctr';
+  readonly auth: 0 | 1;
   readonly sequence: bigint;
   readonly iv: bigint | null;
 }
 
-function sa({ key: number, ctr, sequence, iv }: Wish, slot: number): SecurityAssociation {
+function sa({ key: number, mode, auth, sequence, iv }: Wish, slot: number): SecurityAssociation {
   const bytes = KEYS[number].slice();
   const initial = { sequence, ...(iv === null ? {} : { iv: be64(iv) }) };
-  const algorithms: Partial<SecurityAssociation> = ctr
-    ? {
-        cipher: { name: 'aes-ctr', key: bytes, salt: SALT.slice() },
-        auth: { name: 'hmac-sha256', key: key(32, 0x60), icvLength: 16 },
-      }
-    : { aead: { name: 'aes-gcm', key: bytes, salt: SALT.slice(), icvLength: 16 } };
+  const salt = mode === 'ccm' ? CCM_SALT.slice() : SALT.slice();
+  const algorithms: Partial<SecurityAssociation> =
+    mode === 'ctr'
+      ? {
+          cipher: { name: 'aes-ctr', key: bytes, salt },
+          auth: { name: 'hmac-sha256', key: key(32, 0x60 + auth), icvLength: 16 },
+        }
+      : { aead: { name: `aes-${mode}`, key: bytes, salt, icvLength: 16 } };
   return outbound({ ...algorithms, spi: 0x1000 + slot, options, initial });
 }
 
@@ -64,21 +69,28 @@ const ObjectKey = { 'virtio-1.4': 88, 'rfc-2025-01': 92 } as const;
 
 /** Which of all keys a packet was made with; -1 when none opens it. */
 function keyOf(packet: Buffer): number {
-  return KEYS.findIndex((bytes) => opensAsGcm(packet, bytes) || opensAsCtr(packet, bytes));
+  return KEYS.findIndex(
+    (bytes) => opensAs('gcm', packet, bytes) || opensAs('ccm', packet, bytes) || opensAsCtr(packet, bytes),
+  );
 }
 
 /** Upper halves of the sequence numbers that there are; packets carry the lower ones only (RFC 4304). */
 const HIGH = [0, 2].map((high) => Buffer.from([0, 0, 0, high]));
 
-function opensAsGcm(packet: Buffer, bytes: Uint8Array): boolean {
+function opensAs(mode: 'gcm' | 'ccm', packet: Buffer, bytes: Uint8Array): boolean {
+  const text = packet.subarray(Packet.text, packet.length - Packet.icv);
   return HIGH.some((high) => {
-    const nonce = Buffer.concat([SALT, packet.subarray(Packet.iv, Packet.text)]);
-    const opening = createDecipheriv('aes-128-gcm', bytes, nonce);
+    const nonce = Buffer.concat([mode === 'ccm' ? CCM_SALT : SALT, packet.subarray(Packet.iv, Packet.text)]);
     const spi = packet.subarray(Packet.esp, Packet.sequence);
-    opening.setAAD(Buffer.concat([spi, high, packet.subarray(Packet.sequence, Packet.iv)]));
+    const aad = Buffer.concat([spi, high, packet.subarray(Packet.sequence, Packet.iv)]);
+    const opening =
+      mode === 'ccm'
+        ? createDecipheriv('aes-128-ccm', bytes, nonce, { authTagLength: Packet.icv })
+        : createDecipheriv('aes-128-gcm', bytes, nonce);
+    opening.setAAD(aad, { plaintextLength: text.length });
     opening.setAuthTag(packet.subarray(packet.length - Packet.icv));
     try {
-      opening.update(packet.subarray(Packet.text, packet.length - Packet.icv));
+      opening.update(text);
       opening.final();
       return true;
     } catch {
@@ -108,7 +120,8 @@ const slot = fc.nat({ max: SLOTS - 1 });
 const where = fc.constantFrom<Where>('inline', 'software');
 const wish: fc.Arbitrary<Wish> = fc.record({
   key: fc.nat({ max: KEYS.length - 1 }),
-  ctr: fc.boolean(),
+  mode: fc.constantFrom('gcm', 'ccm', 'ctr'),
+  auth: fc.constantFrom(0, 1),
   sequence: fc.oneof(fc.constant(1n), fc.bigInt(1n, 12n), fc.constant(1n << 33n)),
   iv: fc.option(fc.oneof(fc.bigInt(0n, 20n), fc.constant((1n << 64n) - 4n)), { nil: null, freq: 3 }),
 });
@@ -266,38 +279,44 @@ describe.each(['virtio-1.4', 'rfc-2025-01'] as const)('nonces on %s', (revision)
 const EXAMPLES: readonly Step[][] = [
   // A key that was used comes back behind its last IV, and goes to a device that takes its numbers for IVs.
   [
-    { do: 'add', slot: 0, wish: { key: 0, ctr: false, sequence: 1n, iv: null }, where: 'software' },
+    { do: 'add', slot: 0, wish: { key: 0, mode: 'gcm', auth: 0, sequence: 1n, iv: null }, where: 'software' },
     { do: 'send', slot: 0, n: 4 },
     { do: 'remove', slot: 0 },
-    { do: 'add', slot: 0, wish: { key: 0, ctr: false, sequence: 1n, iv: 15n }, where: 'software' },
-    { do: 'move', slot: 0, wish: { key: 0, ctr: false, sequence: 1n, iv: null }, to: 'inline', known: true },
+    { do: 'add', slot: 0, wish: { key: 0, mode: 'gcm', auth: 0, sequence: 1n, iv: 15n }, where: 'software' },
+    { do: 'move', slot: 0, wish: { key: 0, mode: 'gcm', auth: 0, sequence: 1n, iv: null }, to: 'inline', known: true },
     { do: 'send', slot: 0, n: 4 },
   ],
   // Found here: an SA moves and keeps the key of its authenticator, but gets a used one for its cipher.
   [
-    { do: 'add', slot: 0, wish: { key: 5, ctr: false, sequence: 1n, iv: null }, where: 'inline' },
+    { do: 'add', slot: 0, wish: { key: 5, mode: 'gcm', auth: 0, sequence: 1n, iv: null }, where: 'inline' },
     { do: 'send', slot: 0, n: 1 },
-    { do: 'add', slot: 0, wish: { key: 0, ctr: true, sequence: 1n, iv: null }, where: 'inline' },
-    { do: 'move', slot: 0, wish: { key: 5, ctr: true, sequence: 1n, iv: null }, to: 'software', known: false },
+    { do: 'add', slot: 0, wish: { key: 0, mode: 'ctr', auth: 0, sequence: 1n, iv: null }, where: 'inline' },
+    {
+      do: 'move',
+      slot: 0,
+      wish: { key: 5, mode: 'ctr', auth: 0, sequence: 1n, iv: null },
+      to: 'software',
+      known: false,
+    },
     { do: 'send', slot: 0, n: 1 },
   ],
   // The same in place: the numbers go on, so it does not begin where the new parameters say.
   [
-    { do: 'add', slot: 0, wish: { key: 0, ctr: true, sequence: 1n, iv: null }, where: 'software' },
+    { do: 'add', slot: 0, wish: { key: 0, mode: 'ctr', auth: 0, sequence: 1n, iv: null }, where: 'software' },
     { do: 'send', slot: 0, n: 4 },
-    { do: 'add', slot: 0, wish: { key: 1, ctr: true, sequence: 1n, iv: null }, where: 'software' },
+    { do: 'add', slot: 0, wish: { key: 1, mode: 'ctr', auth: 0, sequence: 1n, iv: null }, where: 'software' },
     { do: 'send', slot: 0, n: 1 },
-    { do: 'modify', slot: 0, wish: { key: 0, ctr: true, sequence: 10n, iv: null } },
+    { do: 'modify', slot: 0, wish: { key: 0, mode: 'ctr', auth: 0, sequence: 10n, iv: null } },
     { do: 'send', slot: 0, n: 2 },
   ],
   // And the IVs of the key before do not go on under the new one, of which nobody would know.
   [
-    { do: 'add', slot: 0, wish: { key: 0, ctr: true, sequence: 1n, iv: 15n }, where: 'software' },
+    { do: 'add', slot: 0, wish: { key: 0, mode: 'ctr', auth: 0, sequence: 1n, iv: 15n }, where: 'software' },
     { do: 'send', slot: 0, n: 1 },
-    { do: 'modify', slot: 0, wish: { key: 1, ctr: true, sequence: 1n, iv: null } },
+    { do: 'modify', slot: 0, wish: { key: 1, mode: 'ctr', auth: 0, sequence: 1n, iv: null } },
     { do: 'send', slot: 0, n: 2 },
     { do: 'remove', slot: 0 },
-    { do: 'add', slot: 0, wish: { key: 1, ctr: true, sequence: 12n, iv: null }, where: 'software' },
+    { do: 'add', slot: 0, wish: { key: 1, mode: 'ctr', auth: 0, sequence: 12n, iv: null }, where: 'software' },
     { do: 'send', slot: 0, n: 4 },
     { do: 'send', slot: 0, n: 4 },
   ],
