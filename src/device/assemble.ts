@@ -7,6 +7,7 @@ import { PAGE_SIZE } from '../sys/libc.ts';
 import { Feature } from '../virtio/features.ts';
 import type { WireRevision } from '../virtio/revision.ts';
 import type { Arena } from './arena.ts';
+import type { BackingFiles } from './backing.ts';
 import { withFeatureFaults } from './fault-features.ts';
 import type { FaultSet } from './faults.ts';
 import { AREAS_SIZE, FramePool } from './frame-pool.ts';
@@ -30,6 +31,8 @@ const FRAME_OVERHEAD = 22;
 
 export interface FunctionOptions {
   readonly arena: Arena;
+  /** Of the arena, for all functions. Default: for this one. */
+  readonly files?: BackingFiles;
   readonly pool: FramePool;
   readonly link: Link;
   readonly queuePairs: number;
@@ -75,7 +78,7 @@ export function makeFunction(options: FunctionOptions): AssembledFunction {
   const offered = withFeatureFaults(personality.offered, faults);
   // 5.1.2: receive and transmit queues in turn, the control queue behind them, if there is one.
   const hasControl = offered.has(Feature.CTRL_VQ);
-  const fn = new VirtioFunction(new GuestMemory(arena), {
+  const fn = new VirtioFunction(new GuestMemory(arena, options.files), {
     layout,
     offered,
     queues: 2 * queuePairs + (hasControl ? 1 : 0),

@@ -4,12 +4,16 @@
  * A vfio-user client passes a new descriptor with every DMA_MAP, hundreds of them for one memory backend: descriptors
  * of the same file (device and inode) share one mapping. A file is mapped in chunks of up to 256 MiB, so that a guest
  * may be larger than the arena as long as it does not map all of itself at once. Chunks that nothing refers to stay
- * for a while, because a virtual IOMMU maps and unmaps the same memory all the time.
+ * for a while, because a virtual IOMMU maps and unmaps the same memory all the time. What a client maps for reading only shares the
+ * chunks that are written to: whether an address may be written to, its window says (`guest-memory.ts`).
  *
  * A client that makes its file shorter after it was mapped ends this process with SIGBUS, as it does with every
  * vfio-user and vhost-user server; only the size at the time of the mapping is checked.
  */
-import { close, fstat, PAGE_SIZE } from '../sys/libc.ts';
+import { constants } from 'node:fs';
+import { constants as os } from 'node:os';
+import { SystemError } from '../errors.ts';
+import { close, FcntlCommand, fcntl, fstat, PAGE_SIZE, Seal } from '../sys/libc.ts';
 import type { Arena } from './arena.ts';
 
 /** Largest chunk, and the alignment of chunks in their file and, so that huge pages fit, in the arena. */
@@ -17,6 +21,9 @@ const CHUNK_SIZE = 256 * 2 ** 20;
 const HUGE_PAGE = 2 * 2 ** 20;
 /** Unreferenced chunks that are kept. */
 const IDLE_CHUNKS = 16;
+/** O_ACCMODE of open(2): the two bits that say how a descriptor may be used. */
+const ACCESS_MODE = 3;
+const WRITE_SEALS = Seal.write | Seal.futureWrite;
 
 /** A mapped piece of a file. */
 export interface Chunk {
@@ -49,19 +56,22 @@ export class BackingFiles {
   }
 
   /**
-   * The backing of the file that `fd` names, which is this object's from now on, whatever happens. Null when the file
-   * does not hold `end` bytes.
+   * The backing of the file that `fd` names, which is this object's from now on, whatever happens. `writable`: it is to be written to.
+   * Null when the file does not hold `end` bytes. Throws SystemError.
    */
   open(fd: number, writable: boolean, end: number): Backing | null {
     let keep = false;
     try {
       const { device, inode, size } = fstat(fd);
       if (size < end) return null;
-      const key = `${device}:${inode}:${writable ? 'w' : 'r'}`;
+      const isWritable = canWrite(fd);
+      // What others may do with the same file is no permission.
+      if (writable && !isWritable) throw new SystemError('mmap', os.errno.EACCES, 'EACCES', 'the file is for reading');
+      const key = `${device}:${inode}:${isWritable ? 'w' : 'r'}`;
       const known = this.#files.get(key);
       if (known !== undefined) return known;
       keep = true;
-      const backing: Backing = { key, fd, writable, chunks: new Map() };
+      const backing: Backing = { key, fd, writable: isWritable, chunks: new Map() };
       this.#files.set(key, backing);
       return backing;
     } finally {
@@ -161,5 +171,17 @@ export class BackingFiles {
 
   #unmap(chunk: Chunk): void {
     this.#arena.release(chunk.offset, chunk.size);
+  }
+}
+
+/** Whether a file can be mapped for writing with this descriptor. */
+function canWrite(fd: number): boolean {
+  if ((fcntl(fd, FcntlCommand.getStatusFlags) & ACCESS_MODE) !== constants.O_RDWR) return false;
+  try {
+    return (fcntl(fd, FcntlCommand.getSeals) & WRITE_SEALS) === 0;
+  } catch (error) {
+    // Only files in memory can be sealed.
+    if (error instanceof SystemError) return true;
+    throw error;
   }
 }

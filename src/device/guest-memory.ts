@@ -65,9 +65,10 @@ export class GuestMemory {
   /** Window of a cached page, or -1. */
   readonly #cacheWindow = new Int32Array(CACHE_SIZE).fill(-1);
 
-  constructor(arena: Arena) {
+  /** `files` of the same arena, which others may use too: two functions of one guest have its memory once. */
+  constructor(arena: Arena, files: BackingFiles = new BackingFiles(arena)) {
     this.arena = arena;
-    this.#files = new BackingFiles(arena);
+    this.#files = files;
     this.#refresh();
   }
 

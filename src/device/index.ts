@@ -10,6 +10,7 @@ import { PAGE_SIZE } from '../sys/libc.ts';
 import { WIRE_REVISIONS, type WireRevision } from '../virtio/revision.ts';
 import { ARENA_MAX, Arena } from './arena.ts';
 import { makeFunction, makePool, maxFrameOf } from './assemble.ts';
+import { BackingFiles } from './backing.ts';
 import { faultSet } from './faults.ts';
 import type { FramePool } from './frame-pool.ts';
 import type { VirtioFunction } from './function.ts';
@@ -198,6 +199,7 @@ class RunningDevice implements Device {
   readonly mtu: number;
   internalErrors = 0;
   readonly #arena: Arena;
+  readonly #files: BackingFiles;
   readonly #pump: Pump;
   readonly #servers: VfioUserServer[] = [];
   readonly #devices: NetDevice[] = [];
@@ -215,6 +217,7 @@ class RunningDevice implements Device {
     const maxFrame = maxFrameOf(options.mtu);
     const slots = PACKETS_PER_PAIR * count * options.queuePairs;
     this.#arena = new Arena(options.memory);
+    this.#files = new BackingFiles(this.#arena);
     this.#pump = new Pump((error) => this.#survive(error, options.onWarning));
     try {
       const pool = makePool(this.#arena, slots, maxFrame);
@@ -232,6 +235,7 @@ class RunningDevice implements Device {
     const ipsec = options.ipsec[i];
     const { fn, device } = makeFunction({
       arena: this.#arena,
+      files: this.#files,
       pool,
       link,
       queuePairs: options.queuePairs,

@@ -1,8 +1,20 @@
 import fc from 'fast-check';
 import { afterAll, afterEach, describe, expect, it } from 'vitest';
 import { Arena } from '../../src/device/arena.ts';
+import { BackingFiles } from '../../src/device/backing.ts';
 import { GuestMemory } from '../../src/device/guest-memory.ts';
-import { close, fcntl, ftruncate, memfdCreate, PAGE_SIZE } from '../../src/sys/libc.ts';
+import {
+  close,
+  FcntlCommand,
+  fcntl,
+  ftruncate,
+  MemfdFlag,
+  memfdCreate,
+  OpenFlag,
+  open,
+  PAGE_SIZE,
+  Seal,
+} from '../../src/sys/libc.ts';
 import { mapShared, unmapMemory } from '../../src/sys/memory.ts';
 
 const arena = new Arena(256 * 2 ** 20);
@@ -16,8 +28,8 @@ function guest(): GuestMemory {
 }
 
 /** A file of `pages` pages, each filled with its number. */
-function file(pages: number): number {
-  const fd = memfdCreate('test');
+function file(pages: number, flags: number = MemfdFlag.cloexec): number {
+  const fd = memfdCreate('test', flags);
   ftruncate(fd, pages * PAGE_SIZE);
   const view = mapShared(fd, 0, pages * PAGE_SIZE, { write: true });
   for (let p = 0; p < pages; p++) view.u8.fill(p + 1, p * PAGE_SIZE, (p + 1) * PAGE_SIZE);
@@ -148,6 +160,47 @@ describe('guest memory', () => {
     expect(pin.valid).toBe(false);
     memory.unpin(pin);
     close(fd);
+  });
+
+  it('has a file once, whatever is mapped for reading only, and whoever maps it', () => {
+    const small = new Arena(32 * PAGE_SIZE);
+    const files = new BackingFiles(small);
+    const [a, b] = [new GuestMemory(small, files), new GuestMemory(small, files)];
+    const fd = file(20);
+    a.map(0, 20 * PAGE_SIZE, duplicate(fd), 0, true);
+    a.map(0x100_0000, 20 * PAGE_SIZE, duplicate(fd), 0, false);
+    b.map(0x200_0000, 20 * PAGE_SIZE, fd, 0, false);
+    expect(b.files).toBe(1);
+    expect(a.translate(0x100_3000, 0, false)).toBe(a.translate(0x3000, 0, true));
+    expect(b.translate(0x200_3000, 0, false)).toBe(a.translate(0x3000, 0, true));
+    expect([a.translate(0x100_3000, 0, true), b.translate(0x200_3000, 0, true)]).toEqual([-1, -1]);
+    a.clear();
+    expect(small.u8[b.translate(0x200_3000, 0, false)]).toBe(4);
+    b.clear();
+    expect(b.files).toBe(0);
+    small.close();
+  });
+
+  it('lets nobody write to a file that others may write to', () => {
+    const files = new BackingFiles(arena);
+    const [a, b] = [new GuestMemory(arena, files), new GuestMemory(arena, files)];
+    memories.push(a, b);
+    const fd = file(2);
+    const readOnly = () => open(`/proc/self/fd/${fd}`, OpenFlag.readOnly);
+    const view = readOnly();
+    a.map(0, 2 * PAGE_SIZE, fd, 0, true);
+    expect(() => b.map(0, 2 * PAGE_SIZE, view, 0, true)).toThrow(expect.objectContaining({ code: 'EACCES' }));
+    b.map(0, 2 * PAGE_SIZE, readOnly(), 0, false);
+    expect(arena.u8[b.translate(0x1000, 0, false)]).toBe(2);
+    expect(b.translate(0x1000, 0, true)).toBe(-1);
+  });
+
+  it('maps a file that is sealed against writing, for reading', () => {
+    const fd = file(2, MemfdFlag.cloexec | MemfdFlag.allowSealing);
+    fcntl(fd, FcntlCommand.addSeals, Seal.write);
+    const memory = guest();
+    memory.map(0, 2 * PAGE_SIZE, fd, 0, false);
+    expect(arena.u8[memory.translate(0x1000, 0, false)]).toBe(2);
   });
 
   it('does not pin what is not all mapped, or not writable', () => {
