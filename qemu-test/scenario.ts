@@ -36,9 +36,10 @@ export interface SoftwareNic {
   readonly id: string;
   /**
    * `wire`: a Unix socket for the NIC that names this device in its link. `host`: to `Host.link(id)`. `loopback`: what is sent comes back.
+   * `{ pair: ID }`: to that function, which names this one; one process has both.
    */
-  readonly link: 'wire' | 'host' | 'loopback';
-  /** More arguments of `vipsec device`. */
+  readonly link: 'wire' | 'host' | 'loopback' | { readonly pair: string };
+  /** More arguments of `vipsec device`; of a pair only those of the first. */
   readonly args?: readonly string[];
 }
 

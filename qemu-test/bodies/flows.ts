@@ -9,6 +9,7 @@ import {
   type FeatureBit,
   HashReport,
   HashType,
+  type IpsecMode,
   type Nic,
   type NicOptions,
   openNic,
@@ -16,13 +17,11 @@ import {
 } from '../../src/index.ts';
 import { RssHash } from '../../src/virtio-net/toeplitz.ts';
 import { same } from '../guest/guest.ts';
+import { checkAnswer, completeChecksum, datagram, FLOWS, indexOf, isAnswer, type Peer, TOTAL } from './datagrams.ts';
 import { poll } from './frames.ts';
-import { type Datagram, ETHERNET, hasRightChecksum, isUdp, leaveChecksum, UDP_PAYLOAD, udpFrame } from './packets.ts';
+import { leaveChecksum, udpFrame } from './packets.ts';
 import type { Place } from './place.ts';
 
-const FLOWS = 16;
-const PER_FLOW = 8;
-const TOTAL = FLOWS * PER_FLOW;
 /** Datagrams on their way at a time: an echo server has a receive buffer of a few hundred. */
 const IN_FLIGHT = 48;
 /** Milliseconds between datagrams that are to find their receiver asleep. */
@@ -30,8 +29,6 @@ const GAP_MS = 2;
 const BURST = 32;
 /** Interrupts that a queue must have had that was slept for. */
 const FEW = TOTAL / 8;
-const FIRST_PORT = 10_000;
-const ECHO_PORT = 7;
 const TIMEOUT_MS = 20_000;
 /** An application that waits looks this often whether another queue has had the last packet. */
 const LOOK_MS = 100;
@@ -44,14 +41,7 @@ const tables = (pairs: number) => [
   new Array<number>(16).fill(pairs - 1),
 ];
 
-export interface Peer {
-  readonly mac: Uint8Array;
-  readonly address: readonly number[];
-  /** Ours, on the same wire. */
-  readonly own: readonly number[];
-}
-
-export type Waiting = 'poll' | 'interrupt';
+export type Waiting = 'poll' | 'interrupt' | 'adaptive';
 
 export interface FlowRow {
   readonly ring: 'split' | 'packed';
@@ -82,6 +72,8 @@ export interface FlowSetup {
   readonly peer: Peer;
   /** Must be negotiated in every row. */
   readonly features: readonly FeatureBit[];
+  /** No packet is under an SA; but a function that could makes headers longer. Default `off`. */
+  readonly ipsec?: IpsecMode;
 }
 
 /** All rows of the matrix for one ring format. */
@@ -138,7 +130,7 @@ async function rss(place: Place, setup: FlowSetup): Promise<string> {
 /** Opens the NIC with every offload there is. */
 async function openRow(place: Place, setup: FlowSetup, queuePairs: number, more: NicOptions['offloads']): Promise<Nic> {
   const offloads = { largeReceive: true, macFilter: true, vlanFilter: true, ...more };
-  const nic = await openNic(place.address, { queuePairs, ring: setup.ring, ipsec: 'off', offloads });
+  const nic = await openNic(place.address, { queuePairs, ring: setup.ring, ipsec: setup.ipsec ?? 'off', offloads });
   const features = [...setup.features, ...(queuePairs > 1 ? [Feature.MQ] : [])];
   const ring = nic.features.has(Feature.RING_PACKED) ? 'packed' : 'split';
   if (ring === setup.ring && nic.features.hasAll(...features)) return nic;
@@ -242,51 +234,12 @@ function takeBurst(nic: Nic, queue: number): Received[] {
   for (let i = 0; i < n; i++) {
     const p = burst[i];
     const frame = packets.readChain(p);
-    if (!isUdp(frame) || frame[UDP_PAYLOAD - 8] !== 0 || frame[UDP_PAYLOAD - 7] !== ECHO_PORT) continue;
-    if ((packets.flags[p] & PacketFlag.needsChecksum) !== 0)
-      fill(frame, packets.checksumStart[p], packets.checksumOffset[p]);
+    if (!isAnswer(frame)) continue;
+    completeChecksum(packets, p, frame);
     taken.push({ frame, queue, report: packets.hashReport[p], value: packets.hash[p] });
   }
   packets.freeChains(burst, n);
   return taken;
-}
-
-/** What is left to whoever needs it (NEEDS_CSUM): from `start` to the end, into the field at `offset` behind it. */
-function fill(frame: Uint8Array, start: number, offset: number): void {
-  let sum = 0;
-  for (let at = start; at < frame.length; at += 2) sum += (frame[at] << 8) | (frame[at + 1] ?? 0);
-  while (sum > 0xffff) sum = (sum & 0xffff) + (sum >>> 16);
-  const value = ~sum & 0xffff || 0xffff;
-  frame[start + offset] = value >> 8;
-  frame[start + offset + 1] = value & 0xff;
-}
-
-/** Datagram `index`, of a length between the shortest and the longest that the link takes. */
-function datagram(nic: Nic, { mac, address, own }: Peer, index: number): Datagram {
-  const longest = nic.mtu - (UDP_PAYLOAD - ETHERNET);
-  const payload = Buffer.alloc(2 + ((index * 97) % (longest - 1)), index & 0xff);
-  payload.writeUInt16BE(index);
-  const port = FIRST_PORT + (index % FLOWS);
-  return { from: { mac: nic.mac, address: own, port }, to: { mac, address, port: ECHO_PORT }, payload };
-}
-
-const indexOf = (frame: Uint8Array): number => (frame[UDP_PAYLOAD] << 8) | frame[UDP_PAYLOAD + 1];
-
-function checkAnswer(frame: Uint8Array, { from, to, payload }: Datagram): void {
-  const wanted = udpFrame({ from: to, to: from, payload });
-  // From the addresses on: identification, flags and time to live of the header are the server's own.
-  const addresses = ETHERNET + 12;
-  const checksum = UDP_PAYLOAD - 2;
-  const alike = (start: number, end: number) => wanted.subarray(start, end).equals(frame.subarray(start, end));
-  if (
-    frame.length !== wanted.length ||
-    !alike(0, 12) ||
-    !alike(addresses, checksum) ||
-    !alike(UDP_PAYLOAD, frame.length)
-  ) {
-    throw new Error(`datagram ${indexOf(frame)} came back changed`);
-  }
-  if (!hasRightChecksum(frame)) throw new Error(`datagram ${indexOf(frame)} has a wrong checksum`);
 }
 
 function countByQueue(received: readonly Received[], pairs: number): number[] {

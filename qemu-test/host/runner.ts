@@ -172,12 +172,17 @@ class ScenarioRun {
     };
   }
 
-  /** Starts `vipsec device` and waits until its socket is there. */
+  /** Starts `vipsec device` and waits until its socket is there, or the two of a pair. */
   async #startDevice({ id, link, args: more = [] }: SoftwareNic, sockets: string): Promise<void> {
     const socket = deviceSocket(sockets, id);
-    const target = link === 'loopback' ? 'loopback' : `unix:${linkSocket(sockets, id)}`;
+    // The process of its partner has it.
+    if (typeof link === 'object' && existsSync(socket)) return;
+    const paths = typeof link === 'object' ? [socket, deviceSocket(sockets, link.pair)] : [socket];
+    const target =
+      typeof link === 'object' ? 'pair' : link === 'loopback' ? 'loopback' : `unix:${linkSocket(sockets, id)}`;
     const program = join(this.#options.dist, 'tools/vipsec.js');
-    const child = spawn(process.execPath, [program, 'device', '--socket', socket, '--link', target, ...more], {
+    const args = ['device', ...paths.flatMap((path) => ['--socket', path]), '--link', target, ...more];
+    const child = spawn(process.execPath, [program, ...args], {
       stdio: ['ignore', 'ignore', 'pipe'],
     });
     let complaint = '';
@@ -192,7 +197,8 @@ class ScenarioRun {
       stopping = true;
       return stop(child);
     });
-    for (const deadline = Date.now() + DEVICE_START_MS; !existsSync(socket); await sleep(20)) {
+    const isThere = () => paths.every((path) => existsSync(path));
+    for (const deadline = Date.now() + DEVICE_START_MS; !isThere(); await sleep(20)) {
       if (child.exitCode !== null) throw new Error(`device ${id} does not start: ${complaint.trim()}`);
       if (Date.now() > deadline) throw new Error(`device ${id} has no socket after ${DEVICE_START_MS} ms`);
     }

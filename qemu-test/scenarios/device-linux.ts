@@ -2,6 +2,7 @@
  * Linux's own virtio_net drives the software device (IPsec not negotiated), with split and with packed virtqueues, several queues and
  * offloads on: a driver that we did not write judges rings, interrupts, configuration, control queue, steering, checksums and segmentation.
  */
+import { LargeCheck, largeDevices, largePackets } from '../bodies/linux-large.ts';
 import type { Guest } from '../guest/guest.ts';
 import { same } from '../guest/guest.ts';
 import { addNamespace, ping, Traffic } from '../guest/namespaces.ts';
@@ -74,7 +75,7 @@ function endsOf(rings: Rings): Ends {
 
 const peerOf = (rings: Rings) => `peer-${rings}`;
 
-const devices: readonly ScenarioDevice[] = RINGS.map(endsOf).flatMap(({ rings, mac, peerMac }) => [
+const devices: readonly ScenarioDevice[] = RINGS.map(endsOf).flatMap<ScenarioDevice>(({ rings, mac, peerMac }) => [
   {
     kind: 'vfio-user',
     id: rings,
@@ -85,15 +86,20 @@ const devices: readonly ScenarioDevice[] = RINGS.map(endsOf).flatMap(({ rings, m
 ]);
 
 export const scenario: Scenario = {
-  title: "Linux's virtio_net drives the software device: rings, queues, offloads, RSS, ethtool",
+  title: "Linux's virtio_net drives the software device: rings, queues, offloads, RSS, large packets",
   machine: { qemu: 'vfioUser' },
-  devices,
-  modules: ['virtio_pci', 'virtio_net'],
-  timeout: 180,
-  checks: RINGS.flatMap((rings) => Object.values(Check).map((check) => named(rings, check))),
+  devices: [...devices, ...largeDevices],
+  modules: ['virtio_pci', 'virtio_net', 'vfio_pci', 'vfio_iommu_type1', 'tun'],
+  timeout: 240,
+  checks: [
+    ...RINGS.flatMap((rings) => Object.values(Check).map((check) => named(rings, check))),
+    ...Object.values(LargeCheck),
+  ],
 
   async guest(guest) {
     for (const rings of RINGS) await drive(guest, endsOf(rings));
+    const { mac, here, there } = endsOf('packed');
+    await largePackets(guest, { id: 'packed', mac, here, there, namespace: peerOf('packed') });
   },
 };
 

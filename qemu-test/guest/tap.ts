@@ -1,0 +1,102 @@
+/**
+ * A TAP interface with offloads (Documentation/networking/tuntap.rst, IFF_VNET_HDR and TUNSETOFFLOAD): a `virtio_net_hdr` stands in front of each
+ * frame, and TCP comes, and may be given, in packets of up to 64 KiB with checksums left open. It gives a process that drives a NIC the TCP of
+ * the kernel.
+ */
+import { constants as os } from 'node:os';
+import { SystemError } from '../../src/errors.ts';
+import { close, ioctl, OpenFlag, open, read, write } from '../../src/sys/libc.ts';
+import { type MappedMemory, mapAnonymous, unmapMemory } from '../../src/sys/memory.ts';
+
+const DEVICE = '/dev/net/tun';
+/** linux/if_tun.h: `_IOW('T', 202, int)`, `_IOW('T', 208, unsigned int)`. */
+const Request = { setInterface: 0x400454ca, setOffload: 0x400454d0 } as const;
+const InterfaceFlag = { tap: 0x0002, noPacketInfo: 0x1000, vnetHeader: 0x4000 } as const;
+const Offload = { checksum: 0x01, tso4: 0x02, tso6: 0x04, tsoEcn: 0x08 } as const;
+/** struct ifreq: name[16], flags u16. */
+const FLAGS_AT = 16;
+/** The longest packet with its link header, and the header in front of it. */
+const BUFFER = 128 * 1024;
+/** struct virtio_net_hdr, in the order of the machine: flags u8, gso_type u8, then these as u16. */
+const HEADER_BYTES = 10;
+const Word = { headerLength: 1, gsoSize: 2, checksumStart: 3, checksumOffset: 4 } as const;
+const FLAG_NEEDS_CSUM = 1;
+
+/** What a `virtio_net_hdr` says. A GSO type of 0 is a packet that stands for itself. */
+export interface TapOffload {
+  needsChecksum: boolean;
+  checksumStart: number;
+  checksumOffset: number;
+  gsoType: number;
+  gsoSize: number;
+  /** Bytes of all headers, of a packet with a GSO type. */
+  headerLength: number;
+}
+
+export class Tap {
+  readonly #fd: number;
+  readonly #memory: MappedMemory;
+  /** Of the frame that was received last. */
+  readonly offload: TapOffload = {
+    needsChecksum: false,
+    checksumStart: 0,
+    checksumOffset: 0,
+    gsoType: 0,
+    gsoSize: 0,
+    headerLength: 0,
+  };
+
+  /** Makes interface `name`, in the network namespace of this process. It lives as long as this object. */
+  constructor(name: string) {
+    this.#fd = open(DEVICE, OpenFlag.readWrite | OpenFlag.nonblock);
+    this.#memory = mapAnonymous(BUFFER);
+    new TextEncoder().encodeInto(name, this.#memory.u8);
+    const { tap, noPacketInfo, vnetHeader } = InterfaceFlag;
+    this.#memory.u16[FLAGS_AT / 2] = tap | noPacketInfo | vnetHeader;
+    ioctl(this.#fd, Request.setInterface, this.#memory.address);
+    ioctl(this.#fd, Request.setOffload, Offload.checksum | Offload.tso4 | Offload.tso6 | Offload.tsoEcn);
+  }
+
+  /** The next frame that the kernel sends; `offload` is about it. A view that the next call overwrites. Undefined when there is none now. */
+  receive(): Uint8Array | undefined {
+    const { u8, u16, address } = this.#memory;
+    try {
+      const length = read(this.#fd, address, BUFFER);
+      const { offload } = this;
+      offload.needsChecksum = (u8[0] & FLAG_NEEDS_CSUM) !== 0;
+      offload.gsoType = u8[1];
+      offload.headerLength = u16[Word.headerLength];
+      offload.gsoSize = u16[Word.gsoSize];
+      offload.checksumStart = u16[Word.checksumStart];
+      offload.checksumOffset = u16[Word.checksumOffset];
+      return u8.subarray(HEADER_BYTES, length);
+    } catch (error) {
+      if (error instanceof SystemError && error.errno === os.errno.EAGAIN) return undefined;
+      throw error;
+    }
+  }
+
+  /** Gives the kernel a frame; false when it does not take it (the interface is down). */
+  send(frame: Uint8Array, offload: TapOffload): boolean {
+    const { u8, u16, address } = this.#memory;
+    u8[0] = offload.needsChecksum ? FLAG_NEEDS_CSUM : 0;
+    u8[1] = offload.gsoType;
+    u16[Word.headerLength] = offload.headerLength;
+    u16[Word.gsoSize] = offload.gsoSize;
+    u16[Word.checksumStart] = offload.checksumStart;
+    u16[Word.checksumOffset] = offload.checksumOffset;
+    u8.set(frame, HEADER_BYTES);
+    try {
+      write(this.#fd, address, HEADER_BYTES + frame.length);
+      return true;
+    } catch (error) {
+      if (error instanceof SystemError && error.errno === os.errno.EIO) return false;
+      throw error;
+    }
+  }
+
+  close(): void {
+    close(this.#fd);
+    unmapMemory(this.#memory);
+  }
+}
