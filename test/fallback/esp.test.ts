@@ -56,12 +56,12 @@ describe('every ESP transform', () => {
         for (const size of [0, 1, 2, 3, 15, 16, 17, 100, 1400]) {
           const input = ethernet(packet(counting(size)));
           const closed = protectOne(bench, input, handle, 14);
-          expect(closed.verdict).toBe('ok');
-          expect(toHex(closed.bytes)).not.toBe(toHex(input));
           const opened = unprotectOne(bench, closed.bytes, 14);
-          expect(opened.verdict).toBe('ok');
-          expect(opened.sa).toBe(handle + 1);
-          expect(toHex(opened.bytes)).toBe(toHex(input));
+          // One comparison of all: there are 11000 packets.
+          expect([closed.verdict, opened.verdict, opened.sa, toHex(opened.bytes)].join()).toBe(
+            ['ok', 'ok', handle + 1, toHex(input)].join(),
+          );
+          expect(toHex(closed.bytes)).not.toBe(toHex(input));
         }
         handle += 2;
       }
@@ -79,11 +79,13 @@ describe('every ESP transform', () => {
     const { bytes } = protectOne(bench, ipv4(counting(9)), 1);
     expect(unprotectOne(bench, bytes).verdict).toBe('ok');
     // From the sequence number on: a flipped SPI is another SA, a flipped outer header another packet.
+    const verdicts = new Set<string>();
     for (let bit = 8 * 24; bit < 8 * bytes.length; bit += 5) {
       const broken = bytes.slice();
       broken[bit >>> 3] ^= 1 << (bit & 7);
-      expect(unprotectOne(bench, broken).verdict).toBe('icv');
+      verdicts.add(unprotectOne(bench, broken).verdict);
     }
+    expect([...verdicts]).toEqual(['icv']);
     expect(unprotectOne(bench, bytes).verdict).toBe('ok');
   });
 });

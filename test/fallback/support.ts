@@ -18,7 +18,9 @@ export function toHex(bytes: Uint8Array): string {
 
 /** `length` bytes that start with `first` and count up. */
 export function counting(length: number, first = 1): Uint8Array {
-  return Uint8Array.from({ length }, (_, i) => (first + 7 * i) & 0xff);
+  const bytes = new Uint8Array(length);
+  for (let i = 0; i < length; i++) bytes[i] = first + 7 * i;
+  return bytes;
 }
 
 export const V4 = { source: '192.0.2.1', destination: '192.0.2.2' } as const;

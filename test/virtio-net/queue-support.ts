@@ -142,5 +142,7 @@ export function queues(options: Options = {}) {
 
 /** `n` different bytes. */
 export function content(n: number, seed = 1): Uint8Array {
-  return Uint8Array.from({ length: n }, (_, i) => (i * 31 + seed * 17) & 0xff);
+  const bytes = new Uint8Array(n);
+  for (let i = 0; i < n; i++) bytes[i] = i * 31 + seed * 17;
+  return bytes;
 }

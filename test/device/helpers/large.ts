@@ -42,7 +42,8 @@ const be16 = (value: number) => [(value >>> 8) & 0xff, value & 0xff];
 
 export function large(options: LargeOptions): Large {
   const { version, protocol, size, tags = 0, id = 0x1234, sequence = 0xfffffe00, flags = 0x18 } = options;
-  const payload = Uint8Array.from({ length: options.payload }, (_, i) => (i * 7 + (i >>> 8)) & 0xff);
+  const payload = new Uint8Array(options.payload);
+  for (let i = 0; i < payload.length; i++) payload[i] = i * 7 + (i >>> 8);
   const isTcp = protocol === 'tcp';
   const tcpOptions = new Array<number>(options.options ?? 0).fill(1);
   const number = isTcp ? 6 : 17;
