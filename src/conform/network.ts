@@ -58,6 +58,29 @@ export class Network {
     return received === null ? null : received.frame;
   }
 
+  /** A frame that the device under test receives though none should come; null when none does. */
+  arrivedAfterAll(queue = 0): Promise<Received | null> {
+    return this.#afterAll(this.#device, queue);
+  }
+
+  /** A frame that the device under test sent though it should send none; null when it did not. */
+  async sentAfterAll(): Promise<Uint8Array | null> {
+    const received = await this.#afterAll(this.#other, 0);
+    return received === null ? null : received.frame;
+  }
+
+  /** Answers of the device show that it has had its turn, however slow its machine is. */
+  async #afterAll(driver: Driver, queue: number): Promise<Received | null> {
+    for (;;) {
+      const quiet = await this.#patience.quietly(
+        () => driver.ring(queue).pending > 0,
+        () => driver.target.status,
+      );
+      const received = quiet ? null : await driver.receive(undefined, queue);
+      if (received === null || this.#isOurs(received.frame)) return received;
+    }
+  }
+
   async #next(driver: Driver, limit: number | undefined, queue: number): Promise<Received | null> {
     const start = performance.now();
     const patience = limit ?? this.#patience.timeout;

@@ -2,8 +2,7 @@
  * Which statements of the standard are not about octeon_ep class functions: what such hardware does in another way by design (`virtio/octep-layout.ts`).
  * What it does against the standard within its own design is checked like any other device's.
  */
-import { readIdentity } from '../vfio/config-space.ts';
-import type { PciFunction } from '../vfio/function.ts';
+import type { PciIdentity } from '../vfio/config-space.ts';
 import { octepModel } from '../virtio/octep-layout.ts';
 
 /** Sections, with all below them, and what stands in their place. */
@@ -16,9 +15,9 @@ const ELSEWHERE: readonly (readonly [section: string, reason: string])[] = [
   ['2.8.10', 'the firmware looks at event suppression once, when it is started, and never asks for silence'],
 ];
 
-/** Why `section` is not about `fn`; null when it is. */
-export function notAboutOctep(section: string, fn: PciFunction): string | null {
-  if (octepModel(readIdentity(fn.config)) === null) return null;
+/** Why `section` is not about a function with these ids; null when it is. */
+export function notAboutOctep(section: string, identity: PciIdentity): string | null {
+  if (octepModel(identity) === null) return null;
   const found = ELSEWHERE.find(([prefix]) => section === prefix || section.startsWith(`${prefix}.`));
   return found === undefined ? null : `not of an octeon_ep class function: ${found[1]}`;
 }

@@ -114,7 +114,7 @@ class Run {
     });
     if ('untestable' in check) return result('untestable', check.untestable);
     if (!(await this.#ready())) return result('untestable', `the device is gone: ${this.lost}`);
-    const elsewhere = notAboutOctep(section, this.#target.fn);
+    const elsewhere = notAboutOctep(section, this.#target.identity);
     if (elsewhere !== null) return result('not-applicable', elsewhere);
     const bench = new Bench(this.#target, this.#peer, this.#patience, this.#profile);
     this.#patience.deadline = start + TIMEOUTS_PER_CHECK * this.#patience.timeout;

@@ -26,6 +26,8 @@ export class Target {
   #fn: PciFunction | null = null;
   #memory: DmaMemory | null = null;
   #structures: Structures | null = null;
+  #identity: PciIdentity | null = null;
+  #offered: FeatureSet | null = null;
   #top = 0;
   #eventfds: EventFd[] = [];
 
@@ -47,6 +49,12 @@ export class Target {
 
   get gone(): boolean {
     return this.#fn === null || this.#fn.gone;
+  }
+
+  /** The ids: read once, as they stay. */
+  get identity(): PciIdentity {
+    this.#identity ??= readIdentity(this.fn.config);
+    return this.#identity;
   }
 
   /** The virtio structures. Throws VfioError when the list of capabilities is broken. */
@@ -73,6 +81,7 @@ export class Target {
   async prepare(patience: Patience): Promise<void> {
     updateCommand(this.fn.config, PciCommand.memorySpace | PciCommand.busMaster);
     this.#top = 0;
+    this.#offered = null;
     try {
       await this.reset(patience);
     } catch (error) {
@@ -97,9 +106,10 @@ export class Target {
     }
   }
 
-  /** What the device offers. */
+  /** What the device offers: read once for each check. */
   offered(): FeatureSet {
-    return readOffered(this.structures.common);
+    this.#offered ??= readOffered(this.structures.common);
+    return this.#offered;
   }
 
   /** Connects `count` MSI-X vectors, which enables MSI-X. */
@@ -137,12 +147,14 @@ export class Target {
     this.#fn = null;
     this.#memory = null;
     this.#structures = null;
+    this.#identity = null;
+    this.#offered = null;
   }
 
   /** What the report says of the device. */
   describe(): FunctionDescription {
-    const { fn } = this;
-    return { address: fn.address, ...readIdentity(fn.config), interruptVectors: fn.interruptVectors };
+    const { fn, identity } = this;
+    return { address: fn.address, ...identity, interruptVectors: fn.interruptVectors };
   }
 }
 

@@ -46,7 +46,7 @@ async function arrives(bench: Bench, network: Network, port: number): Promise<bo
     if (isEqual(received.frame, marker)) break;
   }
   // The device may work on the two in parallel.
-  if (!came) came = (await network.arrived(bench.patience.quiet)) !== null;
+  if (!came) came = (await network.arrivedAfterAll()) !== null;
   bench.log(`a packet to port ${port} ${came ? 'arrived' : 'did not arrive'}`);
   return came;
 }
@@ -85,7 +85,7 @@ export const flowMatchingChecks: readonly Check[] = [
       await bench.eventually(() => common.read16(F.queueReset) === 0, 'queue_reset does not return to 0');
       const packet = udpFrame({ ...network.inward, destinationPort: PORT });
       await network.inject(packet);
-      const came = await network.arrived(bench.patience.quiet);
+      const came = await network.arrivedAfterAll();
       expect(came === null || !isEqual(came.frame, packet), 'the packet was passed in another queue');
       bench.log('after its reset, a packet for it was dropped');
     },

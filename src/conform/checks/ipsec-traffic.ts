@@ -196,7 +196,7 @@ export const ipsecTrafficChecks: readonly Check[] = [
           ['a wrong ICV', broken],
         ] as const) {
           await network.inject(wire);
-          const received = await network.arrived(bench.patience.quiet);
+          const received = await network.arrivedAfterAll();
           const flags = received?.header.flags ?? 0;
           bench.log(`a packet with ${what} ${received === null ? 'was dropped' : `came with flags ${hex(flags)}`}`);
           expect(
@@ -249,7 +249,7 @@ export const ipsecTrafficChecks: readonly Check[] = [
         resourceId: 0,
         resourceType: R.NET_IPSEC_OUTB_SA,
       });
-      const third = await network.sent(bench.patience.quiet);
+      const third = await network.sentAfterAll();
       bench.log(`hard limit 2 packets; the third ${third === null ? 'was not sent' : 'was sent'}`);
       expect(third === null, 'a packet was sent after the hard limit was reached');
     }),
@@ -260,7 +260,7 @@ export const ipsecTrafficChecks: readonly Check[] = [
       const wire = judge.protect(udpFrame(network.inward), handle);
       await arrive(secured, wire, 'the packet');
       await network.inject(wire);
-      const again = await network.arrived(bench.patience.quiet);
+      const again = await network.arrivedAfterAll();
       const flags = again?.header.flags ?? 0;
       bench.log(`the replayed packet ${again === null ? 'was dropped' : `came with flags ${hex(flags)}`}`);
       expect(again === null || (flags & Flag.SECURITY_ERR) !== 0, 'a replayed packet was accepted');
