@@ -1,7 +1,15 @@
 import { afterEach, describe, expect, it } from 'vitest';
 import { openVhostUser, type VhostUserDevice, type VhostUserOptions } from '../../src/virtio/vhost-user.ts';
 import { ProtocolFeature, Request } from '../../src/virtio/vhost-user-protocol.ts';
-import { cleanUp, descriptors, type FakeBackEnd, type FakeDevice, type Rule, startBackEnd } from './vhost-user/fake.ts';
+import {
+  cleanUp,
+  deadlineFor,
+  descriptors,
+  type FakeBackEnd,
+  type FakeDevice,
+  type Rule,
+  startBackEnd,
+} from './vhost-user/fake.ts';
 
 const devices: VhostUserDevice[] = [];
 
@@ -13,7 +21,7 @@ afterEach(async () => {
 async function open(
   rules: readonly Rule[] = [],
   device: FakeDevice = {},
-  options: VhostUserOptions = { timeoutMs: 200 },
+  options: VhostUserOptions = { timeoutMs: deadlineFor(rules) },
 ): Promise<{ device: VhostUserDevice; backEnd: FakeBackEnd }> {
   const backEnd = await startBackEnd({ rules, device });
   const opened = await openVhostUser(backEnd.path, options);
@@ -119,8 +127,11 @@ describe('opening a vhost-user port', () => {
   for (const [name, request, code] of first) {
     it.each(WRONG)(`fails and leaves nothing open when the answer to ${name} is %s`, async (_, rule, own) => {
       const before = descriptors();
-      const backEnd = await startBackEnd({ rules: [{ request, ...rule }], device: { protocol: ALL } });
-      await expect(openVhostUser(backEnd.path, { timeoutMs: 100 })).rejects.toMatchObject({ code: code ?? own });
+      const rules = [{ request, ...rule }];
+      const backEnd = await startBackEnd({ rules, device: { protocol: ALL } });
+      await expect(openVhostUser(backEnd.path, { timeoutMs: deadlineFor(rules) })).rejects.toMatchObject({
+        code: code ?? own,
+      });
       // The back-end is a thread of this process.
       await cleanUp();
       expect(descriptors()).toBeLessThanOrEqual(before);

@@ -7,7 +7,7 @@ import { openVhostUser, type VhostUserDevice, type VhostUserOptions } from '../.
 import { ProtocolFeature, Request, requestName } from '../../src/virtio/vhost-user-protocol.ts';
 import { allocateVirtqueue, type RingFormat } from '../../src/virtqueue/create.ts';
 import type { Virtqueue } from '../../src/virtqueue/virtqueue.ts';
-import { cleanUp, type FakeBackEnd, type FakeDevice, type Rule, startBackEnd } from './vhost-user/fake.ts';
+import { cleanUp, deadlineFor, type FakeBackEnd, type FakeDevice, type Rule, startBackEnd } from './vhost-user/fake.ts';
 
 const devices: VhostUserDevice[] = [];
 
@@ -24,7 +24,7 @@ interface Port {
 async function open(
   device: FakeDevice = {},
   rules: readonly Rule[] = [],
-  options: VhostUserOptions = { timeoutMs: 300 },
+  options: VhostUserOptions = { timeoutMs: deadlineFor(rules) },
 ): Promise<Port> {
   const backEnd = await startBackEnd({ device, rules });
   const opened = await openVhostUser(backEnd.path, options);

@@ -8,7 +8,7 @@ import { MessageSocket, type ReceivedMessage } from '../../../src/vfio/message-s
 import * as protocol from '../../../src/vfio/protocol.ts';
 
 /** Waits until `condition` holds, letting the event loop run; throws after `timeout` ms. */
-export async function until(what: string, condition: () => boolean, timeout = 5000): Promise<void> {
+export async function until(what: string, condition: () => boolean, timeout = 20_000): Promise<void> {
   const deadline = performance.now() + timeout;
   while (!condition()) {
     if (performance.now() > deadline) throw new Error(`timed out: ${what}`);
@@ -56,7 +56,7 @@ export class RawClient {
   }
 
   /** The next message; null when the server has closed the session. */
-  async receive(timeout = 5000): Promise<ReceivedMessage | null> {
+  async receive(timeout = 20_000): Promise<ReceivedMessage | null> {
     let message: ReceivedMessage | null = null;
     let closed = false;
     await until(

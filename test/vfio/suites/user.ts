@@ -21,6 +21,10 @@ const words = (...values: number[]) => new Uint8Array(Uint32Array.from(values).b
 /** Waits until what the worker thread has posted is here. */
 const settle = () => new Promise<void>((resolve) => setTimeout(resolve, 30));
 
+/** Deadlines in ms: of sessions in which somebody is silent, and of the others, on a machine that is busy. */
+const IMPATIENT = 150;
+const PATIENT = 10_000;
+
 const openDescriptors = () => readdirSync('/proc/self/fd').length;
 
 export function userSuite(): void {
@@ -33,7 +37,7 @@ export function userSuite(): void {
     return started;
   }
   function open(server: Fake, options: VfioUserOptions = {}): PciFunction {
-    const fn = openVfioUser(server.path, { timeoutMs: 500, ...options });
+    const fn = openVfioUser(server.path, { timeoutMs: PATIENT, ...options });
     functions.push(fn);
     return fn;
   }
@@ -47,7 +51,7 @@ export function userSuite(): void {
     expect(fn.gone).toBe(false);
     const start = performance.now();
     expect(call).toThrow(code(expected));
-    expect(performance.now() - start).toBeLessThan(1500);
+    expect(performance.now() - start).toBeLessThan(PATIENT / 2);
     expect(fn.gone).toBe(true);
     const later = performance.now();
     const calls: (() => unknown)[] = [
@@ -62,7 +66,8 @@ export function userSuite(): void {
     for (const each of calls) expect(each).toThrow(code('DEVICE_GONE'));
     expect(backing(memory.address)).toBe('');
     fn.close();
-    expect(performance.now() - later).toBeLessThan(400);
+    // Seven calls and a close: not one of them waits for an answer.
+    expect(performance.now() - later).toBeLessThan(7 * IMPATIENT);
   }
 
   afterEach(async () => {
@@ -129,8 +134,8 @@ export function userSuite(): void {
       const server = await fake([badRule]);
       const before = openDescriptors();
       const start = performance.now();
-      expect(() => open(server, { timeoutMs: 200 })).toThrow(code(expected));
-      expect(performance.now() - start).toBeLessThan(1000);
+      expect(() => open(server, { timeoutMs: badRule.stall ? IMPATIENT : PATIENT })).toThrow(code(expected));
+      expect(performance.now() - start).toBeLessThan(PATIENT / 2);
       await server.closed();
       expect(openDescriptors()).toBe(before);
     });
@@ -147,7 +152,7 @@ export function userSuite(): void {
         require('node:worker_threads').parentPort.postMessage('up'));`;
       const worker = new Worker(echo, { eval: true });
       await new Promise((resolve) => worker.once('message', resolve));
-      expect(() => openVfioUser(join(directory, 's'), { timeoutMs: 300 })).toThrow(code('NOT_VFIO_USER'));
+      expect(() => openVfioUser(join(directory, 's'), { timeoutMs: PATIENT })).toThrow(code('NOT_VFIO_USER'));
       await worker.terminate();
       rmSync(directory, { recursive: true });
     });
@@ -319,7 +324,8 @@ export function userSuite(): void {
       ['that never comes', { stall: true }, 'TIMEOUT'],
       ['that is the end of the connection', { close: true }, 'DEVICE_GONE'],
     ])('loses the device over a reply %s', async (_, badRule, expected) => {
-      const { fn } = await connected([{ command: Command.regionRead, ...badRule }], {}, { timeoutMs: 150 });
+      const timeoutMs = expected === 'TIMEOUT' ? IMPATIENT : PATIENT;
+      const { fn } = await connected([{ command: Command.regionRead, ...badRule }], {}, { timeoutMs });
       losesTheDevice(fn, () => fn.bar(0).read32(0), expected);
     });
 
@@ -641,7 +647,7 @@ export function userSuite(): void {
       const flood = protocol.encodeDmaWrite(FIRST, new Uint8Array(1));
       flood[8] = flag;
       const rule = { command: Command.regionRead, flood, replies: flag === 0 };
-      const { fn } = await connected([rule], {}, { timeoutMs: 150 });
+      const { fn } = await connected([rule], {}, { timeoutMs: IMPATIENT });
       losesTheDevice(fn, () => fn.bar(0).read32(0), 'TIMEOUT');
     });
 

@@ -93,6 +93,12 @@ const ACK = [ProtocolFeature.REPLY_ACK, ProtocolFeature.STATUS];
 const PROTOCOL_FEATURES = 30;
 const PATIENCE_MS = 10_000;
 
+/** Deadline in ms for a back-end with these rules: one that falls silent is not waited for, another one may be slow. */
+export function deadlineFor(rules: readonly Rule[]): number {
+  const isSilent = rules.some((rule) => rule.stall === true || (rule.partial !== undefined && rule.cut !== true));
+  return isSilent ? 150 : 10_000;
+}
+
 const endings: (() => Promise<void>)[] = [];
 /** Threads whose back-end has ended, for the next ones. */
 const idle: Worker[] = [];
