@@ -34,23 +34,24 @@ export function jobRules(transform: Transform, index: number): JobRules {
 }
 
 /**
- * Index of the first job from `start` on that does not fit, `end` when all do. `kinds` gives the rules index of each
- * context, `size` the bytes of the memory.
+ * Index of the first job from `start` on that does not fit, `end` when all do. `members` are the contexts of these rules,
+ * `size` the bytes of the memory.
  */
 export function fittingRun(
   burst: CryptoBurst,
   start: number,
   end: number,
   rules: JobRules,
-  kinds: Uint16Array,
+  members: Uint32Array,
   size: number,
 ): number {
   // hot:
-  const { index, usesCipher, usesAuth, block, minCipher, icvLength } = rules;
+  const { usesCipher, usesAuth, block, minCipher, icvLength } = rules;
   const { context, cipherOffset, cipherLength, authOffset, authLength, icvOffset } = burst;
   const lastIcv = size - icvLength;
   for (let i = start; i < end; i++) {
-    if (kinds[context[i]] !== index || icvOffset[i] > lastIcv) return i;
+    const c = context[i];
+    if (((members[c >>> 5] >>> (c & 31)) & 1) === 0 || icvOffset[i] > lastIcv) return i;
     if (usesCipher) {
       const length = cipherLength[i];
       if (length < minCipher || (length & (block - 1)) !== 0 || cipherOffset[i] + length > size) return i;
@@ -140,34 +141,60 @@ export function keyBytes(content: Uint8Array): Uint8Array<ArrayBuffer> {
 
 /** Gives out context numbers 1, 2, 3 … and remembers the rules index of each; freed numbers are given out again. */
 export class ContextNumbers {
-  /** Rules index of each context; 0 is free. A new array when it grows: read it anew for every burst. */
-  kinds = new Uint16Array(64);
+  /** Rules index of each context; 0 is free. */
+  #kinds = new Uint16Array(64);
+  /** By rules index. */
+  readonly #members: Uint32Array[] = [];
   readonly #free: number[] = [];
   #next = 1;
 
   get capacity(): number {
-    return this.kinds.length;
+    return this.#kinds.length;
   }
 
   take(kind: number): number {
     const context = this.#free.pop() ?? this.#next++;
-    if (context >= this.kinds.length) this.kinds = grown(this.kinds, 2 * this.kinds.length);
-    this.kinds[context] = kind;
+    if (context >= this.#kinds.length) this.#grow();
+    this.#kinds[context] = kind;
+    this.membersOf(kind)[context >>> 5] |= 1 << (context & 31);
     return context;
   }
 
   give(context: number): void {
     if (!this.isTaken(context)) throw new EngineUsageError(`context ${context} does not exist`);
-    this.kinds[context] = 0;
+    this.membersOf(this.#kinds[context])[context >>> 5] &= ~(1 << (context & 31));
+    this.#kinds[context] = 0;
     this.#free.push(context);
   }
 
   isTaken(context: number): boolean {
-    return Number.isInteger(context) && context > 0 && context < this.#next && this.kinds[context] !== 0;
+    return Number.isInteger(context) && context > 0 && context < this.#next && this.#kinds[context] !== 0;
+  }
+
+  /** Rules index of a context, 0 if it is free. */
+  kindOf(context: number): number {
+    return this.#kinds[context] ?? 0;
+  }
+
+  /**
+   * The contexts with a rules index, a bit each, from bit 0 of word 0 on. A bit and not the index itself, because the jobs of many SAs
+   * hit it at random, and so it stays in the cache. A new array when there are more contexts: read it anew for every burst.
+   */
+  membersOf(kind: number): Uint32Array {
+    // hot:
+    const members = this.#members[kind];
+    if (members !== undefined) return members;
+    for (let i = this.#members.length; i <= kind; i++) this.#members.push(new Uint32Array(this.capacity >>> 5));
+    return this.#members[kind];
   }
 
   *taken(): Generator<number> {
-    for (let context = 1; context < this.#next; context++) if (this.kinds[context] !== 0) yield context;
+    for (let context = 1; context < this.#next; context++) if (this.#kinds[context] !== 0) yield context;
+  }
+
+  #grow(): void {
+    this.#kinds = grown(this.#kinds, 2 * this.capacity);
+    for (const [kind, members] of this.#members.entries()) this.#members[kind] = grown(members, this.capacity >>> 5);
   }
 }
 

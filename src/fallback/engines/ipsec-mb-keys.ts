@@ -30,6 +30,9 @@ export const KeySlot = {
   end: 768,
 } as const;
 
+/** Bytes of a cache line. */
+const LINE = 64;
+
 /** Offsets in the scratch: a raw key or padded block, and an output that nobody wants. */
 const Scratch = { key: 0, unwanted: 256, size: 1024 } as const;
 
@@ -151,9 +154,10 @@ class KeyScheduler {
 
 /**
  * Where the slot of context `c` is: `c & REGION_MASK` slots from the start of region 0 if `c` is below `FEW_CONTEXTS`, else of
- * region `1 + (c >>> REGION_SHIFT)`. A region is address space (256 MiB, the first one 4 MiB), and costs memory as it is used.
+ * region `1 + (c >>> REGION_SHIFT)`. A region is address space (some 300 MiB, the first one a thousandth of it), and costs memory as it is
+ * used: one SA takes a page, not a huge page.
  */
-export const FEW_CONTEXTS = 1 << 12;
+export const FEW_CONTEXTS = 1 << 8;
 export const REGION_SHIFT = 18;
 export const REGION_MASK = (1 << REGION_SHIFT) - 1;
 
@@ -162,7 +166,7 @@ export const REGION_MASK = (1 << REGION_SHIFT) - 1;
  * in huge pages where they can be had.
  */
 export class KeySlots {
-  /** Bytes of a slot. */
+  /** Bytes of a slot: an odd number of cache lines, so that those of a burst spread over all sets of a cache. */
   readonly slotSize: number;
   /** Address of each region in two words. New arrays when they grow: read them anew for every burst. */
   low = new Uint32Array(2);
@@ -176,7 +180,7 @@ export class KeySlots {
 
   constructor(manager: ImbManager) {
     this.#scheduler = new KeyScheduler(manager);
-    this.slotSize = Math.ceil(Math.max(manager.layout.gcmKeySize, KeySlot.end) / 64) * 64;
+    this.slotSize = LINE * (Math.ceil(Math.max(manager.layout.gcmKeySize, KeySlot.end) / LINE) | 1);
   }
 
   /** The words of region 1, where most contexts are once there are many. */

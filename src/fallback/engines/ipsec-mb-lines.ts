@@ -2,126 +2,165 @@
  * Which cache lines of a key slot a job reads, and reading them ahead for a whole burst.
  *
  * With many SAs a key schedule is in no cache. The library would meet each missing line on its own, in the middle of a
- * packet; a loop that does nothing but read one word of each line has a dozen misses under way at a time, which is three
- * times as fast (docs/decisions.md). Reading too few or too many lines costs time and nothing else.
+ * packet; a loop that does nothing but read one word of each line has two dozen misses under way at a time
+ * (docs/decisions.md). Reading too few or too many lines costs time and nothing else.
  */
-import type { CryptoBurst, Transform } from './engine.ts';
+import type { ContextNumbers } from './checks.ts';
+import { type CryptoBurst, MAX_BURST, type Transform } from './engine.ts';
 import * as keys from './ipsec-mb-keys.ts';
 
 // Bound in this module: V8 folds constants of its own module only.
 const { KeySlot, REGION_MASK } = keys;
 
-/** Bytes of a cache line. */
+/** Bytes and words of a cache line. */
 const LINE = 64;
-/** Lines that one round of the loop reads. */
-const GROUP = 6;
+const LINE_WORDS = LINE >> 2;
+/** Lines side by side that one round of a loop reads at most. */
+const RUN = 4;
+/** What AES-128 with GCM or a hash needs, in one loop, which is a tenth faster than two: the round keys, and two lines elsewhere. */
+const HEAD = 3;
+const TAIL = 2;
+/** While there are no more contexts than this, their schedules stay in the cache. */
+const CACHED_CONTEXTS = 4096;
 /** Bytes before the hash keys in `gcm_key_data`: round keys for AES-256. */
 const GCM_ROUND_KEYS = 240;
 /** Up to this size (SSE, AVX2) the library keeps few powers of the hash key; above (AVX-512) many, the lowest ones last. */
 const GCM_SMALL = 512;
-/** Bytes of text that the powers in the last two lines are enough for, and those in six more lines: four powers a line. */
+/** Lines with the lowest powers, the bytes of text that they are enough for, and the bytes that four powers in a line are for. */
+const GCM_SHORT_LINES = 2;
 const GCM_SHORT = 96;
-const GCM_STEP = GROUP * 64;
+const GCM_LINE = 64;
 
-export interface KeyLines {
-  /** A word (index) in each line, `GROUP` after `GROUP`; a group that is not full says lines again. */
-  readonly words: Uint16Array;
-  /** The first group is all that a text of so many bytes needs; each further one serves `GCM_STEP` more. */
-  readonly short: number;
+/** Lines of a key slot that lie side by side: 1 to `RUN`, or `HEAD` of them with `TAIL` more elsewhere. */
+interface Run {
+  /** The first word of the first line, and of the tail's. */
+  readonly word: number;
+  readonly tail: number;
+  readonly lines: number;
+  /** Texts of fewer bytes do not need it. */
+  readonly from: number;
 }
+
+/** Runs in the order of `from`. */
+export type KeyLines = readonly Run[];
 
 /** `gcmEnd`: bytes of `gcm_key_data` that the library fills on this processor. */
 export function keyLines(transform: Transform, encrypting: boolean, gcmEnd: number): KeyLines {
   const { cipher, auth } = transform;
   const schedule = 16 * (7 + transform.cipherKeyLength / 4);
   if (cipher === 'aes-gcm' || auth === 'aes-gmac') {
-    if (gcmEnd <= GCM_SMALL) return inGroups(range(0, gcmEnd), Infinity);
-    const roundKeys = range(0, schedule);
-    const powers = range(GCM_ROUND_KEYS, gcmEnd - GCM_ROUND_KEYS)
-      .filter((word) => !roundKeys.includes(word))
-      .reverse();
-    const first = full([...roundKeys, ...powers.slice(0, 2)]);
-    return inGroups([...first, ...powers.slice(2)], GCM_SHORT);
+    if (gcmEnd <= GCM_SMALL) return runs(0, gcmEnd);
+    const lowest = LINE * (Math.ceil(gcmEnd / LINE) - GCM_SHORT_LINES);
+    return [...joined([...runs(0, schedule), ...runs(lowest, gcmEnd - lowest)]), ...morePowers(schedule, lowest)];
   }
-  const lines: number[] = [];
-  if (cipher === 'chacha20-poly1305') lines.push(...range(KeySlot.cipher, transform.cipherKeyLength));
-  else if (cipher === '3des-cbc') lines.push(...range(KeySlot.cipher, KeySlot.desPointers + LINE));
-  else if (cipher === 'aes-cbc' && !encrypting) lines.push(...range(KeySlot.decrypt, schedule));
-  else if (cipher !== undefined && cipher !== 'null') lines.push(...range(KeySlot.cipher, schedule));
-  if (auth === 'aes-xcbc' || auth === 'aes-cmac') lines.push(...range(KeySlot.auth, KeySlot.end - KeySlot.auth));
-  else if (auth !== undefined) lines.push(...range(KeySlot.auth, 2 * LINE));
-  return inGroups(lines, 0);
+  const lines: Run[] = [];
+  if (cipher === 'chacha20-poly1305') lines.push(...runs(KeySlot.cipher, transform.cipherKeyLength));
+  else if (cipher === '3des-cbc') lines.push(...runs(KeySlot.cipher, KeySlot.desPointers + LINE));
+  else if (cipher === 'aes-cbc' && !encrypting) lines.push(...runs(KeySlot.decrypt, schedule));
+  else if (cipher !== undefined && cipher !== 'null') lines.push(...runs(KeySlot.cipher, schedule));
+  if (auth === 'aes-xcbc' || auth === 'aes-cmac') lines.push(...runs(KeySlot.auth, KeySlot.end - KeySlot.auth));
+  else if (auth !== undefined) lines.push(...runs(KeySlot.auth, 2 * LINE));
+  return joined(lines);
 }
 
-/** A word in each line of a range of bytes. */
-function range(from: number, length: number): number[] {
-  const words: number[] = [];
-  for (let at = Math.floor(from / LINE) * LINE; at < from + length; at += LINE) words.push(at >> 2);
-  return words;
+/** The lines of `length` bytes at `at`. */
+function runs(at: number, length: number): Run[] {
+  const all: Run[] = [];
+  const end = Math.ceil((at + length) / LINE);
+  for (let line = Math.floor(at / LINE); line < end; line += RUN) {
+    all.push({ word: line * LINE_WORDS, tail: 0, lines: Math.min(RUN, end - line), from: 0 });
+  }
+  return all;
 }
 
-/** The first line again and again until the last group is full. */
-function full(words: readonly number[]): number[] {
-  return [...words, ...Array<number>((GROUP - (words.length % GROUP)) % GROUP).fill(words[0])];
+/** The same with the first two runs as one, when that is possible. */
+function joined(all: readonly Run[]): readonly Run[] {
+  const [head, tail, ...rest] = all;
+  if (head?.lines !== HEAD || tail?.lines !== TAIL) return all;
+  return [{ ...head, tail: tail.word, lines: HEAD + TAIL }, ...rest];
 }
 
-function inGroups(words: readonly number[], short: number): KeyLines {
-  return { words: Uint16Array.from(full(words)), short };
+/** The powers between the round keys and the lowest powers, from the lower ones to the higher. */
+function morePowers(schedule: number, lowest: number): Run[] {
+  const all: Run[] = [];
+  const begin = Math.max(Math.floor(GCM_ROUND_KEYS / LINE), Math.ceil(schedule / LINE));
+  let from = GCM_SHORT;
+  for (let end = lowest / LINE; end > begin; end -= RUN) {
+    const lines = Math.min(RUN, end - begin);
+    all.push({ word: (end - lines) * LINE_WORDS, tail: 0, lines, from });
+    from += lines * GCM_LINE;
+  }
+  return all;
 }
+
+/** By job of the run: the first word of its key slot. */
+const places = new Int32Array(MAX_BURST);
 
 /**
- * Reads the lines that jobs `start` to `start + n - 1` need, and what `kinds` says of their contexts. Those outside of
- * region 1 (`ipsec-mb-keys.ts`) are few, and read as if they were in it.
+ * Reads the lines that jobs `start` to `start + n - 1` need, and what `contexts` says of theirs. Those outside of region 1
+ * (`ipsec-mb-keys.ts`) are few, and read as if they were in it.
  */
 export function touchKeys(
   slots: keys.KeySlots,
-  kinds: Uint16Array,
-  lines: KeyLines,
+  contexts: ContextNumbers,
+  shape: { readonly index: number; readonly lines: KeyLines },
   burst: CryptoBurst,
   start: number,
   n: number,
 ): void {
   // hot:
   const view = slots.many;
-  if (view === undefined) return;
-  const end = start + n;
+  if (contexts.capacity <= CACHED_CONTEXTS || view === undefined) return;
+  const { index, lines } = shape;
+  const members = contexts.membersOf(index);
   const { cipherLength, context } = burst;
-  const { words, short } = lines;
-  let longest = 0;
-  for (let k = start; k < end; k++) longest |= cipherLength[k];
+  const slotWords = slots.slotSize >> 2;
   let touched = 0;
-  for (let g = 0, covered = short; g < words.length; g += GROUP, covered += GCM_STEP) {
-    touched |= touchGroup(view, slots.slotSize >> 2, kinds, words, g, context, start, end);
-    if (short !== 0 && covered >= longest) break;
+  let longest = 0;
+  for (let k = 0; k < n; k++) {
+    const c = context[start + k];
+    places[k] = Math.imul(c & REGION_MASK, slotWords);
+    touched |= members[c >>> 5];
+    longest |= cipherLength[start + k];
   }
-  slots.touched = touched;
+  // The first one outside of the loop: there V8 makes better code of the loop inside (docs/decisions.md).
+  slots.touched = touched | touchRun(view, lines[0], n);
+  for (let r = 1; r < lines.length && lines[r].from <= longest; r++) slots.touched |= touchRun(view, lines[r], n);
 }
 
-/** One group for all jobs. The reads are written out: with a loop around them a third of the misses overlap. */
-function touchGroup(
-  view: Uint32Array,
-  slotWords: number,
-  kinds: Uint16Array,
-  words: Uint16Array,
-  g: number,
-  contexts: Uint32Array,
-  start: number,
-  end: number,
-): number {
+/**
+ * One run for all jobs. A loop for each number of lines, with as little in it as can be: the fewer instructions there are
+ * between two reads, the more of them are under way. A loop over the lines inside would let a third of them overlap.
+ */
+function touchRun(view: Uint32Array, { word, tail, lines }: Run, n: number): number {
   // hot:
-  const a = words[g];
-  const b = words[g + 1];
-  const c = words[g + 2];
-  const d = words[g + 3];
-  const e = words[g + 4];
-  const f = words[g + 5];
   // One read of each array before the loop: what V8 then knows about it holds in the loop.
-  let touched = contexts[0] | kinds[0] | view[0];
-  for (let k = start; k < end; k++) {
-    const context = contexts[k] | 0;
-    const at = Math.imul(context & REGION_MASK, slotWords);
-    touched |= kinds[context] | view[(at + a) | 0] | view[(at + b) | 0] | view[(at + c) | 0];
-    touched |= view[(at + d) | 0] | view[(at + e) | 0] | view[(at + f) | 0];
+  let touched = view[0] | places[0];
+  if (lines === 1) {
+    for (let k = 0; k < n; k++) touched |= view[(places[k] + word) | 0];
+  } else if (lines === 2) {
+    for (let k = 0; k < n; k++) {
+      const at = (places[k] + word) | 0;
+      touched |= view[at] | view[(at + LINE_WORDS) | 0];
+    }
+  } else if (lines === 3) {
+    for (let k = 0; k < n; k++) {
+      const at = (places[k] + word) | 0;
+      touched |= view[at] | view[(at + LINE_WORDS) | 0] | view[(at + 2 * LINE_WORDS) | 0];
+    }
+  } else if (lines === RUN) {
+    for (let k = 0; k < n; k++) {
+      const at = (places[k] + word) | 0;
+      touched |= view[at] | view[(at + LINE_WORDS) | 0] | view[(at + 2 * LINE_WORDS) | 0];
+      touched |= view[(at + 3 * LINE_WORDS) | 0];
+    }
+  } else {
+    for (let k = 0; k < n; k++) {
+      const at = (places[k] + word) | 0;
+      const end = (places[k] + tail) | 0;
+      touched |= view[at] | view[(at + LINE_WORDS) | 0] | view[(at + 2 * LINE_WORDS) | 0];
+      touched |= view[end] | view[(end + LINE_WORDS) | 0];
+    }
   }
   return touched;
 }

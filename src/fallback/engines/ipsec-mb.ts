@@ -189,8 +189,7 @@ export class IpsecMbEngine implements CryptoEngine {
       this.#written = 0;
     }
     if (this.#written < n && !this.#writeConstants(shape, burst, n)) return this.#giveUp(burst, start, 0);
-    if (this.#contexts.capacity > FEW_CONTEXTS)
-      touchKeys(this.#keys, this.#contexts.kinds, shape.lines, burst, start, n);
+    touchKeys(this.#keys, this.#contexts, shape, burst, start, n);
     const fitting = shape.family === FAMILY.aead ? this.#fillAead(shape, burst, n) : this.#fillAuth(shape, burst, n);
     if (fitting === 0) return 0;
     let done = this.#submit(manager, fitting, list);
@@ -273,7 +272,7 @@ export class IpsecMbEngine implements CryptoEngine {
     const STATUS = job.status >> 2;
     const { context, cipherOffset, cipherLength, icvOffset } = burst;
     const { index, encrypting } = shape;
-    const { kinds } = this.#contexts;
+    const members = this.#contexts.membersOf(index);
     const { low: regionLow, high: regionHigh, slotSize } = this.#keys;
     const address = this.#memory.address | 0;
     const { size } = this.#memory;
@@ -289,7 +288,7 @@ export class IpsecMbEngine implements CryptoEngine {
       const from = cipherOffset[start + k];
       const length = cipherLength[start + k];
       const icv = icvOffset[start + k];
-      if (kinds[c] !== index || from + length > size || icv > lastIcv) return k;
+      if (((members[c >>> 5] >>> (c & 31)) & 1) === 0 || from + length > size || icv > lastIcv) return k;
       const region = c < FEW_CONTEXTS ? 0 : 1 + (c >>> REGION_SHIFT);
       const key = (regionLow[region] + Math.imul(c & REGION_MASK, slotSize)) | 0;
       const keyTop = regionHigh[region];
@@ -340,7 +339,8 @@ export class IpsecMbEngine implements CryptoEngine {
     const gmac = shape.family === FAMILY.gmac;
     const ciphers = shape.family === FAMILY['cipher-auth'];
     const start = this.#start;
-    const fitting = fittingRun(burst, start, start + n, shape, this.#contexts.kinds, this.#memory.size) - start;
+    const fitting =
+      fittingRun(burst, start, start + n, shape, this.#contexts.membersOf(shape.index), this.#memory.size) - start;
     const address = this.#memory.address | 0;
     const { carry, crosses } = this.#place;
     const { low: regionLow, high: regionHigh, slotSize } = this.#keys;

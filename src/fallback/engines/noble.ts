@@ -112,7 +112,8 @@ export class NobleEngine implements CryptoEngine {
     const rules = encrypting ? shapes.encrypt : shapes.decrypt;
     for (let i = 0; i < burst.count; i++) {
       const fits =
-        burst.aadLength <= 16 && fittingRun(burst, i, i + 1, rules, this.#contexts.kinds, this.#memory.size) > i;
+        burst.aadLength <= 16 &&
+        fittingRun(burst, i, i + 1, rules, this.#contexts.membersOf(rules.index), this.#memory.size) > i;
       const keys = this.#keys.get(burst.context[i]);
       burst.status[i] =
         fits && keys !== undefined ? this.#job(transform, keys, burst, i, encrypting) : JobStatus.failed;

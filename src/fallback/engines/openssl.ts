@@ -116,7 +116,7 @@ export class OpensslEngine implements CryptoEngine {
   }
 
   destroyContext(context: number): void {
-    const kind = this.#contexts.kinds[context];
+    const kind = this.#contexts.kindOf(context);
     this.#contexts.give(context);
     const cipher = this.#ciphers[context];
     const mac = this.#macs[context];
@@ -196,7 +196,9 @@ export class OpensslEngine implements CryptoEngine {
     if (usable) this.#prepareTag(shape);
     let start = 0;
     while (start < count) {
-      const end = usable ? fittingRun(burst, start, count, shape, this.#contexts.kinds, this.#memory.size) : start;
+      const end = usable
+        ? fittingRun(burst, start, count, shape, this.#contexts.membersOf(shape.index), this.#memory.size)
+        : start;
       if (end > start) this.#jobs(shape, burst, start, end);
       if (end < count) status[end] = JobStatus.failed;
       start = end + 1;

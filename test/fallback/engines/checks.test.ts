@@ -61,11 +61,32 @@ describe('context numbers', () => {
             expect(context).toBeGreaterThan(0);
             taken.set(context, 1 + (i % 9));
           }
-          for (const [context, kind] of taken) expect(numbers.kinds[context]).toBe(kind);
+          for (const [context, kind] of taken) expect(numbers.kindOf(context)).toBe(kind);
         }
         expect([...numbers.taken()].sort()).toEqual([...taken.keys()].sort());
+        for (let kind = 1; kind <= 9; kind++) {
+          const members = numbers.membersOf(kind);
+          const found = Array.from({ length: 32 * members.length }, (_, c) => c).filter(
+            (c) => ((members[c >>> 5] >>> (c & 31)) & 1) === 1,
+          );
+          expect(found.map((c) => taken.get(c))).toEqual(found.map(() => kind));
+          expect(found.length).toBe([...taken.values()].filter((one) => one === kind).length);
+        }
       }),
       { numRuns: 30 },
     );
+  });
+
+  it('are in no set but that of their rules when they have been given back, also after the sets have grown', () => {
+    const numbers = new ContextNumbers();
+    const contexts = Array.from({ length: 1000 }, (_, i) => numbers.take(1 + (i & 1)));
+    const count = (kind: number) =>
+      numbers.membersOf(kind).reduce((sum, word) => sum + word.toString(2).replaceAll('0', '').length, 0);
+    expect([count(1), count(2), count(3)]).toEqual([500, 500, 0]);
+    expect(numbers.membersOf(2).length * 32).toBe(numbers.capacity);
+    for (const context of contexts) numbers.give(context);
+    expect([count(1), count(2)]).toEqual([0, 0]);
+    expect(numbers.kindOf(contexts[0])).toBe(0);
+    expect(numbers.kindOf(1 << 24)).toBe(0);
   });
 });
