@@ -29,6 +29,11 @@ export interface Region {
    * cannot. The descriptor is a new one and the caller's to close.
    */
   share?(offset: number, width: 2 | 4): SharedRegister | null;
+  /**
+   * Tells the device that something was written to the register of `width` bytes at `offset`, if there is a quicker way to than writing; else it returns
+   * false, and the register has to be written. Only where it does not matter what is written.
+   */
+  signal?(offset: number, width: 2 | 4): boolean;
 }
 
 /**
