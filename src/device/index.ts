@@ -222,7 +222,13 @@ class RunningDevice implements Device {
     try {
       const pool = makePool(this.#arena, slots, maxFrame);
       this.#pool = pool;
-      this.#links = makeLinks(options.link, { arena: this.#arena, pool, functions: count, maxFrame });
+      this.#links = makeLinks(options.link, {
+        arena: this.#arena,
+        pool,
+        functions: count,
+        maxFrame,
+        warn: options.onWarning,
+      });
       this.functions = options.sockets.map((_, i) => this.#addFunction(options, i, pool, this.#links[i]));
       for (const link of this.#links) this.#pump.add(pollableLink(link));
     } catch (error) {

@@ -1,4 +1,4 @@
-import { existsSync, mkdtempSync, rmSync, statSync } from 'node:fs';
+import { appendFileSync, existsSync, mkdtempSync, rmSync, statSync } from 'node:fs';
 import { connect, createServer, type Socket } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -237,6 +237,36 @@ describe('the pcap link', () => {
     const frames = Array.from(new CaptureReader(output), (record) => record.length);
     expect(frames).toEqual(Array.from({ length: 10 }, (_, i) => 100 + i));
     expect(link()).toMatchObject({ received: 300, sent: 10, dropped: 1 });
+  });
+
+  it('ends where a capture makes no sense, and the device goes on', async () => {
+    const input = join(folder, 'in.pcap');
+    const writer = new CaptureWriter(input, { linkType: LinkType.ethernet });
+    for (let i = 0; i < 3; i++) writer.write(udpFrame(60 + i), 0, 60 + i, i, 0);
+    writer.close();
+    // A record of 4 GiB.
+    appendFileSync(input, new Uint8Array(16).fill(0xff));
+    const warnings: string[] = [];
+    device = startDevice({ sockets: [path], link: `pcap:${input},`, onWarning: (text) => warnings.push(text) });
+    const net = await open();
+    for (let i = 0; i < 3; i++) expect((await net.receive()).frame).toEqual(udpFrame(60 + i));
+    await until('the warning', () => warnings.length > 0);
+    await net.send(udpFrame(100));
+    await until('the frame', () => link().sent === 1);
+    expect(warnings).toEqual([expect.stringContaining(`${input}: at byte`)]);
+    await until('the packets', () => device.packetsInUse === 0);
+  });
+
+  it('ends where a capture cannot be written any more, and the device goes on', async () => {
+    const warnings: string[] = [];
+    device = startDevice({ sockets: [path], link: 'pcap:,/dev/full', onWarning: (text) => warnings.push(text) });
+    const net = await open();
+    await net.send(udpFrame(100));
+    await until('the warning', () => warnings.length > 0);
+    await net.send(udpFrame(100));
+    await until('the frame', () => link().sent === 2);
+    expect(warnings).toEqual([expect.stringContaining('ENOSPC')]);
+    await until('the packets', () => device.packetsInUse === 0);
   });
 
   it.each([

@@ -14,11 +14,13 @@ export interface LinkContext {
   readonly functions: number;
   /** Bytes of the largest frame. */
   readonly maxFrame: number;
+  /** Told of what a user should know, once each. */
+  readonly warn: (text: string) => void;
 }
 
 /** One link for each function. Throws InputError `DEVICE_OPTION`, and what opening files and sockets throws. */
 export function makeLinks(text: string, context: LinkContext): Link[] {
-  const { arena, pool, maxFrame } = context;
+  const { arena, pool, maxFrame, warn } = context;
   const colon = text.indexOf(':');
   const kind = colon < 0 ? text : text.slice(0, colon);
   const rest = colon < 0 ? '' : text.slice(colon + 1);
@@ -31,7 +33,8 @@ export function makeLinks(text: string, context: LinkContext): Link[] {
   if (kind === 'pcap') {
     const comma = rest.indexOf(',');
     if (comma < 0) throw invalid('write pcap:IN,OUT; either may be empty');
-    return [new PcapLink(pool, rest.slice(0, comma), rest.slice(comma + 1), maxFrame)];
+    const files = { input: rest.slice(0, comma), output: rest.slice(comma + 1) };
+    return [new PcapLink({ pool, ...files, maxFrame, warn })];
   }
   if ((kind === 'unix' || kind === 'unix-connect') && rest !== '') {
     return [new UnixLink({ arena, pool, path: rest, mode: kind === 'unix' ? 'listen' : 'connect', maxFrame })];
