@@ -235,18 +235,18 @@ export class InlineIpsec {
 
   /**
    * Takes the SA off the data path at once and destroys its object. Does nothing for a handle without SA. With `retireId` the id is not
-   * used again: somebody may still take it for the SA.
+   * used again: somebody may still take it for the SA. Resolves to that id if there is nobody else who may, for `reuse`; else to null.
    */
-  async destroy(handle: number, retireId = false): Promise<void> {
+  async destroy(handle: number, retireId = false): Promise<number | null> {
     const sa = this.#sas.get(handle);
-    if (sa === undefined) return;
+    if (sa === undefined) return null;
     this.#sas.delete(handle);
     const { table, rules, quiesceTransmit } = this.#options;
     const outbound = sa.type === SaObjectType.outbound;
-    let isNamed = retireId;
+    let isNamedHere = false;
     if (outbound) {
       table.resourceId[handle] = NOT_INLINE;
-      isNamed = !(await quiesceTransmit()) || retireId;
+      isNamedHere = !(await quiesceTransmit());
     } else {
       this.#silence(handle, sa.id);
       await rules?.remove(sa.rules);
@@ -256,8 +256,14 @@ export class InlineIpsec {
     } catch (error) {
       if (!(error instanceof AdminCommandError && error.status === AdminStatus.ENXIO)) throw error;
     }
-    if (!isNamed) (outbound ? this.#outboundIds : this.#inboundIds).give(sa.id);
+    if (!isNamedHere && !retireId) (outbound ? this.#outboundIds : this.#inboundIds).give(sa.id);
     if (sa.identity !== null) this.#inbound.delete(sa.identity);
+    return retireId && !isNamedHere ? sa.id : null;
+  }
+
+  /** Nobody takes the id of an outbound object, which `destroy` has kept, for the SA of before any more. */
+  reuse(id: number): void {
+    this.#outboundIds.give(id);
   }
 
   /** Whether `drained` is waited for. */

@@ -71,7 +71,13 @@ export interface SaThreads {
 /** What is told to whoever manages the SAs. */
 export interface ThreadListener {
   threadOpened(thread: SaThread): void;
-  threadEnded(thread: SaThread, sequences: ReadonlyMap<number, bigint>, closing: boolean): Promise<void>;
+  threadEnded(
+    thread: SaThread,
+    sequences: ReadonlyMap<number, bigint>,
+    closing: boolean,
+    isSent: boolean,
+  ): Promise<void>;
+  threadReset(thread: SaThread): void;
   threadEvent(handle: number, event: keyof SaEvents, args: SaEvents[keyof SaEvents]): void;
 }
 

@@ -16,11 +16,13 @@ export interface ThreadSasParts {
   readonly queues: QueueSas;
   readonly listeners: SaListeners;
   readonly state: SaState;
-  readonly device: Pick<InlineIpsec, 'destroy'> | null;
+  readonly device: Pick<InlineIpsec, 'destroy' | 'reuse'> | null;
 }
 
 export class ThreadSas implements ThreadListener {
   readonly #parts: ThreadSasParts;
+  /** Ids of objects of which packets may be in the rings of threads that have ended. */
+  readonly #named = new Map<SaThread, number[]>();
 
   constructor(parts: ThreadSasParts) {
     this.#parts = parts;
@@ -45,32 +47,50 @@ export class ThreadSas implements ThreadListener {
     await this.#end(managed, true);
   }
 
-  /** `isSent`: no packet that names its object is in the thread's ring any more. */
-  async #end(managed: ManagedSa, gone: boolean, isSent = true): Promise<void> {
+  /** `isSent`: no packet that names its object is in the thread's ring any more. Else resolves to the id, if that ring alone may have it. */
+  async #end(managed: ManagedSa, gone: boolean, isSent = true): Promise<number | null> {
     const { registry, queues, device } = this.#parts;
     const { handle } = managed;
+    let id: number | null = null;
     if (managed.placement.where === 'software') registry.countTwins(managed, -1);
-    else await device?.destroy(handle, !gone || !isSent || managed.lingers);
+    else id = (await device?.destroy(handle, !gone || !isSent || managed.lingers)) ?? null;
     queues.own(handle, undefined);
     if (gone) registry.give(handle);
+    return managed.lingers ? null : id;
   }
 
   /**
    * A thread has let go of its queue, or died: its SAs are over. `sequences` are the next sequence numbers of those that sent in software;
-   * of others every number counts as used. With `closing` their objects are left to the reset of the device that follows.
+   * of others every number counts as used. With `closing` their objects are left to the reset of the device that follows. Unless `isSent`, the
+   * ids of these are not used again until the ring has been reset.
    */
-  async threadEnded(thread: SaThread, sequences: ReadonlyMap<number, bigint>, closing = false): Promise<void> {
+  async threadEnded(
+    thread: SaThread,
+    sequences: ReadonlyMap<number, bigint>,
+    closing = false,
+    isSent = false,
+  ): Promise<void> {
     const { registry, queues } = this.#parts;
-    const ends: Promise<void>[] = [];
+    const ends: Promise<unknown>[] = [];
+    const end = async (managed: ManagedSa) => {
+      const id = await this.#end(managed, true, isSent);
+      if (id !== null) this.#named.set(thread, [...(this.#named.get(thread) ?? []), id]);
+    };
     for (const managed of registry.list()) {
       if (managed.thread !== thread) continue;
       registry.leave(managed);
       managed.keepTraffic();
       managed.claim.release(sequences.get(managed.handle));
-      if (!closing) ends.push(this.#end(managed, true));
+      if (!closing) ends.push(end(managed));
     }
     queues.ended(thread);
     await Promise.allSettled(ends);
+  }
+
+  /** The ring of a thread that has ended is empty. */
+  threadReset(thread: SaThread): void {
+    for (const id of this.#named.get(thread) ?? []) this.#parts.device?.reuse(id);
+    this.#named.delete(thread);
   }
 
   /** A thread has opened its queue: it learns of the inbound SAs of the device. */

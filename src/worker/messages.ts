@@ -66,10 +66,11 @@ export type WorkerMessage =
   | { readonly type: 'arena'; readonly id: number }
   /**
    * The last one: nothing of the queue is used any more. Next sequence numbers of the SAs that sent in software; arenas of which pieces may
-   * still be in the ring.
+   * still be in the ring; whether the device has sent all that was in it.
    */
   | {
       readonly type: 'released';
       readonly sequences: ReadonlyMap<number, bigint>;
       readonly arenas: readonly number[];
+      readonly isSent: boolean;
     };

@@ -185,6 +185,7 @@ export class WorkerNicQueue implements Disposable {
     const { rings, queues, ipsec, arenas, sleeper, control, port, mappings, ledger } = this.#parts;
     queues.tx.reclaim();
     const kept = arenas.end(reason);
+    const isSent = rings.tx.broken === null && rings.tx.free === rings.tx.size;
     rings.rx.fail(reason);
     rings.tx.fail(reason);
     // What is known of sequence numbers after a stop is known no more: all of them count as used.
@@ -195,7 +196,7 @@ export class WorkerNicQueue implements Disposable {
     for (const memory of mappings) unmapMemory(memory);
     dropLedger(ledger);
     control.pass(Owner.worker, Owner.none);
-    this.#send({ type: 'released', sequences, arenas: kept });
+    this.#send({ type: 'released', sequences, arenas: kept, isSent });
     port.close();
   }
 

@@ -47,7 +47,9 @@ export interface WorkerQueueParts {
   readonly onBroken: (error: VipsecError) => void;
   readonly onEvent: (handle: number, event: keyof SaEvents, args: SaEvents[keyof SaEvents]) => void;
   readonly onOpened: (queue: WorkerQueue) => void;
-  readonly onEnded: (queue: WorkerQueue, sequences: ReadonlyMap<number, bigint>) => void;
+  /** The rings are as new. */
+  readonly onReset: (queue: WorkerQueue) => void;
+  readonly onEnded: (queue: WorkerQueue, sequences: ReadonlyMap<number, bigint>, isSent: boolean) => void;
 }
 
 type Released = Extract<WorkerMessage, { readonly type: 'released' }>;
@@ -96,6 +98,7 @@ export class WorkerQueue implements SaThread {
       if (this.#used) {
         await this.#parts.rings.resetWorkerPair(this.#parts.pair);
         this.#loans.reset();
+        this.#parts.onReset(this);
       }
       if (this.#over !== null) throw this.#over;
       this.#used = true;
@@ -168,7 +171,7 @@ export class WorkerQueue implements SaThread {
     const tenancy = this.#tenancy;
     if (tenancy === null) return;
     if (tenancy.control.pass(Owner.offered, Owner.none)) {
-      this.#end(tenancy, { sequences: new Map(), arenas: [] });
+      this.#end(tenancy, { sequences: new Map(), arenas: [], isSent: true });
       return;
     }
     const ended = new Promise<void>((resolve) => {
@@ -336,7 +339,7 @@ export class WorkerQueue implements SaThread {
   }
 
   /** The thread has let go, and says how far its SAs came and which arenas are in its ring; or it has died, and nobody knows. */
-  #end(tenancy: Tenancy, last: Pick<Released, 'sequences' | 'arenas'> | null): void {
+  #end(tenancy: Tenancy, last: Omit<Released, 'type'> | null): void {
     if (this.#tenancy !== tenancy) return;
     this.#tenancy = null;
     this.#state = 'free';
@@ -347,7 +350,7 @@ export class WorkerQueue implements SaThread {
     addCounters(this.#past, tenancy.control.counters);
     endTenancy(tenancy);
     this.#loans.ended(last?.arenas ?? null);
-    this.#parts.onEnded(this, last?.sequences ?? new Map());
+    this.#parts.onEnded(this, last?.sequences ?? new Map(), last?.isSent ?? false);
     for (const listener of [...this.#listeners]) listener(last === null ? 'died' : 'released');
   }
 }

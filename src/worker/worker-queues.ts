@@ -50,7 +50,8 @@ export class WorkerQueues implements SaThreads {
         onBroken: options.onBroken,
         onEvent: (handle, event, args) => this.#listener?.threadEvent(handle, event, args),
         onOpened: (queue) => this.#listener?.threadOpened(queue),
-        onEnded: (queue, sequences) => this.#ended(queue, sequences),
+        onReset: (queue) => this.#listener?.threadReset(queue),
+        onEnded: (queue, sequences, isSent) => this.#ended(queue, sequences, isSent),
       });
     });
   }
@@ -88,8 +89,8 @@ export class WorkerQueues implements SaThreads {
     await Promise.all(this.list.map((queue) => queue.release(reason, ms)));
   }
 
-  #ended(queue: WorkerQueue, sequences: ReadonlyMap<number, bigint>): void {
+  #ended(queue: WorkerQueue, sequences: ReadonlyMap<number, bigint>, isSent: boolean): void {
     // It never rejects, and nobody has to wait for it.
-    void this.#listener?.threadEnded(queue, sequences, this.#closing);
+    void this.#listener?.threadEnded(queue, sequences, this.#closing, isSent);
   }
 }

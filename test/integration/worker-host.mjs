@@ -66,10 +66,15 @@ function spin(queue, words, frame) {
   return queue.broken?.code ?? null;
 }
 
-/** Sends `frame` `count` times, each time under the SA whose number `words[0]` has then. */
+/** Sends `frame` `count` times, each time under the SA whose number `words[0]` has then; the last ones when that has become another. */
 async function sendWhile(queue, words, frame, count) {
+  const first = Atomics.load(words, 0);
+  const deadline = performance.now() + 10_000;
   let sent = 0;
   while (sent < count && queue.broken === null) {
+    while (sent === count - 20 && Atomics.load(words, 0) === first && performance.now() < deadline) {
+      await new Promise((resolve) => setTimeout(resolve, 1));
+    }
     sent += await send(queue, [frame], Atomics.load(words, 0));
     if (sent % 8 === 0) await new Promise((resolve) => setTimeout(resolve, 1));
   }

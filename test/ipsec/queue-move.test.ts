@@ -302,6 +302,24 @@ describe('an SA of the device on its way to another thread', () => {
   );
 });
 
+describe('an SA of the device whose thread ends', () => {
+  it.each([true, false])('gives its id back when the ring of the thread is empty, which is now: %s', async (isSent) => {
+    const { inline } = await smallDevice();
+    const { manager, first } = setup(inline);
+    const where = async (n: number) => {
+      const one = await manager.addSa(sa(n));
+      await one.remove();
+      return one.placement.where;
+    };
+    await manager.addSa(sa(), { queue: 1 });
+    await manager.threads.threadEnded(first, new Map(), false, isSent);
+    expect(await where(1)).toBe(isSent ? 'inline' : 'software');
+    // The queue pair is reset before the next thread gets it.
+    manager.threads.threadReset(first);
+    expect(await where(2)).toBe('inline');
+  });
+});
+
 describe('a pair of SAs', () => {
   it('is followed by the next one on the queues to which it has moved', async () => {
     const { manager } = setup();

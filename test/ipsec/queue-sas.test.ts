@@ -139,7 +139,7 @@ describe('an inbound SA of the device on all threads', () => {
   it('is lost to a thread that is too slow to learn of a new selector', async () => {
     const threads = new FakeThreads();
     const [slow, quick] = threads.threads;
-    const device = { objectOf: () => ({ id: 0, reused: false }), destroy: async () => {} };
+    const device = { objectOf: () => ({ id: 0, reused: false }), destroy: async () => null };
     const state = new SaState(HANDLES, () => {});
     const queues = new QueueSas(threads, device, new NonceGuard({ memory: new NonceMemory() }), state);
     queues.addEverywhere(1, inbound());
