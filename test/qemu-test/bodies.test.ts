@@ -1,6 +1,7 @@
 /** The packets that the bodies send. */
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
+import { checkAnswer, completeChecksum, datagram, indexOf, isAnswer, TOTAL } from '../../qemu-test/bodies/datagrams.ts';
 import {
   hasRightChecksum,
   isIpsec,
@@ -9,6 +10,9 @@ import {
   turnRound,
   udpFrame,
 } from '../../qemu-test/bodies/packets.ts';
+
+import { PacketFlag, PacketPool } from '../../src/packet/pool.ts';
+import { mapAnonymous } from '../../src/sys/memory.ts';
 
 const end = (n: number) => ({ mac: Uint8Array.of(2, 0, 0, 0, 0, n), address: [192, 0, 2, n], port: 1000 * n });
 
@@ -75,5 +79,53 @@ describe('a datagram of the bodies', () => {
         return typeof isIpsec(bytes) === 'boolean';
       }),
     );
+  });
+});
+
+describe('the answer to a datagram of the flows', () => {
+  const nic = { mac: end(1).mac, mtu: 1500 };
+  const peer = { mac: end(2).mac, address: [192, 0, 2, 2], own: [192, 0, 2, 1] };
+  /** What an echo server makes of datagram `index`. */
+  const answer = (index: number): Buffer => {
+    const frame = udpFrame(datagram(nic, peer, index));
+    turnRound(frame);
+    return frame;
+  };
+
+  it('is known by its port and its number, and is right', () => {
+    for (let index = 0; index <= TOTAL; index++) {
+      expect([isAnswer(answer(index)), indexOf(answer(index))]).toEqual([true, index]);
+      expect(isAnswer(udpFrame(datagram(nic, peer, index)))).toBe(false);
+      checkAnswer(answer(index), datagram(nic, peer, index));
+    }
+  });
+
+  it('is wrong when a byte of addresses, ports, checksum or data is changed, or one is missing', () => {
+    fc.assert(
+      fc.property(fc.nat(TOTAL - 1), fc.nat(), fc.integer({ min: 1, max: 255 }), (index, at, change) => {
+        const frame = answer(index);
+        // From the IP addresses on: what is before is the server's own, but for the link header.
+        const place = 26 + (at % (frame.length - 26));
+        frame[place] ^= change;
+        expect(() => checkAnswer(frame, datagram(nic, peer, index))).toThrow();
+        expect(() => checkAnswer(answer(index).subarray(0, -1), datagram(nic, peer, index))).toThrow();
+      }),
+    );
+  });
+
+  it('whose checksum was left open is completed, and no other is touched', () => {
+    const pool = new PacketPool(mapAnonymous(4096), { stride: 2048 });
+    for (let index = 0; index < TOTAL; index++) {
+      const frame = answer(index);
+      const { start, offset } = leaveChecksum(frame);
+      pool.checksumStart[0] = start;
+      pool.checksumOffset[0] = offset;
+      pool.flags[0] = 0;
+      completeChecksum(pool, 0, frame);
+      expect(frame.equals(answer(index))).toBe(false);
+      pool.flags[0] = PacketFlag.needsChecksum;
+      completeChecksum(pool, 0, frame);
+      expect(frame.equals(answer(index))).toBe(true);
+    }
   });
 });
