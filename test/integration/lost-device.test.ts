@@ -72,7 +72,8 @@ describe('a device that dies in the middle', () => {
     const killed = performance.now();
     await device.kill();
     await rejects;
-    expect(performance.now() - killed).toBeLessThan(2000);
+    // Long before its own time is up.
+    expect(performance.now() - killed).toBeLessThan(20_000);
   });
 
   it.each<FaultName>(['dies-after-start', 'dies-on-traffic'])(
