@@ -39,7 +39,8 @@ class Wanderer {
     if (to === this.at) return;
     const progress = structuredClone(this.here.ipsec.take(1));
     this.at = to;
-    this.here.ipsec.add(1, this.#sa, progress);
+    // What it began with is not looked at.
+    this.here.ipsec.add(1, { ...this.#sa, initial: { sequence: 7n } }, progress);
   }
 
   get events(): string[] {
