@@ -90,7 +90,7 @@ export const scenario: Scenario = {
   machine: { qemu: 'vfioUser' },
   devices: [...devices, ...largeDevices],
   modules: ['virtio_pci', 'virtio_net', 'vfio_pci', 'vfio_iommu_type1', 'tun'],
-  timeout: 240,
+  timeout: 300,
   checks: [
     ...RINGS.flatMap((rings) => Object.values(Check).map((check) => named(rings, check))),
     ...Object.values(LargeCheck),
