@@ -4,6 +4,7 @@
  *
  * - `nic.forward.64B`: queue pair in a worker thread (`openQueue`), MAC addresses swapped, the loop device in a thread of its own, which copies
  *   each packet; two cores. `nic.forward.2q`: the rate of two such workers over that of one; each plays its own device, so two cores do.
+ * - `nic.forward.line`: what it takes a cache line to go from one of the two cores to the other, on which `forward.64B` depends.
  * - `nic.interrupt.wake`: from the device's interrupt to the code behind `await rx.wait()`, in a worker and in the main thread; `eventfd`: to a thread that was
  *   blocked in read(2), the barest wake-up on this machine; `over_eventfd`: the one over the other, turn about.
  * - `nic.forward_same_thread` and `nic.forward_inline`: driver and loop device in turns in one thread, so what the device costs is included,
@@ -36,6 +37,7 @@ import {
   summarize,
   type Workload,
 } from '../harness.ts';
+import { lineTimes } from '../line.ts';
 import { LoopDevice } from '../loop-device.ts';
 import { frame, PACKET_BYTES } from '../shared-pair.ts';
 import { blockRatios, type WakingDriver, wakeTimes } from '../waking.ts';
@@ -195,6 +197,7 @@ export const suite: BenchSuite = {
   name: 'nic',
   *benchmarks() {
     yield threads('nic.forward.64B.mpps', 'Mpps', { pairs: 1, device: 'separate' }, forwardingRates, 10);
+    yield { name: 'nic.forward.line.ns', measure: async () => summarize(await lineTimes(), 'ns') };
     yield threads('nic.forward.2q.ratio', 'ratio', { pairs: 2, device: 'together' }, scaling, 1.7);
     yield waking('nic.interrupt.wake.us', 'worker', 'driver', 100);
     yield waking('nic.interrupt.wake_main.us', 'main', 'driver', 100);
