@@ -97,3 +97,17 @@ export async function handOver(queue: WorkerQueue, host: Host): Promise<void> {
     () => `queue pair ${queue.index} is ${queue.state}`,
   );
 }
+
+/** The frame of the way back: addresses and ports the other way round. */
+export function reversed(frame: Buffer): Buffer {
+  const back = Buffer.from(frame);
+  frame.copy(back, 0, 6, 12);
+  frame.copy(back, 6, 0, 6);
+  frame.copy(back, 26, 30, 34);
+  frame.copy(back, 30, 26, 30);
+  if (frame[23] === 6 || frame[23] === 17) {
+    frame.copy(back, 34, 36, 38);
+    frame.copy(back, 36, 34, 36);
+  }
+  return back;
+}

@@ -14,7 +14,7 @@ import {
   send,
   until,
 } from './support.ts';
-import { Host, handOver, hire, type Spinning, turns } from './worker-support.ts';
+import { Host, handOver, hire, reversed, type Spinning, turns } from './worker-support.ts';
 
 afterEach(cleanUp);
 
@@ -472,18 +472,4 @@ function udpFrame(port: number): Buffer {
   frame.writeUInt16BE(9, 36);
   frame.writeUInt16BE(30, 38);
   return frame;
-}
-
-/** The frame of the way back: addresses and ports the other way round. */
-function reversed(frame: Buffer): Buffer {
-  const back = Buffer.from(frame);
-  frame.copy(back, 0, 6, 12);
-  frame.copy(back, 6, 0, 6);
-  frame.copy(back, 26, 30, 34);
-  frame.copy(back, 30, 26, 30);
-  if (frame[23] === 6 || frame[23] === 17) {
-    frame.copy(back, 34, 36, 38);
-    frame.copy(back, 36, 34, 36);
-  }
-  return back;
 }

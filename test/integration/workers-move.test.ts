@@ -1,7 +1,7 @@
 import { afterEach, describe, expect, it } from 'vitest';
 import type { SaHandle } from '../../src/index.ts';
 import { capture, cleanUp, isProtected, openPair, receive, saPair, send, until } from './support.ts';
-import { type Host, hire, type Spinning, turns } from './worker-support.ts';
+import { type Host, hire, reversed, type Spinning, turns } from './worker-support.ts';
 
 afterEach(cleanUp);
 
@@ -30,6 +30,15 @@ async function wired(ipsec: 'software' | 'auto', commandTimeout = 10_000) {
   // A thread that has no outbound SA at all leaves it to the ring to drop what names one.
   for (const queue of [0, 1, 2]) await pair.a.ipsec.addSa(saPair().outbound, { queue });
   return { ...pair, first, second };
+}
+
+/** The same, with an SA on queue pair 1 that has sent five packets. */
+async function sending(ipsec: 'software' | 'auto', commandTimeout?: number) {
+  const all = await wired(ipsec, commandTimeout);
+  const { outbound } = saPair();
+  const sa = await all.a.ipsec.addSa(outbound, { queue: 1 });
+  await all.first.send(1, frames.slice(0, 5), sa.handle);
+  return { ...all, sa, outbound };
 }
 
 /** What was sent under the one SA that there is: each number and each IV once, and none left out. */
@@ -157,10 +166,7 @@ describe.each(['software', 'auto'] as const)('an SA that sends and goes from que
   });
 
   it('goes back when the other thread does not look at its queue, and is not entered there later', async () => {
-    const { a, wire, first, second } = await wired(ipsec, 1500);
-    const { outbound } = saPair();
-    const sa = await a.ipsec.addSa(outbound, { queue: 1 });
-    await first.send(1, frames.slice(0, 5), sa.handle);
+    const { a, wire, first, second, sa, outbound } = await sending(ipsec, 1500);
     const held = hold(second);
     await expect(sa.moveToQueue(2, outbound)).rejects.toThrow(code('QUEUE_TIMEOUT'));
     expect(sa.queue).toBe(1);
@@ -184,10 +190,7 @@ describe.each(['software', 'auto'] as const)('an SA that sends and goes from que
   });
 
   it('is over when the thread dies to which it is on its way, and its nonces are used', async () => {
-    const { a, wire, first, second } = await wired(ipsec);
-    const { outbound } = saPair();
-    const sa = await a.ipsec.addSa(outbound, { queue: 1 });
-    await first.send(1, frames.slice(0, 5), sa.handle);
+    const { a, wire, first, second, sa, outbound } = await sending(ipsec);
     hold(second);
     const moving = sa.moveToQueue(2, outbound);
     moving.catch(() => {});
@@ -208,10 +211,7 @@ describe.each(['software', 'auto'] as const)('an SA that sends and goes from que
   });
 
   it('arrives though the thread dies that it comes from, once that has let go', async () => {
-    const { a, wire, first, second } = await wired(ipsec);
-    const { outbound } = saPair();
-    const sa = await a.ipsec.addSa(outbound, { queue: 1 });
-    await first.send(1, frames.slice(0, 5), sa.handle);
+    const { a, wire, first, second, sa, outbound } = await sending(ipsec);
     const held = hold(second);
     const moving = sa.moveToQueue(2, outbound);
     await onTheWay({ first, second }, a, sa);
@@ -234,10 +234,7 @@ describe.each(['software', 'auto'] as const)('an SA that sends and goes from que
   });
 
   it('is over when the thread dies that has it, before it lets go', async () => {
-    const { a, first } = await wired(ipsec);
-    const { outbound } = saPair();
-    const sa = await a.ipsec.addSa(outbound, { queue: 1 });
-    await first.send(1, frames.slice(0, 5), sa.handle);
+    const { a, first, sa, outbound } = await sending(ipsec);
     hold(first);
     const moving = sa.moveToQueue(2, outbound);
     moving.catch(() => {});
@@ -304,10 +301,7 @@ describe.each(['software', 'auto'] as const)('an SA that sends and goes from que
   });
 
   it('is over with the NIC, also on its way', async () => {
-    const { a, first, second } = await wired(ipsec, 5000);
-    const { outbound } = saPair();
-    const sa = await a.ipsec.addSa(outbound, { queue: 1 });
-    await first.send(1, frames.slice(0, 5), sa.handle);
+    const { a, first, second, sa, outbound } = await sending(ipsec, 5000);
     hold(second);
     const moving = sa.moveToQueue(2, outbound);
     moving.catch(() => {});
@@ -375,14 +369,4 @@ describe('an SA that receives in software and goes from queue to queue', () => {
 function replaysOf(sa: SaHandle): number {
   const { replay = 0 } = sa.traffic().dropped;
   return replay;
-}
-
-/** The frame of the way back: addresses the other way round. */
-function reversed(frame: Buffer): Buffer {
-  const back = Buffer.from(frame);
-  frame.copy(back, 0, 6, 12);
-  frame.copy(back, 6, 0, 6);
-  frame.copy(back, 26, 30, 34);
-  frame.copy(back, 30, 26, 30);
-  return back;
 }
