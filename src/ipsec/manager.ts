@@ -20,6 +20,7 @@ import { saId } from './key-id.ts';
 import { ManagedSa } from './managed-sa.ts';
 import { type MoveOptions, type MoveParts, moveSa } from './move.ts';
 import type { NonceClaim, NonceGuard } from './nonce-guard.ts';
+import { Obstacles } from './obstacles.ts';
 import { OwnSas, type SoftwareFactory, type SoftwareSide } from './own-sas.ts';
 import { type Placement, place, type Where } from './placement.ts';
 import { moveToQueue, type QueueMoveParts } from './queue-move.ts';
@@ -68,6 +69,7 @@ export class IpsecManager implements Ipsec {
   readonly #listeners: SaListeners;
   readonly #own: OwnSas;
   readonly #queues: QueueSas;
+  readonly #obstacles: Obstacles;
   #closed: VipsecError | null = null;
 
   constructor(options: IpsecManagerOptions) {
@@ -90,6 +92,7 @@ export class IpsecManager implements Ipsec {
       ...{ state, guard, mtu, software },
       onEvent: (handle, event) => listeners.tell(handle, ...eventOf(event)),
     });
+    this.#obstacles = new Obstacles(this.inlineObstacle, options.inline, registry);
     this.threads = new ThreadSas({ registry, queues, listeners, state, device: options.inline });
   }
 
@@ -117,8 +120,8 @@ export class IpsecManager implements Ipsec {
   }
 
   async #add(sa: SecurityAssociation, require: Where | undefined, thread: SaThread | null): Promise<SaHandle> {
-    this.#refuseDuplicate(sa);
-    const inlineObstacle = this.inlineObstacle ?? this.device?.obstacle(sa) ?? this.#twinInSoftware(sa);
+    this.#obstacles.refuseDuplicate(sa);
+    const inlineObstacle = this.#obstacles.inline(sa);
     const softwareObstacle = this.#own.obstacle;
     const placement = place({ sa, inlineObstacle, softwareObstacle, ...(require === undefined ? {} : { require }) });
     const handle = this.#registry.take();
@@ -195,19 +198,6 @@ export class IpsecManager implements Ipsec {
     this.#registry.enter(managed);
     this.#queues.own(handle, thread);
     return managed;
-  }
-
-  /** The device finds an inbound SA by SPI alone, so a second one with the same SPI would get the first one's packets. */
-  #refuseDuplicate(sa: SecurityAssociation): void {
-    if (sa.direction === 'inbound' && this.device?.hasInbound(sa) === true) {
-      const spi = `0x${sa.spi.toString(16)}`;
-      throw new IpsecError('SA_EXISTS', `an inbound SA with SPI ${spi} is on the device`, { path: 'sa.spi' });
-    }
-  }
-
-  #twinInSoftware(sa: SecurityAssociation): string | null {
-    const twin = sa.direction === 'inbound' && this.#registry.twins(sa) > 0;
-    return twin ? 'a software SA has the same SPI' : null;
   }
 
   traffic(managed: ManagedSa): SaTraffic {
@@ -288,7 +278,7 @@ export class IpsecManager implements Ipsec {
       device: () => this.#device(),
       software: () => this.#own.side(),
       traffic: (one) => this.traffic(one),
-      obstacle: (_, moved, to) => this.#obstacleThere(moved, to),
+      obstacle: (_, moved, to) => (to === 'inline' ? this.#obstacles.inline(moved, true) : this.#own.obstacle),
       switchOver: (one, moved, to) => this.#switchOver(one, moved, to),
       closed: () => this.#closed,
     };
@@ -319,14 +309,6 @@ export class IpsecManager implements Ipsec {
   /** SAs move between threads only where there are any. */
   idOf(sa: SecurityAssociation): string {
     return this.#options.threads === undefined ? '' : saId(sa);
-  }
-
-  /** Why an SA of the other place cannot be `where`, or null. */
-  #obstacleThere(sa: SecurityAssociation, where: Where): string | null {
-    if (where === 'software') return this.#own.obstacle;
-    const twin =
-      sa.direction === 'inbound' && this.#registry.twins(sa) > 1 ? 'another software SA has the same SPI' : null;
-    return this.inlineObstacle ?? this.device?.obstacle(sa) ?? twin;
   }
 
   /** Between two bursts: the SA, which is in both places, is from now on `where`. */
