@@ -2,7 +2,7 @@
  * A worker thread that does with a queue pair what a test tells it: `{ id, name, … }` is answered by `{ id, value }` or `{ id, error }`.
  */
 import { parentPort } from 'node:worker_threads';
-import { openQueue } from '../../dist/src/index.js';
+import { openQueue } from '../../dist/src/worker/open-queue.js';
 
 const queues = new Map();
 const packets = new Uint32Array(64);

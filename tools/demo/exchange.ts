@@ -13,7 +13,7 @@ export const RING = 1024;
 /** Frames on their way in one direction, at most: half of what the rings hold, so that none is dropped. */
 const WINDOW = RING / 2;
 /** Milliseconds without any frame after which the demo gives up. */
-const SILENCE = 5_000;
+const SILENCE = 20_000;
 /** A byte of the ICV of AES-GCM. */
 const CORRUPTED_FROM_END = 5;
 

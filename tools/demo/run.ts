@@ -31,7 +31,7 @@ export interface DemoOptions extends ExchangeOptions {
 }
 
 /** Milliseconds for both devices to connect to the wire. */
-const CONNECT = 10_000;
+const CONNECT = 60_000;
 
 /** Runs the demo from nothing to nothing. Throws what went wrong on the way; wrong numbers are in the report. */
 export async function runDemo(options: DemoOptions): Promise<DemoReport> {

@@ -7,7 +7,7 @@ import { copyFileSync, mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 
 /** How long tshark may take. */
-const DEADLINE_MS = 20_000;
+const DEADLINE_MS = 60_000;
 
 export interface TsharkVerdict {
   /** ESP packets that it saw. */
