@@ -1,6 +1,7 @@
 /**
  * An eventfd: a 64-bit counter behind a descriptor, readable while it is not zero (eventfd(2)). Interrupts and
- * doorbells travel as eventfds.
+ * doorbells travel as eventfds. Whether a descriptor waits is a flag that both sides have in common: a peer that takes it back and
+ * fills the counter stops `signal`, one that empties the counter in between stops `drain`, and with it this thread.
  */
 import { readlinkSync } from 'node:fs';
 import { constants as os } from 'node:os';
@@ -38,7 +39,7 @@ export class EventFd {
 
   /**
    * Takes over a descriptor that came from another process. Throws SystemError `EINVAL` (the caller keeps the
-   * descriptor) when it is not an eventfd; makes it non-blocking, so that a full counter cannot stall `signal`.
+   * descriptor) when it is not an eventfd; makes it non-blocking, so that a reader which is behind cannot stall `signal`.
    */
   static adopt(fd: number): EventFd {
     if (!readlinkSync(`/proc/self/fd/${fd}`).startsWith('anon_inode:[eventfd')) {
