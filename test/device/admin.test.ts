@@ -21,6 +21,7 @@ import {
   SELECTOR_LENGTH,
   SelectorType,
 } from '../../src/virtio-net/flow-filter-wire.ts';
+import { runs } from '../depth.ts';
 import { AdminBench } from './helpers/admin.ts';
 import { encodeSa, inboundObject, saObject } from './helpers/sa.ts';
 
@@ -132,7 +133,7 @@ describe('administration commands', () => {
         expect(known.has(status)).toBe(true);
         expect(qualifier === 0).toBe(status === S.OK);
       }),
-      { numRuns: 500 },
+      { numRuns: runs(200) },
     );
     b.admin.clear();
     expect(b.ipsec.inUse || b.flowFilter.inUse).toBe(false);

@@ -6,6 +6,7 @@ import fc from 'fast-check';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import type { Device, DeviceOptions } from '../../src/device/index.ts';
 import { Feature, FeatureSet } from '../../src/virtio/features.ts';
+import { runs } from '../depth.ts';
 import { NetDriver, udpFrame } from './helpers/net-driver.ts';
 import { pause, until } from './helpers/raw-client.ts';
 import { startDevice } from './helpers/start.ts';
@@ -419,7 +420,7 @@ describe('commands that make no sense', () => {
         expect(length).toBeLessThanOrEqual(1 + room);
         if (ack === ERR) expect(length).toBe(1);
       }),
-      { numRuns: 300 },
+      { numRuns: runs(150) },
     );
     expect(await net.driver.status()).toBe(15);
   });

@@ -7,6 +7,7 @@ import {
   SELECTOR_LENGTH,
   SelectorType,
 } from '../../src/virtio-net/flow-filter-wire.ts';
+import { runs } from '../depth.ts';
 import { udpFrame } from './helpers/net-driver.ts';
 
 const T = SelectorType;
@@ -208,7 +209,7 @@ describe('matching flow filter rules', () => {
         expect(alone).toContain(winner);
         expect(winner.groupPriority * 1000 + winner.rule.priority).toBe(best);
       }),
-      { numRuns: 300 },
+      { numRuns: runs(150) },
     );
   });
 
@@ -229,7 +230,7 @@ describe('matching flow filter rules', () => {
         };
         expect(around(0)).toBe(around(50));
       }),
-      { numRuns: 500 },
+      { numRuns: runs(200) },
     );
   });
 });

@@ -8,6 +8,7 @@ import { SplitDeviceQueue } from '../../src/device/split-queue.ts';
 import { ftruncate, memfdCreate } from '../../src/sys/libc.ts';
 import { type DmaMemory, mapShared } from '../../src/sys/memory.ts';
 import { createVirtqueue, virtqueueBytes } from '../../src/virtqueue/create.ts';
+import { runs } from '../depth.ts';
 import { GUEST_IOVA, GUEST_SIZE } from './helpers/mini-driver.ts';
 import { AVAIL, PackedRing, USED } from './helpers/packed-ring.ts';
 
@@ -379,7 +380,7 @@ describe('the device side of a packed virtqueue', () => {
           queue.arm(0);
         }
       }),
-      { numRuns: 1000 },
+      { numRuns: runs(300) },
     );
   });
 });
@@ -531,7 +532,7 @@ describe.each(['split', 'packed'] as const)('driver and device on one %s ring', 
         expect([driver.broken, device.broken]).toEqual([null, null]);
         device.close();
       }),
-      { numRuns: 300 },
+      { numRuns: runs(150) },
     );
   });
 });

@@ -6,6 +6,7 @@ import { NO_BUFFER } from '../../src/device/queues.ts';
 import { SplitDeviceQueue } from '../../src/device/split-queue.ts';
 import { ftruncate, memfdCreate } from '../../src/sys/libc.ts';
 import { mapShared } from '../../src/sys/memory.ts';
+import { runs } from '../depth.ts';
 import { GUEST_IOVA, GUEST_SIZE, Ring } from './helpers/mini-driver.ts';
 
 const NEXT = 1;
@@ -447,7 +448,7 @@ describe('the device side of a split virtqueue', () => {
         // What the random writes did to the ring itself must not reach the next run.
         view.u8.fill(0, 0, 3 * 4096);
       }),
-      { numRuns: 400 },
+      { numRuns: runs(200) },
     );
   });
 });

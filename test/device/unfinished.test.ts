@@ -11,6 +11,7 @@ import { ChecksumState, transportChecksum } from '../../src/packet/transport-che
 import { Feature, FeatureSet, withRequirementsMet } from '../../src/virtio/features.ts';
 import { CommonCfgField as F } from '../../src/virtio/pci-layout.ts';
 import { type NetHeader, NetHeaderFlag } from '../../src/virtio-net/header.ts';
+import { runs } from '../depth.ts';
 import { inTunnel, type Large, large } from './helpers/large.ts';
 import { NetDriver, udpFrame } from './helpers/net-driver.ts';
 import { pause, until } from './helpers/raw-client.ts';
@@ -225,7 +226,7 @@ describe('a packet that stands for several', () => {
         expect(bytes[0][10] | (bytes[0][11] << 8)).toBe(posted.length);
         expect(Buffer.concat(bytes).subarray(layout.length).equals(packet.frame)).toBe(true);
       }),
-      { numRuns: 60 },
+      { numRuns: runs(60) },
     );
   });
 
@@ -377,7 +378,7 @@ describe('a driver that sends packets for segmentation', () => {
           }
         }
       }),
-      { numRuns: 250 },
+      { numRuns: runs(100) },
     );
   });
 

@@ -5,6 +5,7 @@ import { transformById } from '../../src/fallback/engines/transform.ts';
 import { verdictNames } from '../../src/fallback/verdict.ts';
 import { setIpv4Checksum } from '../../src/packet/checksum.ts';
 import { PacketFlag } from '../../src/packet/pool.ts';
+import { runs } from '../depth.ts';
 import {
   ahTransforms,
   type Bench,
@@ -179,7 +180,7 @@ describe('packets from anybody', () => {
         expect(verdict).not.toBe('ok');
         if (verdict === 'not-ipsec') expect(toHex(bytes)).toBe(toHex(concat(link, hex(head), tail)));
       }),
-      { numRuns: 3000 },
+      { numRuns: runs(1000) },
     );
   });
 
@@ -199,7 +200,7 @@ describe('packets from anybody', () => {
         const { verdict } = unprotectOne(bench, packet);
         expect(['malformed', 'no-sa', 'icv', 'not-ipsec']).toContain(verdict);
       }),
-      { numRuns: 3000 },
+      { numRuns: runs(1000) },
     );
   });
 

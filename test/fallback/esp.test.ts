@@ -2,6 +2,7 @@ import { readFileSync } from 'node:fs';
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import type { SecurityAssociationInput } from '../../src/ipsec/validate.ts';
+import { runs } from '../depth.ts';
 import {
   concat,
   counting,
@@ -215,7 +216,7 @@ describe('any packet', () => {
           expect(toHex(opened.bytes)).toBe(toHex(input));
         },
       ),
-      { numRuns: 300 },
+      { numRuns: runs(200) },
     );
   });
 });

@@ -2,6 +2,7 @@ import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { Chain, insertionPoint, MAX_HEADERS, walkIpv6 } from '../../src/fallback/extension-headers.ts';
 import { Verdict } from '../../src/fallback/verdict.ts';
+import { runs } from '../depth.ts';
 import { concat, counting, hex, ipv4, ipv6, makeBench, makePair, protectOne, toHex, unprotectOne } from './support.ts';
 
 /** An extension header of 8 bytes that leads to `next`. */
@@ -95,7 +96,7 @@ describe('chains from anybody', () => {
         expect(out[Chain.nextHeaderAt]).toBeLessThan(packet.length);
         expect(packet[out[Chain.nextHeaderAt]]).toBe(out[Chain.protocol]);
       }),
-      { numRuns: 3000 },
+      { numRuns: runs(1000) },
     );
   });
 

@@ -1,6 +1,7 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { carryWindow, isNew, markSeen, startWindow, windowBlocks } from '../../src/fallback/replay.ts';
+import { runs } from '../depth.ts';
 
 /** What RFC 4303, 3.4.3 says, with a set of numbers and no arithmetic on bits. */
 class NaiveWindow {
@@ -117,7 +118,7 @@ describe('replay windows', () => {
         }
         expect(window.neighbours.every((word) => word === 0x5a5a5a5a)).toBe(true);
       }),
-      { numRuns: 200 },
+      { numRuns: runs(200) },
     );
   });
 
@@ -175,7 +176,7 @@ describe('replay windows', () => {
         }
         expect(wrong).toEqual([]);
       }),
-      { numRuns: 200 },
+      { numRuns: runs(200) },
     );
   });
 });

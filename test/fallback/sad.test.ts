@@ -3,6 +3,7 @@ import { describe, expect, it } from 'vitest';
 import { IpsecError } from '../../src/errors.ts';
 import { RECORD, SaKind, SaTable, SaWord } from '../../src/fallback/sa-table.ts';
 import { MAX_HANDLE, SaDatabase } from '../../src/fallback/sad.ts';
+import { runs } from '../depth.ts';
 import { type Bench, counting, ipv4, ipv6, makeBench, makeSa, protectOne, unprotectOne } from './support.ts';
 
 const PACKET = ipv4(counting(40));
@@ -179,7 +180,7 @@ describe('the hash table of inbound SAs', () => {
           expect(lookup(one.spi, one.destination)).toBe(expected);
         }
       }),
-      { numRuns: 200 },
+      { numRuns: runs(100) },
     );
   });
 

@@ -1,6 +1,7 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { inferHigh, NO_WINDOW_SPAN, Resync, statelessHigh } from '../../src/fallback/sequence.ts';
+import { runs } from '../depth.ts';
 import { type Bench, counting, ipv4, makeBench, makePair, makeSa, pass, protectOne, unprotectOne } from './support.ts';
 
 const U32 = 1n << 32n;
@@ -18,7 +19,7 @@ describe('the high half of a sequence number', () => {
           expect(BigInt(high >>> 0)).toBe(number / U32);
         },
       ),
-      { numRuns: 2000 },
+      { numRuns: runs(500) },
     );
   });
 

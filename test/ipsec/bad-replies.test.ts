@@ -12,6 +12,7 @@ import { findObjectOpcodes } from '../../src/virtio/objects.ts';
 import { DeviceStatus } from '../../src/virtio/pci-layout.ts';
 import { FlowFilter } from '../../src/virtio-net/flow-filter.ts';
 import { encodeGroup, FlowFilterObject } from '../../src/virtio-net/flow-filter-wire.ts';
+import { runs } from '../depth.ts';
 import { AdminBench } from '../device/helpers/admin.ts';
 import { FakeDevice, receiveCommands } from '../virtio/fake-device.ts';
 import type { NaiveSplitDevice } from '../virtqueue/support.ts';
@@ -199,7 +200,7 @@ describe.each(WIRE_REVISIONS)('a driver that speaks %s', (revision) => {
           expect(error.message).not.toContain([...key(16)].join());
         }
       }),
-      { numRuns: 200 },
+      { numRuns: runs(100) },
     );
   }, 60_000);
 });

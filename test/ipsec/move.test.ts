@@ -8,6 +8,7 @@ import type { Where } from '../../src/ipsec/placement.ts';
 import type { SecurityAssociation } from '../../src/ipsec/sa.ts';
 import { ipsecWire } from '../../src/ipsec/wire/revisions.ts';
 import { AdminStatus } from '../../src/virtio/admin-wire.ts';
+import { runs } from '../depth.ts';
 import { refuse } from '../virtio-net/fake-admin.ts';
 import { closeMoves, type MoveSetup, openForMoves } from './move-support.ts';
 import { inbound, key, outbound } from './support.ts';
@@ -436,7 +437,7 @@ describe('nonces', () => {
           }
           closeMoves();
         }),
-        { numRuns: 1000, examples: revision === 'virtio-1.4' ? [] : [[leftUnused]] },
+        { numRuns: runs(1000), examples: revision === 'virtio-1.4' ? [] : [[leftUnused]] },
       );
       expect(moves).toBeGreaterThan(20);
     },

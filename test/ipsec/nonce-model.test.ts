@@ -19,6 +19,7 @@ import type { Where } from '../../src/ipsec/placement.ts';
 import type { SecurityAssociation } from '../../src/ipsec/sa.ts';
 import { AdminOpcode, AdminStatus } from '../../src/virtio/admin-wire.ts';
 import type { WireRevision } from '../../src/virtio/revision.ts';
+import { runs } from '../depth.ts';
 import { refuse } from '../virtio-net/fake-admin.ts';
 import { closeMoves, type Evidence, ipPacket, type MoveSetup, openForMoves } from './move-support.ts';
 import { key, outbound } from './support.ts';
@@ -262,7 +263,7 @@ describe.each(['virtio-1.4', 'rfc-2025-01'] as const)('nonces on %s', (revision)
           for (const [name, count] of Object.entries(history.done)) total[name] = (total[name] ?? 0) + count;
           closeMoves();
         }),
-        { numRuns: 1000, examples: EXAMPLES.map((steps) => [steps]) },
+        { numRuns: runs(1000), examples: EXAMPLES.map((steps) => [steps]) },
       );
     } finally {
       rmSync(folder, { recursive: true, force: true });

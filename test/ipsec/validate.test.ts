@@ -5,6 +5,7 @@ import { IpsecError } from '../../src/errors.ts';
 import { parseSaDocument } from '../../src/ipsec/sa-file.ts';
 import { SecretBytes } from '../../src/ipsec/secret.ts';
 import { validateSa, validateSas } from '../../src/ipsec/validate.ts';
+import { runs } from '../depth.ts';
 
 type Json = Record<string, unknown>;
 
@@ -351,7 +352,7 @@ describe('an SA that is wrong is refused with code and path', () => {
           expect(error).toBeInstanceOf(IpsecError);
         }
       }),
-      { numRuns: 500 },
+      { numRuns: runs(300) },
     );
   });
 });

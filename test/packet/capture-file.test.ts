@@ -5,6 +5,7 @@ import fc from 'fast-check';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { InputError } from '../../src/errors.ts';
 import { CaptureReader, CaptureWriter, type CaptureWriterOptions } from '../../src/packet/capture-file.ts';
+import { runs } from '../depth.ts';
 
 let folder = '';
 let serial = 0;
@@ -118,7 +119,7 @@ describe('a capture written and read back', () => {
         const expected = packets.map((p) => ({ ...p, nanoseconds: p.nanoseconds - (p.nanoseconds % unit) }));
         expect(readAll(path, chunk)).toEqual(expected);
       }),
-      { numRuns: 60 },
+      { numRuns: runs(60) },
     );
   });
 
@@ -241,7 +242,7 @@ describe('a pcapng file', () => {
           expect(packet.nanoseconds).toBe(Number(((ticks % perSecond) * 1_000_000_000n) / perSecond));
         },
       ),
-      { numRuns: 300 },
+      { numRuns: runs(200) },
     );
   });
 

@@ -8,6 +8,7 @@ import type { SecurityAssociation } from '../../src/ipsec/sa.ts';
 import { validateSas } from '../../src/ipsec/validate.ts';
 import { CaptureReader, CaptureWriter } from '../../src/packet/capture-file.ts';
 import { anyDropped, EspPipeline, type EspReport } from '../../tools/esp-pipeline.ts';
+import { runs } from '../depth.ts';
 
 const data = new URL('../data/', import.meta.url).pathname;
 const captures = readdirSync(data)
@@ -351,7 +352,7 @@ describe('whatever is in a capture', () => {
         expect(report.out).toBe(report.protected + report.verified + report.bypassed - dropped(report, 'link-type'));
         expect(packets(output).length).toBe(report.out);
       }),
-      { numRuns: 60 },
+      { numRuns: runs(60) },
     );
   });
 });

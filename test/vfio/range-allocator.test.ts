@@ -1,6 +1,7 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { RangeAllocator } from '../../src/vfio/range-allocator.ts';
+import { runs } from '../depth.ts';
 
 /** The same job by trying every number: slow and hard to get wrong. */
 class Naive {
@@ -66,7 +67,7 @@ describe('RangeAllocator', () => {
           for (let size = BOUNDARY; size > 0; size--) expect(allocator.allocate(size, 1)).toBe(naive.allocate(size, 1));
         },
       ),
-      { numRuns: 300 },
+      { numRuns: runs(100) },
     );
   });
 

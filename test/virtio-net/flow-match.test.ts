@@ -3,6 +3,7 @@ import { describe, expect, it } from 'vitest';
 import { type MatcherRule, NO_MATCH, RuleMatcher } from '../../src/device/flow-matcher.ts';
 import { FlowFilterAction, hasWholeFields, SelectorFlag } from '../../src/virtio-net/flow-filter-wire.ts';
 import { compileMatch, type FlowMatch, type NumberMatch } from '../../src/virtio-net/flow-match.ts';
+import { runs } from '../depth.ts';
 
 /** An Ethernet frame with an IP packet of TCP, UDP or ESP, of few different values so that matches happen. */
 const frames = fc
@@ -151,7 +152,7 @@ describe('a flow filter match', () => {
           expect(hit).toBe(means(match, shape));
         }
       }),
-      { numRuns: 400 },
+      { numRuns: runs(200) },
     );
   });
 

@@ -4,6 +4,7 @@ import { NO_PACKET, PacketFlag } from '../../src/packet/pool.ts';
 import { Feature } from '../../src/virtio/features.ts';
 import { encodeNetHeader, GsoType, NetHeader, NetHeaderFlag } from '../../src/virtio-net/header.ts';
 import { RxCounter } from '../../src/virtio-net/rx.ts';
+import { runs } from '../depth.ts';
 import { content, type Options, queues } from './queue-support.ts';
 
 const { NEEDS_CSUM, SECURITY } = NetHeaderFlag;
@@ -61,7 +62,7 @@ describe('a packet over several buffers', () => {
         q.rx.close();
         expect(q.pool.available).toBe(128);
       }),
-      { numRuns: 200 },
+      { numRuns: runs(100) },
     );
   });
 

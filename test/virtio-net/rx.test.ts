@@ -10,6 +10,7 @@ import {
   wireFlags,
 } from '../../src/virtio-net/header.ts';
 import { RxCounter } from '../../src/virtio-net/rx.ts';
+import { runs } from '../depth.ts';
 import { content, type Options, queues } from './queue-support.ts';
 
 const { SECURITY, SECURITY_ERR, SECURITY_SA_SOFT_EXPIRY_WARN, NEEDS_CSUM, DATA_VALID } = NetHeaderFlag;
@@ -184,7 +185,7 @@ describe('security of a received packet', () => {
           expect(received[i]).toMatchObject({ sa, flags: expected });
         }
       }),
-      { numRuns: 300 },
+      { numRuns: runs(200) },
     );
   });
 

@@ -4,6 +4,7 @@ import { VirtioError } from '../../src/errors.ts';
 import { allocateVirtqueue } from '../../src/virtqueue/create.ts';
 import { PackedVirtqueue } from '../../src/virtqueue/packed.ts';
 import type { Virtqueue, VirtqueueOptions } from '../../src/virtqueue/virtqueue.ts';
+import { runs } from '../depth.ts';
 import { NaivePackedDevice } from './packed-support.ts';
 import { type Chain, setupOf, TestMemory } from './support.ts';
 
@@ -344,7 +345,7 @@ describe('a malicious device on a packed ring', () => {
         const left = [...tokens.subarray(0, queue.reclaimAll(tokens))].sort();
         expect(left).toEqual([...out].sort());
       }),
-      { numRuns: 1000 },
+      { numRuns: runs(300) },
     );
   });
 });

@@ -4,6 +4,7 @@ import { VirtioError } from '../../src/errors.ts';
 import { allocateVirtqueue } from '../../src/virtqueue/create.ts';
 import { SplitVirtqueue } from '../../src/virtqueue/split.ts';
 import type { Virtqueue, VirtqueueOptions } from '../../src/virtqueue/virtqueue.ts';
+import { runs } from '../depth.ts';
 import { type Chain, NaiveSplitDevice, setupOf, TestMemory } from './support.ts';
 
 const IOVA_LOW = 0x2000_0000;
@@ -236,7 +237,7 @@ describe('a malicious device', () => {
         const left = [...tokens.subarray(0, queue.reclaimAll(tokens))].sort();
         expect(left).toEqual([...out].sort());
       }),
-      { numRuns: 500 },
+      { numRuns: runs(200) },
     );
   });
 });

@@ -3,6 +3,7 @@ import { describe, expect, it } from 'vitest';
 import { VirtioError } from '../../src/errors.ts';
 import { allocateVirtqueue, type RingFormat } from '../../src/virtqueue/create.ts';
 import type { Virtqueue, VirtqueueOptions } from '../../src/virtqueue/virtqueue.ts';
+import { runs } from '../depth.ts';
 import { NaivePackedDevice } from './packed-support.ts';
 import { type Chain, type NaiveDevice, NaiveSplitDevice, setupOf, TestMemory } from './support.ts';
 
@@ -278,7 +279,7 @@ describe.each(['split', 'packed'] as const satisfies RingFormat[])('a %s virtque
           expect(queue.broken).toBeNull();
         },
       ),
-      { numRuns: 1000 },
+      { numRuns: runs(300) },
     );
   });
 
@@ -310,7 +311,7 @@ describe.each(['split', 'packed'] as const satisfies RingFormat[])('a %s virtque
         const left = [...tokens.subarray(0, queue.reclaimAll(tokens))].sort();
         expect(left).toEqual([...out].sort());
       }),
-      { numRuns: 500 },
+      { numRuns: runs(200) },
     );
   });
 

@@ -23,7 +23,7 @@ export const ALL_OPCODES = [0, 1, 7, 8, 9, 10, 11, 12, 13];
 const POOL_SIZE = 2 ** 20;
 
 export class AdminBench {
-  readonly arena = new Arena(64 * 2 ** 20);
+  readonly arena = new Arena(4 * 2 ** 20);
   readonly pool: PacketPool;
   readonly ipsec: DeviceIpsec;
   readonly flowFilter = new FlowFilter();

@@ -4,6 +4,7 @@ import { describe, expect, it } from 'vitest';
 import { type CryptoBurst, type CryptoEngine, JobStatus, MAX_BURST } from '../../../../src/fallback/engines/engine.ts';
 import { transformById } from '../../../../src/fallback/engines/transform.ts';
 import type { MappedMemory } from '../../../../src/sys/memory.ts';
+import { runs } from '../../../depth.ts';
 import { NodeEngine, plainMemory } from '../../node-engine.ts';
 import { AVAILABLE, layOut, Random, randomKeys, randomNonces, TYPICAL, usable, withEngine } from './support.ts';
 
@@ -149,7 +150,7 @@ export function robustnessSuite(): void {
                 }
                 expect(Buffer.compare(memory.u8, reference.u8)).toBe(0);
               }),
-              { numRuns: 40 },
+              { numRuns: runs(40) },
             );
           });
         });
