@@ -70,7 +70,7 @@ export class Interrupts {
   }
 
   /**
-   * Resolves to true when `vector` fires, or has fired since it was last waited for; to false after `timeoutMs`.
+   * Resolves to true when `vector` fires, or has fired since it was last waited for, the interrupt that ended that wait included; to false after `timeoutMs`.
    * Rejects with VfioError when the function is lost or the interrupts are closed. Holds the event loop open.
    */
   wait(vector: number, timeoutMs = Infinity): Promise<boolean> {
