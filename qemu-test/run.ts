@@ -76,7 +76,7 @@ async function main(options: Options): Promise<number> {
   }
   const scratch = await mkdtemp(join(tmpdir(), 'vipsec-image-'));
   try {
-    const results = await runAll(scenarios, join(scratch, 'guest.cpio'), options);
+    const results = await runAll(scenarios, scratch, options);
     return report(results, options);
   } finally {
     await rm(scratch, { recursive: true, force: true });
@@ -85,7 +85,7 @@ async function main(options: Options): Promise<number> {
 
 async function runAll(
   scenarios: ReadonlyMap<string, Scenario>,
-  image: string,
+  scratch: string,
   options: Options,
 ): Promise<ScenarioResult[]> {
   const cache = cacheFolder();
@@ -94,7 +94,7 @@ async function runAll(
   const progress = openProgress(process.stderr);
   const components = await fetchComponents({ cache, progress, signal: stopped.signal });
   progress.update('guest', 'building the image');
-  await buildImage({ components, cache, packageRoot, dist, output: image });
+  const image = await buildImage({ components, cache, packageRoot, dist, scratch });
   progress.close();
   const taps = await findTaps(components, scenarios);
   const results = new Map<string, ScenarioResult>();

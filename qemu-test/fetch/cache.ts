@@ -3,7 +3,7 @@
  * `~/.cache/virtio-ipsec`. An entry is a folder that appears whole (made under another name, then renamed); two runs
  * that want the same entry wait for one another.
  */
-import { mkdir, open, readFile, rename, rm, stat } from 'node:fs/promises';
+import { mkdir, open, readdir, readFile, rename, rm, stat, utimes } from 'node:fs/promises';
 import { homedir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
@@ -50,6 +50,23 @@ export async function entry(
     await release();
   }
   return folder;
+}
+
+/**
+ * Notes that entry `name` is in use, and deletes all but the `keep` that were used last of the entries whose names begin as its own does, up to
+ * the dash.
+ */
+export async function removeUnused(cache: string, name: string, keep: number): Promise<void> {
+  const now = new Date();
+  await utimes(join(cache, name), now, now);
+  const alike = new RegExp(`^${name.slice(0, name.indexOf('-') + 1)}[0-9a-f]+$`);
+  const found: { path: string; used: number }[] = [];
+  for (const other of await readdir(cache)) {
+    const path = join(cache, other);
+    if (alike.test(other)) found.push({ path, used: (await stat(path)).mtimeMs });
+  }
+  found.sort((a, b) => b.used - a.used);
+  for (const { path } of found.slice(keep)) await rm(path, { recursive: true, force: true });
 }
 
 /** A file that names the process that holds the lock; one left by a process that is dead is taken over. */

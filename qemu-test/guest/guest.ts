@@ -11,8 +11,9 @@ export interface CommandResult {
   readonly stderr: string;
 }
 
-const NOTE_TIMEOUT_MS = 30_000;
-const COMMAND_TIMEOUT_MS = 60_000;
+/** What ends the waiting is the scenario's time. */
+const NOTE_TIMEOUT_MS = 3_600_000;
+const COMMAND_TIMEOUT_MS = 120_000;
 /** Device k of the scenario is in slot 0x10 + k of the root bus, or behind a root port there. `machine.ts` places them so. */
 export const FIRST_ROOT_PORT_SLOT = 0x10;
 

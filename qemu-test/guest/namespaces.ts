@@ -13,7 +13,7 @@ export function addNamespace(guest: Guest, name: string): void {
 
 /** Sends `count` echo requests from inside a namespace (null: the first one) and needs all the answers. */
 export function ping(guest: Guest, from: string | null, to: string, count = 3, size = 56): string {
-  const command = `ping -c ${count} -i 0.01 -W 5 -s ${size} ${to}`;
+  const command = `ping -c ${count} -i 0.01 -W 30 -s ${size} ${to}`;
   const output = guest.must(from === null ? command : `ip netns exec ${from} ${command}`);
   const summary = /(\d+) packets transmitted, (\d+) packets received/.exec(output);
   if (summary === null || summary[1] !== summary[2]) throw new Error(`ping ${to}: ${output}`);

@@ -1,8 +1,8 @@
 /** A child process that answers each request with one message: the gateway, the traffic ends. */
 import { type ChildProcess, spawn } from 'node:child_process';
 
-const START_MS = 60_000;
-const ANSWER_MS = 40_000;
+const START_MS = 120_000;
+const ANSWER_MS = 120_000;
 
 export class Helper {
   readonly #child: ChildProcess;

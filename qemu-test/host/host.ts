@@ -3,7 +3,8 @@ import { Mailbox } from '../messages.ts';
 import type { FramePort } from './frames.ts';
 import type { Qmp } from './qmp.ts';
 
-const NOTE_TIMEOUT_MS = 60_000;
+/** No scenario takes longer: what ends the waiting is the end of the guest, which the scenario's time bounds. */
+const NOTE_TIMEOUT_MS = 3_600_000;
 
 export interface HostParts {
   readonly links: ReadonlyMap<string, FramePort>;

@@ -9,6 +9,7 @@ import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { Components } from '../fetch/components.ts';
 import { describe } from '../guest/guest.ts';
+import type { GuestImage } from '../image/build.ts';
 import { type GuestMessage, parseGuestMessage } from '../messages.ts';
 import type { Scenario, SoftwareNic } from '../scenario.ts';
 import { consoleFaults } from './faults.ts';
@@ -21,10 +22,10 @@ import type { TapSupport } from './taps.ts';
 
 const CONSOLE_LINES = 40;
 /** From the start of QEMU to the first word of the guest; 5 s when nothing else runs. */
-const BOOT_MS = 45_000;
+const BOOT_MS = 90_000;
 const NO_HELLO = `no word from the guest after ${BOOT_MS / 1000} s`;
 const POWERED_OFF = 'QEMU ended with 0';
-const DEVICE_START_MS = 10_000;
+const DEVICE_START_MS = 60_000;
 const STOP_MS = 3_000;
 
 export interface CheckResult {
@@ -52,7 +53,7 @@ export interface ScenarioResult {
 
 export interface RunnerOptions {
   readonly components: Components;
-  readonly image: string;
+  readonly image: GuestImage;
   readonly dist: string;
   readonly guestDist: string;
   /** How taps are had; needed by scenarios with a tap. */

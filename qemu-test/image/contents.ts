@@ -1,5 +1,8 @@
 /** What the guest holds besides the package itself. */
 
+/** What the base of the image is mounted with; the driver of its disk (NVMe) is part of the kernel. */
+export const FILE_SYSTEM_MODULE = 'erofs';
+
 /** Every module that a scenario may load; what they depend on comes along. */
 export const GUEST_MODULES = [
   'virtio_pci',

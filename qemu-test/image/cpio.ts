@@ -5,13 +5,14 @@
  */
 import { createReadStream, type WriteStream } from 'node:fs';
 import { stat } from 'node:fs/promises';
+import { type Archive, parentOf } from './archive.ts';
 
 const MAGIC = '070701';
 const TRAILER = 'TRAILER!!!';
 const FileType = { directory: 0o040000, file: 0o100000, symlink: 0o120000 } as const;
 const ALIGNMENT = 4;
 
-export class CpioWriter {
+export class CpioWriter implements Archive {
   readonly #out: WriteStream;
   readonly #known = new Set<string>();
   #inode = 1;
@@ -20,10 +21,9 @@ export class CpioWriter {
     this.#out = out;
   }
 
-  /** Adds folder `path` (no leading slash) and the folders above it, each once. */
   async folder(path: string): Promise<void> {
     if (path === '' || path === '.' || this.#known.has(path)) return;
-    await this.folder(parent(path));
+    await this.folder(parentOf(path));
     this.#known.add(path);
     await this.#write(header(path, FileType.directory | 0o755, 0, this.#inode++));
   }
@@ -35,7 +35,6 @@ export class CpioWriter {
     await this.#write(padded(bytes));
   }
 
-  /** Adds the file `source` of this machine (a link is followed), as a stream. */
   async copy(path: string, source: string, mode?: number): Promise<void> {
     if (!(await this.#claim(path))) return;
     const { size, mode: own } = await stat(source);
@@ -56,7 +55,6 @@ export class CpioWriter {
     await this.#write(padded(bytes));
   }
 
-  /** Writes the end of the archive and closes the stream. */
   async end(): Promise<void> {
     await this.#write(header(TRAILER, 0, 0, 0));
     await new Promise<void>((resolve, reject) => {
@@ -68,7 +66,7 @@ export class CpioWriter {
   /** False when `path` was written already: the first one counts. */
   async #claim(path: string): Promise<boolean> {
     if (this.#known.has(path)) return false;
-    await this.folder(parent(path));
+    await this.folder(parentOf(path));
     this.#known.add(path);
     return true;
   }
@@ -91,9 +89,4 @@ function header(name: string, mode: number, size: number, inode: number): Uint8A
 function padded(bytes: Uint8Array): Uint8Array {
   const rest = -bytes.length & (ALIGNMENT - 1);
   return rest === 0 ? bytes : Buffer.concat([bytes, Buffer.alloc(rest)]);
-}
-
-function parent(path: string): string {
-  const slash = path.lastIndexOf('/');
-  return slash < 0 ? '' : path.slice(0, slash);
 }

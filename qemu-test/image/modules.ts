@@ -37,10 +37,13 @@ export async function collectModules(folder: string, wanted: readonly string[], 
     const file = files.get(name);
     if (file === undefined) throw new Error(`the kernel has no module ${name}, which ${neededBy} needs`);
     const content = await readModule(file, busybox);
-    const info = moduleInformation(content);
-    const module: KernelModule = { name, path: relative(folder, file).replace(/\.ko\..*$/, '.ko'), content, ...info };
+    const { depends: needed, before, aliases } = moduleInformation(content);
+    // What is only to come before it may be missing: the kernel may have it built in under another name.
+    const depends = [...needed, ...before.filter((other) => files.has(other))];
+    const path = relative(folder, file).replace(/\.ko\..*$/, '.ko');
+    const module: KernelModule = { name, path, content, depends, aliases };
     found.set(name, module);
-    for (const dependency of info.depends) await visit(dependency, name);
+    for (const dependency of depends) await visit(dependency, name);
   };
   for (const name of wanted) await visit(canonical(name), 'the guest');
   const modules = [...found.values()];
@@ -48,17 +51,17 @@ export async function collectModules(folder: string, wanted: readonly string[], 
 }
 
 /** What a module's `.modinfo` says. Every string there is `name=value` and ends with a zero byte. */
-export function moduleInformation(content: Uint8Array): { depends: string[]; aliases: string[] } {
+export function moduleInformation(content: Uint8Array): { depends: string[]; before: string[]; aliases: string[] } {
   const bytes = Buffer.from(content.buffer, content.byteOffset, content.length);
-  const depends = new Set<string>();
-  for (const list of values(bytes, 'depends')) for (const name of list.split(',')) depends.add(canonical(name));
-  for (const soft of values(bytes, 'softdep')) {
-    const before = /(?:^|\s)pre:\s*([^:]*?)(?:\s+post:|$)/.exec(soft)?.[1] ?? '';
-    for (const name of before.split(/\s+/)) if (!/[*?]/.test(name)) depends.add(canonical(name));
-  }
-  depends.delete('');
-  return { depends: [...depends], aliases: values(bytes, 'alias') };
+  const list = (text: string, separator: RegExp) => text.split(separator).filter((name) => name !== '');
+  const depends = values(bytes, 'depends').flatMap((text) => list(text, /,/));
+  const before = values(bytes, 'softdep')
+    .flatMap((text) => list(/(?:^|\s)pre:\s*([^:]*?)(?:\s+post:|$)/.exec(text)?.[1] ?? '', /\s+/))
+    .filter((name) => !/[*?]/.test(name));
+  return { depends: unique(depends), before: unique(before), aliases: values(bytes, 'alias') };
 }
+
+const unique = (names: readonly string[]) => [...new Set(names.map(canonical))];
 
 function values(bytes: Buffer, name: string): string[] {
   const found: string[] = [];

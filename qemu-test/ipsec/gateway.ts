@@ -31,14 +31,14 @@ export interface GatewayReport {
 
 const HEADER = 14;
 const BURST = 32;
-/** Empty rounds before a pause; a pause lets the other processes of a small machine run. */
-const IDLE_ROUNDS = 100;
-const PAUSE_MS = 1;
+/** Whoever sleeps looks again after so long, should nothing wake it. */
+const LOOK_MS = 100;
 const ETHERTYPE = { 4: [0x08, 0x00], 6: [0x86, 0xdd] } as const;
 
 class Gateway {
   readonly #nic: Nic;
   readonly #tun = new Tun(TUN_NAME);
+  readonly #watch = this.#tun.watch(() => this.#wake());
   readonly #burst = new Uint32Array(BURST);
   readonly #header: Uint8Array;
   #outbound: SaHandle | undefined;
@@ -46,10 +46,13 @@ class Gateway {
   #opened = 0;
   #protected = 0;
   #inTheClear = 0;
+  #wake = () => {};
+  #arrival: Promise<unknown> | undefined;
   closed = false;
 
   constructor(nic: Nic, peerMac: string) {
     this.#nic = nic;
+    nic.queues[0].rx.policy = 'interrupt';
     this.#header = new Uint8Array([...Buffer.from(peerMac.replaceAll(':', ''), 'hex'), ...nic.mac, 0, 0]);
   }
 
@@ -89,8 +92,22 @@ class Gateway {
     return this.#toNic() || received;
   }
 
+  /** Sleeps until there may be something to do: polling would take most of the time that an emulated machine has. */
+  async readable(): Promise<void> {
+    const { rx } = this.#nic.queues[0];
+    this.#arrival ??= rx.wait(LOOK_MS).finally(() => {
+      this.#arrival = undefined;
+    });
+    const tun = new Promise<void>((resolve) => {
+      this.#wake = resolve;
+    });
+    await Promise.race([tun, this.#arrival]);
+  }
+
   async close(): Promise<void> {
     this.closed = true;
+    await this.#arrival;
+    this.#watch.close();
     this.#tun.close();
     await this.#nic.close();
   }
@@ -144,10 +161,9 @@ function isMulticast(packet: Uint8Array): boolean {
 }
 
 async function run(gateway: Gateway): Promise<void> {
-  for (let idle = 0; !gateway.closed; ) {
-    idle = gateway.step() ? 0 : idle + 1;
-    if (idle < IDLE_ROUNDS) await new Promise((resolve) => setImmediate(resolve));
-    else await new Promise((resolve) => setTimeout(resolve, PAUSE_MS));
+  while (!gateway.closed) {
+    if (gateway.step()) await new Promise((resolve) => setImmediate(resolve));
+    else await gateway.readable();
   }
 }
 

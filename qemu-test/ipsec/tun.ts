@@ -4,7 +4,9 @@
  */
 import { constants as os } from 'node:os';
 import { SystemError } from '../../src/errors.ts';
-import { close, ioctl, OpenFlag, open, read, write } from '../../src/sys/libc.ts';
+import { ffi } from '../../src/sys/ffi/ffi.ts';
+import type { NativeFunction, Watch } from '../../src/sys/ffi/provider.ts';
+import { close, ioctl, OpenFlag, open, systemError, write } from '../../src/sys/libc.ts';
 import { type MappedMemory, mapAnonymous, unmapMemory } from '../../src/sys/memory.ts';
 
 const DEVICE = '/dev/net/tun';
@@ -19,11 +21,14 @@ const BUFFER = 65536;
 export class Tun {
   readonly #fd: number;
   readonly #memory: MappedMemory;
+  /** Not the one of libc.ts: that there is no packet is no error here. */
+  readonly #read: NativeFunction;
 
   /** Makes interface `name`, in the network namespace of this process. It lives as long as this object. */
   constructor(name: string) {
     this.#fd = open(DEVICE, OpenFlag.readWrite | OpenFlag.nonblock);
     this.#memory = mapAnonymous(BUFFER);
+    this.#read = ffi().open(null).func('read', 'i64', ['i32', 'i64', 'u64']);
     new TextEncoder().encodeInto(name, this.#memory.u8);
     this.#memory.u16[FLAGS_AT / 2] = IFF_TUN | IFF_NO_PI;
     ioctl(this.#fd, TUNSETIFF, this.#memory.address);
@@ -31,13 +36,16 @@ export class Tun {
 
   /** The next packet that the kernel sends; a view that the next call overwrites. Undefined when there is none now. */
   receive(): Uint8Array | undefined {
-    try {
-      const length = read(this.#fd, this.#memory.address, BUFFER);
-      return this.#memory.u8.subarray(0, length);
-    } catch (error) {
-      if (error instanceof SystemError && error.errno === os.errno.EAGAIN) return undefined;
-      throw error;
-    }
+    const length = this.#read(this.#fd, this.#memory.address, BUFFER);
+    if (length >= 0) return this.#memory.u8.subarray(0, length);
+    const errno = ffi().errno();
+    if (errno === os.errno.EAGAIN) return undefined;
+    throw systemError('read', errno);
+  }
+
+  /** Calls `onReadable` when there is a packet, until the result is closed. */
+  watch(onReadable: () => void): Watch {
+    return ffi().watch(this.#fd, onReadable);
   }
 
   /** Gives the kernel a packet; false when it does not take it (the interface is down, the packet is no IP). */

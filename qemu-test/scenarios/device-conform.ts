@@ -12,6 +12,8 @@ import type { Scenario } from '../scenario.ts';
 
 /** Areas whose checks open the device a few times at most: opening one takes a second under emulation. */
 const AREAS = ['ADM', 'IPS'] as const;
+/** What the device may take for an answer: guests are slow, and so is a busy machine. */
+const PATIENCE_MS = 10_000;
 /** The fewest checks of these areas that must have been made. */
 const FEW = 20;
 
@@ -30,7 +32,7 @@ export const scenario: Scenario = {
     { kind: 'vfio-user', id: 'draft', link: 'host', args: ['--wire', 'rfc-2025-01'] },
   ],
   modules: ['virtio_pci', 'virtio_net', 'vfio_pci', 'vfio_iommu_type1'],
-  timeout: 150,
+  timeout: 300,
   checks: [...Object.values(Check), ...Object.values(IpsecCheck).map(named)],
 
   async guest(guest) {
@@ -55,6 +57,8 @@ function conform(guest: Guest): string {
     'conform',
     address,
     '--json',
+    '--timeout',
+    String(PATIENCE_MS),
     '--only',
     AREAS.join(','),
   ]);

@@ -35,7 +35,7 @@ export const scenario: Scenario = {
   machine: { qemu: 'vfioUser' },
   devices: [{ kind: 'vfio-user', id: 'nic', link: 'host', args: ['--mac', MAC, '--queue-pairs', String(PAIRS)] }],
   modules: ['virtio_pci', 'virtio_net', 'vfio_pci', 'vfio_iommu_type1'],
-  timeout: 180,
+  timeout: 420,
   checks: [
     ...Object.values(Check),
     ...Object.values(NicCheck),

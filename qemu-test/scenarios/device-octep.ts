@@ -21,7 +21,7 @@ export const scenario: Scenario = {
   machine: { qemu: 'vfioUser' },
   devices: [{ kind: 'vfio-user', id: 'nic', link: 'host', args: ['--mac', MAC, '--personality', 'octep'] }],
   modules: ['vfio_pci', 'vfio_iommu_type1'],
-  timeout: 240,
+  timeout: 300,
   checks: [...Object.values(Check), ...Object.values(NicCheck), ...Object.values(IpsecCheck)],
 
   async guest(guest) {

@@ -29,7 +29,7 @@ export const scenario: Scenario = {
   machine: { qemu: 'stock' },
   devices: [{ kind: 'virtio-net', id: 'nic', mac: '52:54:00:00:06:01', iommu: true, link: 'host' }],
   modules: ['virtio_pci', 'virtio_net', 'vfio_pci', 'vfio_iommu_type1'],
-  timeout: 150,
+  timeout: 300,
   checks: Object.values(Check),
 
   async guest(guest) {

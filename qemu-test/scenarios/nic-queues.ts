@@ -46,10 +46,10 @@ const devices: readonly ScenarioDevice[] = RINGS.map((ring, i) => ({
 
 export const scenario: Scenario = {
   title: "our driver on QEMU's virtio-net: rings, queues, waiting, RSS, offloads",
-  machine: { qemu: 'vfioUser' },
+  machine: { qemu: 'vfioUser', cpus: PAIRS },
   devices,
   modules: ['virtio_pci', 'virtio_net', 'vfio_pci', 'vfio_iommu_type1', 'tun'],
-  timeout: 300,
+  timeout: 480,
   checks: RINGS.flatMap((ring) => [
     ...flowChecks(ring, PAIRS),
     ...workerChecks(ring, ring === ENDING),

@@ -28,7 +28,7 @@ export const scenario: Scenario = {
     properties: { packed: ring === 'packed' },
   })),
   modules: ['virtio_pci', 'virtio_net', 'vfio_pci', 'vfio_iommu_type1'],
-  timeout: 150,
+  timeout: 300,
   checks: [
     ...RINGS.flatMap((ring) => Object.values(NicCheck).map((check) => `${ring}: ${check}`)),
     ...Object.values(IpsecCheck).map((check) => `software IPsec: ${check}`),

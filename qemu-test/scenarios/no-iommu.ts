@@ -16,7 +16,7 @@ export const scenario: Scenario = {
   machine: { qemu: 'stock', iommu: 'none' },
   devices: [{ kind: 'virtio-net', id: 'nic', mac: '52:54:00:00:04:01', iommu: false, link: 'host' }],
   modules: ['virtio_pci', 'virtio_net', 'vfio_pci', 'vfio_iommu_type1'],
-  timeout: 60,
+  timeout: 120,
   checks: Object.values(Check),
 
   async guest(guest) {

@@ -38,7 +38,7 @@ export const scenario: Scenario = {
     { kind: 'virtio-net', id: 'uplink', mac: '52:54:00:00:02:02', iommu: false, link: 'host' },
   ],
   modules: ['virtio_pci', 'virtio_net', 'vfio_pci', 'vfio_iommu_type1'],
-  timeout: 120,
+  timeout: 240,
   checks: Object.values(Check),
 
   async guest(guest) {

@@ -45,7 +45,7 @@ export const scenario: Scenario = {
     },
   ],
   modules: ['virtio_pci', 'virtio_net', 'vfio_pci', 'vfio_iommu_type1'],
-  timeout: 180,
+  timeout: 300,
   checks: Object.values(Check),
 
   async guest(guest) {

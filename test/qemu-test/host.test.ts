@@ -161,7 +161,13 @@ describe('the machine', () => {
     guest: async () => {},
   });
   const line = (s: Scenario) =>
-    commandLine('name', s, parts, { image: '/i', sockets: '/s', dist: '/d', guestDist: 'dist' }, false);
+    commandLine(
+      'name',
+      s,
+      parts,
+      { image: { initramfs: '/i', base: '/e' }, sockets: '/s', dist: '/d', guestDist: 'dist' },
+      false,
+    );
   const devicesOf = (s: Scenario) =>
     line(s)
       .args.filter((arg) => arg.startsWith('{"driver'))
@@ -178,6 +184,15 @@ describe('the machine', () => {
         'intel_iommu=on',
       ]),
     );
+  });
+
+  it('has room for another processor, or QEMU leaves out the memory barriers that the device needs', () => {
+    for (const cpus of [undefined, 1, 2]) {
+      const { args } = line(scenario([], cpus === undefined ? {} : { cpus }));
+      const [, now, most] = /^(\d+),maxcpus=(\d+)$/.exec(args[args.indexOf('-smp') + 1]) ?? [];
+      expect(Number(now)).toBe(cpus ?? 1);
+      expect(Number(most)).toBeGreaterThan(Number(now));
+    }
   });
 
   it('leaves the IOMMU out when told so, and narrows it', () => {

@@ -83,9 +83,12 @@ describe('the initramfs', () => {
 describe('what a kernel module says about itself', () => {
   const module = (...lines: string[]) => Buffer.from(`\x7fELF\0\0${lines.join('\0')}\0.modinfo\0`);
 
-  it('names its dependencies with underscores, soft ones that come before it included', () => {
+  it('names its dependencies, and what is to come before it, with underscores', () => {
     const content = module('depends=vfio,vfio-iommu-type1', 'softdep=pre: crypto-gcm aes post: other', 'license=GPL');
-    expect(moduleInformation(content).depends).toEqual(['vfio', 'vfio_iommu_type1', 'crypto_gcm', 'aes']);
+    expect(moduleInformation(content)).toMatchObject({
+      depends: ['vfio', 'vfio_iommu_type1'],
+      before: ['crypto_gcm', 'aes'],
+    });
   });
 
   it('has none when the list is empty', () => {

@@ -61,7 +61,7 @@ async function runOn(starts: readonly Start[]): Promise<{ result: ScenarioResult
       tools: '/t',
       qemu: { stock: machine, vfioUser: machine },
     },
-    image: '/i',
+    image: { initramfs: '/i', base: '/e' },
     dist: '/d',
     guestDist: 'dist',
     interactive: false,
