@@ -12,7 +12,7 @@ import {
 import { mapShared, unmapMemory } from '../../src/sys/memory.ts';
 import { ProtocolFeature } from '../../src/virtio/vhost-user-protocol.ts';
 import { cleanUp as endBackEnds, startBackEnd } from '../virtio/vhost-user/fake.ts';
-import { cleanUp, open, openPair, startDevice, until } from './support.ts';
+import { cleanUp, freshKey, open, openPair, startDevice, until } from './support.ts';
 
 const files: number[] = [];
 
@@ -146,7 +146,7 @@ describe('memory of the application, sent by a vfio-user device', () => {
       protocol: 'esp',
       direction: 'outbound',
       spi: 0x1001,
-      aead: { name: 'aes-gcm', key: '00112233445566778899aabbccddeeff', salt: '01020304', icvLength: 16 },
+      aead: { name: 'aes-gcm', key: freshKey(), salt: '01020304', icvLength: 16 },
       tunnel: { source: '192.0.2.1', destination: '192.0.2.2', ttl: 64 },
     });
     const arena = a.registerMemory(memoryFile(), 0, ARENA_BYTES);
