@@ -20,9 +20,6 @@ import { loadScenario, scenarioNames } from './load.ts';
 import type { Scenario } from './scenario.ts';
 
 const COMMAND = 'npm run test:qemu --';
-/** What an emulated machine with two processors and its device processes keep busy, on the average. */
-const CORES_PER_MACHINE = 1.2;
-
 interface Options {
   readonly only: readonly string[];
   readonly jobs: number;
@@ -40,7 +37,8 @@ const program = new Command('qemu-test')
     '--jobs <n>',
     'scenarios at a time',
     positive,
-    Math.max(1, Math.round(availableParallelism() / CORES_PER_MACHINE)),
+    // An emulated machine keeps one busy, its device processes included.
+    availableParallelism(),
   )
   .addOption(
     new Option('--interactive', 'a shell in the guest of one scenario, with `scenario` to run it').default(false),
