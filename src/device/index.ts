@@ -32,7 +32,7 @@ export { DEVICE_RINGS, type DeviceRings } from './personalities/standard.ts';
 export interface DeviceOptions {
   /** Paths of the sockets, one for each function; one or two. */
   readonly sockets: readonly string[];
-  /** `loopback` (default), `pair` (two sockets), `pcap:IN,OUT`, `unix:PATH`, `unix-connect:PATH`. */
+  /** `loopback` (default), `pair` (two sockets), `pcap:IN,OUT`, `unix:PATH`, `unix-connect:PATH`, `tap:NAME`. */
   readonly link?: string;
   readonly wire?: WireRevision;
   /** Whether functions offer IPsec: all of them, or each. Default true. */

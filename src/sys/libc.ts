@@ -115,12 +115,23 @@ export function errnoName(errno: number): string {
   return ERRNO_NAMES.get(errno) ?? `ERRNO_${errno}`;
 }
 
+/** Result of `readNow` and `writeNow` when the call failed: the errno, negative. */
+function callNow(name: 'read' | 'write', fd: number, address: number, length: number): number {
+  // hot:
+  for (;;) {
+    const result = native[name](fd, address, length);
+    if (result >= 0) return result;
+    const errno = ffi().errno();
+    if (errno !== EINTR) return -errno;
+  }
+}
+
 /** The error that a failed call of `syscall` throws. */
-export function systemError(syscall: string, errno: number): SystemError {
+export function systemError(syscall: string, errno: number, options?: { hint?: string }): SystemError {
   const name = errnoName(errno);
   // Beyond the errnos, this map has error numbers of libuv's own.
   const text = ERRNO_NAMES.has(errno) ? getSystemErrorMap().get(-errno)?.[1] : undefined;
-  return new SystemError(syscall, errno, name, text === undefined ? name : `${text} (${name})`);
+  return new SystemError(syscall, errno, name, text === undefined ? name : `${text} (${name})`, options);
 }
 
 /** Calls until the call is not interrupted; returns its result, which is not negative, or throws. */
@@ -220,6 +231,16 @@ export function write(fd: number, address: number, length: number): number {
   return call('write', fd, address, length);
 }
 
+/** hot: as `read`, but a failure is a result: the errno, negative. For descriptors of which many calls fail, such as with EAGAIN. */
+export function readNow(fd: number, address: number, length: number): number {
+  return callNow('read', fd, address, length);
+}
+
+/** hot: as `write`, but a failure is a result: the errno, negative. */
+export function writeNow(fd: number, address: number, length: number): number {
+  return callNow('write', fd, address, length);
+}
+
 export function pread(fd: number, address: number, length: number, offset: number): number {
   return call('pread', fd, address, length, offset);
 }
@@ -301,9 +322,17 @@ function unixAddress(syscall: string, path: string): number {
   scratch8.fill(0, at, at + SOCKADDR_UN_SIZE);
   scratch8[at] = Socket.unix;
   const { read: done } = encoder.encodeInto(path, scratch8.subarray(at + 2, at + SOCKADDR_UN_SIZE - 1));
-  if (done < path.length) throw systemError(syscall, os.errno.ENAMETOOLONG);
+  if (done < path.length) throw pathTooLong(syscall, path);
   if (path === '' || path.includes('\0')) throw systemError(syscall, os.errno.EINVAL);
   return scratchAddress + at;
+}
+
+function pathTooLong(syscall: string, path: string): SystemError {
+  const limit = SOCKADDR_UN_SIZE - 3;
+  const detail = `the path of the socket has ${Buffer.byteLength(path)} bytes, ${limit} are the most (ENAMETOOLONG)`;
+  return new SystemError(syscall, os.errno.ENAMETOOLONG, 'ENAMETOOLONG', detail, {
+    hint: 'put the socket into a directory with a shorter name, such as one in /run or /tmp',
+  });
 }
 
 /** A Unix stream socket, close-on-exec. */

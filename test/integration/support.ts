@@ -63,6 +63,8 @@ export interface DeviceSetup {
   readonly mtu?: number;
   /** Numbers of the functions that have no IPsec. */
   readonly ipsecOff?: readonly number[];
+  /** Of `spawnDevice`: what stands before its command, such as that which enters a namespace. */
+  readonly enter?: readonly string[];
 }
 
 export interface RunningDevice {
@@ -122,7 +124,8 @@ export async function spawnDevice(setup: DeviceSetup = {}): Promise<DeviceProces
   if (setup.mtu !== undefined) args.push('--mtu', String(setup.mtu));
   for (const n of setup.ipsecOff ?? []) args.push('--ipsec-off', String(n));
   for (const fault of setup.faults ?? []) args.push('--fault', fault);
-  const child = spawn(process.execPath, args, { stdio: ['ignore', 'pipe', 'pipe'] });
+  const [program, ...rest] = [...(setup.enter ?? []), process.execPath, ...args];
+  const child = spawn(program, rest, { stdio: ['ignore', 'pipe', 'pipe'] });
   let stdout = '';
   let stderr = '';
   child.stdout.setEncoding('utf8').on('data', (text: string) => {

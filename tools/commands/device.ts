@@ -55,7 +55,7 @@ export function command(): Command {
     )
     .option(
       '--link <link>',
-      'where frames go: loopback, pair, pcap:IN,OUT, unix:PATH, unix-connect:PATH (default: loopback; pair for two sockets)',
+      'where frames go: loopback, pair, pcap:IN,OUT, unix:PATH, unix-connect:PATH, tap:NAME (default: loopback; pair for two sockets)',
     )
     .addOption(new Option('--personality <name>', 'kind of function').choices([...PERSONALITIES]).default('standard'))
     .addOption(

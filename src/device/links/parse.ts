@@ -1,10 +1,12 @@
-/** Makes links of what a user writes: `loopback`, `pair`, `pcap:IN,OUT`, `unix:PATH`, `unix-connect:PATH`. */
+/** Makes links of what a user writes: `loopback`, `pair`, `pcap:IN,OUT`, `unix:PATH`, `unix-connect:PATH`, `tap:NAME`. */
 import { InputError } from '../../errors.ts';
 import type { PacketPool } from '../../packet/pool.ts';
+import { isInterfaceName } from '../../sys/tun.ts';
 import type { Arena } from '../arena.ts';
 import type { Link } from './link.ts';
 import { loopbackLink, pairLink } from './pair.ts';
 import { PcapLink } from './pcap.ts';
+import { TapLink } from './tap.ts';
 import { UnixLink } from './unix.ts';
 
 export interface LinkContext {
@@ -39,11 +41,15 @@ export function makeLinks(text: string, context: LinkContext): Link[] {
   if ((kind === 'unix' || kind === 'unix-connect') && rest !== '') {
     return [new UnixLink({ arena, pool, path: rest, mode: kind === 'unix' ? 'listen' : 'connect', maxFrame })];
   }
+  if (kind === 'tap') {
+    if (!isInterfaceName(rest)) throw invalid(`${JSON.stringify(rest)} is no name of a network interface`);
+    return [new TapLink({ pool, name: rest, maxFrame, warn })];
+  }
   throw invalid(`there is no link ${text}`);
 }
 
 function invalid(message: string): InputError {
   return new InputError('DEVICE_OPTION', message, {
-    hint: 'links are loopback, pair, pcap:IN,OUT, unix:PATH and unix-connect:PATH',
+    hint: 'links are loopback, pair, pcap:IN,OUT, unix:PATH, unix-connect:PATH and tap:NAME (at most 15 characters)',
   });
 }
