@@ -84,7 +84,7 @@ function connect(path: string, timeoutMs: number): UnixSocket {
     if (!(cause instanceof SystemError)) throw cause;
     throw new VfioError('CONNECT_FAILED', `cannot connect to ${path}: ${cause.message}`, {
       cause,
-      hint: 'is the device process running, and is this its socket?',
+      hint: cause.hint ?? 'is the device process running, and is this its socket?',
     });
   }
 }

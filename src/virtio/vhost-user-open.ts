@@ -89,7 +89,9 @@ function connect(path: string, timeoutMs: number): UnixSocket {
     if (!(cause instanceof SystemError)) throw cause;
     throw new VfioError('CONNECT_FAILED', `cannot connect to ${path}: ${cause.message}`, {
       cause,
-      hint: 'is the switch running, and is this the socket of its port? A port that connects itself needs ,server=1.',
+      hint:
+        cause.hint ??
+        'is the switch running, and is this the socket of its port? A port that connects itself needs ,server=1.',
     });
   }
 }
@@ -101,7 +103,8 @@ async function accept(path: string, timeoutMs: number): Promise<UnixSocket> {
     listener = UnixListener.listen(path, { backlog: 1 });
   } catch (cause) {
     if (!(cause instanceof SystemError)) throw cause;
-    throw new VfioError('CONNECT_FAILED', `cannot listen on ${path}: ${cause.message}`, { cause });
+    const options = cause.hint === undefined ? { cause } : { cause, hint: cause.hint };
+    throw new VfioError('CONNECT_FAILED', `cannot listen on ${path}: ${cause.message}`, options);
   }
   const { promise, resolve, reject } = withResolvers<UnixSocket>();
   const watch = listener.watch(resolve);

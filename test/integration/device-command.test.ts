@@ -114,6 +114,17 @@ describe('vipsec device', () => {
   });
 
   it.each([
+    ['its socket', (long: string) => ['--socket', long]],
+    ['the socket of its link', (long: string) => ['--socket', path, '--link', `unix:${long}`]],
+    ['the socket to which its link connects', (long: string) => ['--socket', path, '--link', `unix-connect:${long}`]],
+  ])('says how long a path may be: %s', async (_, args) => {
+    const { code, stderr } = await vipsec(['device', ...args(join(folder, 'x'.repeat(120)))]);
+    expect(stderr).toMatch(/^vipsec: error: .*107 are the most.*\[ENAMETOOLONG\]\nhint: .*shorter/);
+    expect(code).toBe(1);
+    expect(existsSync(path)).toBe(false);
+  });
+
+  it.each([
     ['no socket', []],
     ['a third socket', ['--socket', '/tmp/1', '--socket', '/tmp/2', '--socket', '/tmp/3']],
     ['an unknown link', ['--socket', '/tmp/1', '--link', 'string']],

@@ -6,6 +6,7 @@
  * The listener is there before any driver and stays when drivers and peers go. Frames are sent from the pool's
  * memory, a burst for each system call. A peer that sends a length that no frame can have is disconnected.
  */
+import { constants as os } from 'node:os';
 import { SystemError } from '../../errors.ts';
 import type { PacketPool } from '../../packet/pool.ts';
 import { ffi, type Watch } from '../../sys/ffi/ffi.ts';
@@ -70,7 +71,7 @@ export class UnixLink implements Link {
   #wake: () => void = () => {};
   #closed = false;
 
-  /** Listens at once, or starts to connect. Throws DeviceError `SOCKET_IN_USE`, SystemError. */
+  /** Listens at once, or starts to connect. Throws DeviceError `SOCKET_IN_USE`, SystemError, such as `ENAMETOOLONG`. */
   constructor(options: UnixLinkOptions) {
     this.#options = options;
     this.#pool = options.pool;
@@ -108,7 +109,8 @@ export class UnixLink implements Link {
     try {
       this.#open(UnixSocket.connect(this.#options.path, 0));
     } catch (error) {
-      if (!(error instanceof SystemError)) throw error;
+      // A path that is too long does not become shorter.
+      if (!(error instanceof SystemError) || error.errno === os.errno.ENAMETOOLONG) throw error;
       this.#retry = setTimeout(() => this.#connect(), RETRY_DELAY);
     }
   }

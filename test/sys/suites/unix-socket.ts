@@ -254,6 +254,18 @@ export function unixSocketSuite(): void {
       expect(openDescriptors()).toBe(before);
     });
 
+    it('says how long a path may be, and takes one that is as long', () => {
+      const fitting = join(directory, 'x'.repeat(107 - directory.length - 1));
+      UnixListener.listen(fitting).close();
+      const problem = {
+        code: 'ENAMETOOLONG',
+        message: expect.stringContaining('has 108 bytes, 107 are the most'),
+        hint: expect.stringContaining('shorter'),
+      };
+      expect(() => UnixListener.listen(`${fitting}x`)).toThrow(expect.objectContaining(problem));
+      expect(() => UnixSocket.connect(`${fitting}x`, soon())).toThrow(expect.objectContaining(problem));
+    });
+
     it('connect gives up when the backlog stays full', () => {
       const listener = UnixListener.listen(path, { backlog: 0 });
       const clients: UnixSocket[] = [];

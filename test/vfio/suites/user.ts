@@ -102,7 +102,8 @@ export function userSuite(): void {
       libc.close(dead);
       const path = join(directory, name);
       expect(() => openVfioUser(path)).toThrow(code('CONNECT_FAILED'));
-      expect(() => openVfioUser(path)).toThrow(expect.objectContaining({ hint: expect.any(String) }));
+      const hint = name.length < 100 ? 'is the device process running' : 'a shorter name';
+      expect(() => openVfioUser(path)).toThrow(expect.objectContaining({ hint: expect.stringContaining(hint) }));
       rmSync(directory, { recursive: true });
     });
 
