@@ -5,16 +5,11 @@
  */
 import { constants as os } from 'node:os';
 import { SystemError } from '../../src/errors.ts';
-import { close, ioctl, OpenFlag, open, read, write } from '../../src/sys/libc.ts';
+import { close, read, write } from '../../src/sys/libc.ts';
 import { type MappedMemory, mapAnonymous, unmapMemory } from '../../src/sys/memory.ts';
+import { openTun, TunOffload } from '../../src/sys/tun.ts';
 
-const DEVICE = '/dev/net/tun';
-/** linux/if_tun.h: `_IOW('T', 202, int)`, `_IOW('T', 208, unsigned int)`. */
-const Request = { setInterface: 0x400454ca, setOffload: 0x400454d0 } as const;
-const InterfaceFlag = { tap: 0x0002, noPacketInfo: 0x1000, vnetHeader: 0x4000 } as const;
-const Offload = { checksum: 0x01, tso4: 0x02, tso6: 0x04, tsoEcn: 0x08 } as const;
-/** struct ifreq: name[16], flags u16. */
-const FLAGS_AT = 16;
+const OFFLOADS = TunOffload.checksum | TunOffload.tso4 | TunOffload.tso6 | TunOffload.tsoEcn;
 /** The longest packet with its link header, and the header in front of it. */
 const BUFFER = 128 * 1024;
 /** struct virtio_net_hdr, in the order of the machine: flags u8, gso_type u8, then these as u16. */
@@ -48,13 +43,8 @@ export class Tap {
 
   /** Makes interface `name`, in the network namespace of this process. It lives as long as this object. */
   constructor(name: string) {
-    this.#fd = open(DEVICE, OpenFlag.readWrite | OpenFlag.nonblock);
+    this.#fd = openTun(name, { kind: 'tap', vnetHeader: true, offload: OFFLOADS });
     this.#memory = mapAnonymous(BUFFER);
-    new TextEncoder().encodeInto(name, this.#memory.u8);
-    const { tap, noPacketInfo, vnetHeader } = InterfaceFlag;
-    this.#memory.u16[FLAGS_AT / 2] = tap | noPacketInfo | vnetHeader;
-    ioctl(this.#fd, Request.setInterface, this.#memory.address);
-    ioctl(this.#fd, Request.setOffload, Offload.checksum | Offload.tso4 | Offload.tso6 | Offload.tsoEcn);
   }
 
   /** The next frame that the kernel sends; `offload` is about it. A view that the next call overwrites. Undefined when there is none now. */
