@@ -18,7 +18,10 @@ export interface Peer {
   readonly own: readonly number[];
 }
 
-/** Datagram `index` of a NIC, of a length between the shortest and the longest that the link takes. */
+/**
+ * Datagram `index` of a NIC, of a length between the shortest and the longest that the link takes. From `TOTAL` on they are a flow of their
+ * own: a device answers by the queue that a flow was sent by last.
+ */
 export function datagram(
   nic: { readonly mac: Uint8Array; readonly mtu: number },
   { mac, address, own }: Peer,
@@ -27,7 +30,7 @@ export function datagram(
   const longest = nic.mtu - (UDP_PAYLOAD - ETHERNET);
   const payload = Buffer.alloc(2 + ((index * 97) % (longest - 1)), index & 0xff);
   payload.writeUInt16BE(index);
-  const port = FIRST_PORT + (index % FLOWS);
+  const port = FIRST_PORT + (index < TOTAL ? index % FLOWS : FLOWS);
   return { from: { mac: nic.mac, address: own, port }, to: { mac, address, port: ECHO_PORT }, payload };
 }
 
