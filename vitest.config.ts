@@ -28,8 +28,8 @@ class LongestFirst extends BaseSequencer {
 
 export default defineConfig({
   test: {
-    // All cores; two at least, as many tests wait for another process.
-    maxWorkers: Math.max(2, availableParallelism()),
+    // All cores; four at least, as many tests wait for another process.
+    maxWorkers: Math.max(4, availableParallelism()),
     sequence: { sequencer: LongestFirst },
     // What was compiled once is not compiled again.
     experimental: { fsModuleCache: true },
@@ -58,6 +58,7 @@ export default defineConfig({
           name: 'integration',
           include: ['test/integration/**/*.test.ts'],
           pool: 'forks',
+          isolate: false,
         },
       },
       {
