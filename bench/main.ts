@@ -8,12 +8,19 @@ import { fork } from 'node:child_process';
 import { readdir } from 'node:fs/promises';
 import { arch, cpus, release, totalmem, type } from 'node:os';
 import { fileURLToPath } from 'node:url';
-import { parseArgs } from 'node:util';
 import Table from 'cli-table3';
+import { Command, Option } from 'commander';
 import { type Benchmark, type BenchSuite, isTime, type Measurement } from './harness.ts';
 
 /** A benchmark that takes longer than this is stopped and reported as failed. */
 const DEADLINE_MS = 120_000;
+
+interface Options {
+  readonly only: string;
+  readonly json: boolean;
+  readonly list: boolean;
+  readonly one?: string;
+}
 
 /** The benchmarks whose names begin with `only`. The name of each begins with that of its file, so others need not load. */
 async function benchmarks(only: string): Promise<Benchmark[]> {
@@ -110,14 +117,14 @@ function printTable(metrics: Record<string, Metric>): void {
 }
 
 async function main(): Promise<number> {
-  const { values } = parseArgs({
-    options: {
-      json: { type: 'boolean', default: false },
-      list: { type: 'boolean', default: false },
-      only: { type: 'string', default: '' },
-      one: { type: 'string' },
-    },
-  });
+  const values = new Command('bench')
+    .description('measures every benchmark, each in a process of its own')
+    .option('--only <prefix>', 'those whose names begin so', '')
+    .option('--json', 'print the results as one JSON document', false)
+    .option('--list', 'name the benchmarks and stop', false)
+    .addOption(new Option('--one <name>', 'measure this one here and tell the parent').hideHelp())
+    .parse()
+    .opts<Options>();
   if (values.one !== undefined) {
     await measureOne(values.one);
     return 0;

@@ -16,8 +16,8 @@ import { cpus, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
-import { parseArgs } from 'node:util';
 import Table from 'cli-table3';
+import { Command } from 'commander';
 import { Testpmd } from './testpmd.ts';
 
 const WARM_UP_MS = 1500;
@@ -37,6 +37,15 @@ interface Cores {
   readonly vhost: number;
   readonly driver: number;
   readonly helper: number;
+}
+
+interface Options {
+  readonly only: string;
+  readonly seconds: string;
+  readonly rounds: string;
+  readonly queueSize: string;
+  readonly cores: string;
+  readonly json: boolean;
 }
 
 interface Settings {
@@ -227,22 +236,22 @@ function coresOf(text: string): Cores {
 }
 
 async function main(): Promise<void> {
-  const { values } = parseArgs({
-    options: {
-      json: { type: 'boolean', default: false },
-      seconds: { type: 'string', default: '2' },
-      rounds: { type: 'string', default: '3' },
-      'queue-size': { type: 'string', default: '256' },
-      only: { type: 'string', default: '' },
-      cores: { type: 'string', default: '0,1,2,3' },
-    },
-  });
+  const values = new Command('bench:peers')
+    .description("compares our driver with DPDK's virtio_user at DPDK's vhost device, turn about")
+    .option('--only <text>', 'rows with this in their name', '')
+    .option('--seconds <s>', 'of each window', '2')
+    .option('--rounds <n>', 'windows for each side', '3')
+    .option('--queue-size <n>', 'descriptors of each ring', '256')
+    .option('--cores <c,v,d,h>', 'cores for commands, the vhost device and the driver (two)', '0,1,2,3')
+    .option('--json', 'print the results as one JSON document', false)
+    .parse()
+    .opts<Options>();
   if (cpus().length < 4) throw new Error('bench:peers needs four cores');
   const settings = {
     cores: coresOf(values.cores),
     seconds: number('seconds', values.seconds, 0.1),
     rounds: number('rounds', values.rounds, 1),
-    queueSize: number('queue-size', values['queue-size'], 64),
+    queueSize: number('queue-size', values.queueSize, 64),
   };
   const metrics: Record<string, Row> = {};
   for (const ring of RINGS) {
