@@ -4,7 +4,7 @@
  */
 import { setTimeout as sleep, setImmediate as turn } from 'node:timers/promises';
 import { Feature, type Nic, NO_PACKET, openNic, PacketFlag } from '../../src/index.ts';
-import { Tap, type TapOffload } from './tap.ts';
+import { noOffload, Tap } from './tap.ts';
 
 /** What has crossed in one direction: packets, those longer than the MTU allows a frame to be, and the length of the longest. */
 export interface Crossed {
@@ -44,14 +44,7 @@ export class Bridge {
   readonly #slots = new Uint32Array(MOST_SLOTS);
   readonly #fromDevice: Crossed = { packets: 0, large: 0, longest: 0 };
   readonly #toDevice: Crossed = { packets: 0, large: 0, longest: 0 };
-  readonly #received: TapOffload = {
-    needsChecksum: false,
-    checksumStart: 0,
-    checksumOffset: 0,
-    gsoType: 0,
-    gsoSize: 0,
-    headerLength: 0,
-  };
+  readonly #received = noOffload();
   /** A frame of the kernel's that waits for room. */
   #waiting: Uint8Array | undefined;
   #refused = 0;

@@ -4,8 +4,7 @@
  * the kernel.
  */
 import { constants as os } from 'node:os';
-import { SystemError } from '../../src/errors.ts';
-import { close, read, write } from '../../src/sys/libc.ts';
+import { close, readNow, systemError, writeNow } from '../../src/sys/libc.ts';
 import { type MappedMemory, mapAnonymous, unmapMemory } from '../../src/sys/memory.ts';
 import { openTun, TunOffload } from '../../src/sys/tun.ts';
 
@@ -28,18 +27,15 @@ export interface TapOffload {
   headerLength: number;
 }
 
+export function noOffload(): TapOffload {
+  return { needsChecksum: false, checksumStart: 0, checksumOffset: 0, gsoType: 0, gsoSize: 0, headerLength: 0 };
+}
+
 export class Tap {
   readonly #fd: number;
   readonly #memory: MappedMemory;
   /** Of the frame that was received last. */
-  readonly offload: TapOffload = {
-    needsChecksum: false,
-    checksumStart: 0,
-    checksumOffset: 0,
-    gsoType: 0,
-    gsoSize: 0,
-    headerLength: 0,
-  };
+  readonly offload = noOffload();
 
   /** Makes interface `name`, in the network namespace of this process. It lives as long as this object. */
   constructor(name: string) {
@@ -50,20 +46,17 @@ export class Tap {
   /** The next frame that the kernel sends; `offload` is about it. A view that the next call overwrites. Undefined when there is none now. */
   receive(): Uint8Array | undefined {
     const { u8, u16, address } = this.#memory;
-    try {
-      const length = read(this.#fd, address, BUFFER);
-      const { offload } = this;
-      offload.needsChecksum = (u8[0] & FLAG_NEEDS_CSUM) !== 0;
-      offload.gsoType = u8[1];
-      offload.headerLength = u16[Word.headerLength];
-      offload.gsoSize = u16[Word.gsoSize];
-      offload.checksumStart = u16[Word.checksumStart];
-      offload.checksumOffset = u16[Word.checksumOffset];
-      return u8.subarray(HEADER_BYTES, length);
-    } catch (error) {
-      if (error instanceof SystemError && error.errno === os.errno.EAGAIN) return undefined;
-      throw error;
-    }
+    const length = readNow(this.#fd, address, BUFFER);
+    if (length === -os.errno.EAGAIN) return undefined;
+    if (length < 0) throw systemError('read', -length);
+    const { offload } = this;
+    offload.needsChecksum = (u8[0] & FLAG_NEEDS_CSUM) !== 0;
+    offload.gsoType = u8[1];
+    offload.headerLength = u16[Word.headerLength];
+    offload.gsoSize = u16[Word.gsoSize];
+    offload.checksumStart = u16[Word.checksumStart];
+    offload.checksumOffset = u16[Word.checksumOffset];
+    return u8.subarray(HEADER_BYTES, length);
   }
 
   /** Gives the kernel a frame; false when it does not take it (the interface is down). */
@@ -76,13 +69,10 @@ export class Tap {
     u16[Word.checksumStart] = offload.checksumStart;
     u16[Word.checksumOffset] = offload.checksumOffset;
     u8.set(frame, HEADER_BYTES);
-    try {
-      write(this.#fd, address, HEADER_BYTES + frame.length);
-      return true;
-    } catch (error) {
-      if (error instanceof SystemError && error.errno === os.errno.EIO) return false;
-      throw error;
-    }
+    const done = writeNow(this.#fd, address, HEADER_BYTES + frame.length);
+    if (done >= 0) return true;
+    if (done === -os.errno.EIO) return false;
+    throw systemError('write', -done);
   }
 
   close(): void {
