@@ -43,6 +43,8 @@ export interface Backing {
   readonly writable: boolean;
   /** By `fileOffset`. */
   readonly chunks: Map<number, Chunk>;
+  /** A piece of it is being mapped: it stays open, whatever is let go meanwhile. */
+  busy: boolean;
 }
 
 export class BackingFiles {
@@ -71,7 +73,7 @@ export class BackingFiles {
       const known = this.#files.get(key);
       if (known !== undefined) return known;
       keep = true;
-      const backing: Backing = { key, fd, writable: isWritable, chunks: new Map() };
+      const backing: Backing = { key, fd, writable: isWritable, chunks: new Map(), busy: false };
       this.#files.set(key, backing);
       return backing;
     } finally {
@@ -93,11 +95,17 @@ export class BackingFiles {
       return known;
     }
     const size = Math.min(this.#sizeOf(backing) - fileOffset, CHUNK_SIZE);
-    const chunk = this.#map(backing, fileOffset, Math.max(size, needed));
-    if (known !== undefined && known.references === 0) this.#drop(known);
-    // A shorter chunk that is still in use lives on with its windows.
-    backing.chunks.set(fileOffset, chunk);
-    return chunk;
+    backing.busy = true;
+    try {
+      const chunk = this.#map(backing, fileOffset, Math.max(size, needed));
+      // A shorter chunk that is still in use lives on with its windows; one that is not may have made room already.
+      const shorter = backing.chunks.get(fileOffset);
+      if (shorter !== undefined && shorter.references === 0) this.#drop(shorter);
+      backing.chunks.set(fileOffset, chunk);
+      return chunk;
+    } finally {
+      backing.busy = false;
+    }
   }
 
   addReference(chunk: Chunk): void {
@@ -117,7 +125,7 @@ export class BackingFiles {
 
   /** Forgets `backing` when nothing of it is mapped: the last step of a failed or finished mapping. */
   settle(backing: Backing): void {
-    if (backing.chunks.size > 0 || this.#files.get(backing.key) !== backing) return;
+    if (backing.busy || backing.chunks.size > 0 || this.#files.get(backing.key) !== backing) return;
     this.#files.delete(backing.key);
     close(backing.fd);
   }

@@ -241,6 +241,62 @@ describe('guest memory', () => {
     small.close();
   });
 
+  it('keeps a file open that has grown while nothing of it was mapped', () => {
+    const memory = guest();
+    const fd = file(1);
+    memory.map(0, PAGE_SIZE, duplicate(fd), 0, true);
+    memory.unmap(0, PAGE_SIZE);
+    ftruncate(fd, 3 * PAGE_SIZE);
+    memory.map(0, 3 * PAGE_SIZE, duplicate(fd), 0, true);
+    memory.unmap(PAGE_SIZE, PAGE_SIZE);
+    // Would get the number of a descriptor that was closed by mistake, and with it the place of the file.
+    const other = file(4);
+    memory.map(PAGE_SIZE, PAGE_SIZE, duplicate(other), 3 * PAGE_SIZE, true);
+    const pin = memory.pin(0, 0, 3 * PAGE_SIZE, true);
+    const at = pin?.offset ?? 0;
+    arena.u8[memory.translate(2 * PAGE_SIZE, 0, true)] = 77;
+    expect([arena.u8[at], arena.u8[at + PAGE_SIZE], arena.u8[at + 2 * PAGE_SIZE]]).toEqual([1, 4, 77]);
+    expect(memory.files).toBe(2);
+    if (pin !== null) memory.unpin(pin);
+    for (const one of [fd, other]) close(one);
+  });
+
+  it('gives no address space back twice when a file has grown and there is little', () => {
+    const small = new Arena(8 * PAGE_SIZE);
+    const memory = new GuestMemory(small);
+    const fd = file(3);
+    memory.map(0, 3 * PAGE_SIZE, duplicate(fd), 0, true);
+    memory.unmap(0, 3 * PAGE_SIZE);
+    ftruncate(fd, 6 * PAGE_SIZE);
+    // What is unused has to go for the longer piece of the same file.
+    memory.map(0, 6 * PAGE_SIZE, duplicate(fd), 0, true);
+    expect(small.available).toBe(2 * PAGE_SIZE);
+    expect(memory.files).toBe(1);
+    memory.clear();
+    expect([small.available, memory.files]).toEqual([8 * PAGE_SIZE, 0]);
+    close(fd);
+    small.close();
+  });
+
+  it('keeps a file open while its unused pieces make room for another one of it', () => {
+    const chunk = 256 * 2 ** 20;
+    const small = new Arena(chunk + PAGE_SIZE);
+    const memory = new GuestMemory(small);
+    const fd = memfdCreate('test', MemfdFlag.cloexec);
+    ftruncate(fd, 2 * chunk);
+    memory.map(0, PAGE_SIZE, duplicate(fd), 0, true);
+    memory.unmap(0, PAGE_SIZE);
+    memory.map(0, PAGE_SIZE, duplicate(fd), chunk, true);
+    small.u8[memory.translate(0, 0, true)] = 5;
+    const view = mapShared(fd, chunk, PAGE_SIZE, { write: true });
+    expect([view.u8[0], memory.files]).toEqual([5, 1]);
+    unmapMemory(view);
+    memory.clear();
+    expect([small.available, memory.files]).toEqual([chunk + PAGE_SIZE, 0]);
+    close(fd);
+    small.close();
+  });
+
   it('agrees with a map of pages for any sequence of maps and unmaps', () => {
     const fd = file(32);
     const step = fc.record({
