@@ -15,12 +15,22 @@ import { type Backing, BackingFiles, type Chunk } from './backing.ts';
 
 /** Most windows at one time, announced as `max_dma_maps`. */
 export const MAX_WINDOWS = 65535;
+/** Most files that they may be of: each is a descriptor of this process, which others need too. 2 GiB in huge pages of their own are 1024. */
+export const MAX_FILES = 1024;
 
 /** Entries of the page cache, a power of two. */
 const CACHE_SIZE = 1024;
 const PAGE_SHIFT = 12;
 /** Largest length that a translation promises at once. */
 const RUN_MAX = 2 ** 30;
+
+/** What one driver may use. */
+export interface MemoryLimits {
+  readonly windows: number;
+  readonly files: number;
+}
+
+const LIMITS: MemoryLimits = { windows: MAX_WINDOWS, files: MAX_FILES };
 
 interface Window {
   start: number;
@@ -50,8 +60,11 @@ export class GuestMemory {
   /** After a successful `translate`: how many bytes follow in one piece, at most 1 GiB. */
   run = 0;
   readonly #files: BackingFiles;
+  readonly #most: MemoryLimits;
   /** Ascending, disjoint. */
-  readonly #windows: Window[] = [];
+  #windows: Window[] = [];
+  /** Windows of each file. */
+  readonly #backings = new Map<Backing, number>();
   readonly #pins = new Set<Pin>();
 
   // The same windows for the hot path, in the same order.
@@ -66,9 +79,10 @@ export class GuestMemory {
   readonly #cacheWindow = new Int32Array(CACHE_SIZE).fill(-1);
 
   /** `files` of the same arena, which others may use too: two functions of one guest have its memory once. */
-  constructor(arena: Arena, files: BackingFiles = new BackingFiles(arena)) {
+  constructor(arena: Arena, files: BackingFiles = new BackingFiles(arena), most: MemoryLimits = LIMITS) {
     this.arena = arena;
     this.#files = files;
+    this.#most = most;
     this.#refresh();
   }
 
@@ -95,6 +109,9 @@ export class GuestMemory {
     if (backing === null) throw new VfioError('DMA_INVALID', `the file of a DMA mapping does not hold ${end} bytes`);
     const added: Window[] = [];
     try {
+      if (!this.#backings.has(backing) && this.#backings.size >= this.#most.files) {
+        throw new VfioError('DMA_LIMIT', `DMA mappings of more than ${this.#most.files} files`);
+      }
       for (let done = 0; done < size; ) {
         const chunk = this.#files.reference(backing, fileOffset + done, end);
         const into = fileOffset + done - chunk.fileOffset;
@@ -110,7 +127,15 @@ export class GuestMemory {
     }
     const at = this.#windows.findIndex((window) => window.start > iova);
     this.#windows.splice(at < 0 ? this.#windows.length : at, 0, ...added);
+    for (const { chunk } of added) this.#count(chunk.backing, 1);
     this.#refresh();
+  }
+
+  /** A window of a file has come, or gone. */
+  #count(backing: Backing, by: 1 | -1): void {
+    const windows = (this.#backings.get(backing) ?? 0) + by;
+    if (windows === 0) this.#backings.delete(backing);
+    else this.#backings.set(backing, windows);
   }
 
   #problem(iova: number, size: number, end: number): VfioError | null {
@@ -124,16 +149,23 @@ export class GuestMemory {
     if (this.#windows.some((window) => window.start < last && iova < window.end)) {
       return new VfioError('DMA_EXISTS', `a DMA mapping at ${iova} overlaps another`);
     }
-    if (this.#windows.length >= MAX_WINDOWS) return new VfioError('DMA_LIMIT', `more than ${MAX_WINDOWS} DMA mappings`);
-    return null;
+    return this.#windows.length >= this.#most.windows ? this.#tooMany() : null;
+  }
+
+  #tooMany(): VfioError {
+    return new VfioError('DMA_LIMIT', `more than ${this.#most.windows} DMA mappings`);
   }
 
   /**
    * Unmaps `size` bytes at `iova`: any number of windows, none too, and parts of windows. Returns the bytes that were
-   * mapped.
+   * mapped. Throws VfioError `DMA_LIMIT`, with nothing changed, when a hole in a window makes one window too many.
    */
   unmap(iova: number, size: number): number {
     const last = iova + size;
+    if (this.#windows.length >= this.#most.windows) {
+      const cut = this.#windows.some(({ start, end }) => start < iova && last < end);
+      if (cut) throw this.#tooMany();
+    }
     let removed = 0;
     const kept: Window[] = [];
     for (const window of this.#windows) {
@@ -144,12 +176,18 @@ export class GuestMemory {
       const { start, end, offset, writable, chunk } = window;
       if (start < iova) kept.push({ start, end: iova, offset, writable, chunk });
       if (end > last) kept.push({ start: last, end, offset: offset + (last - start), writable, chunk });
-      if (start < iova && end > last) this.#files.addReference(chunk);
-      if (start >= iova && end <= last) this.#files.dereference(chunk);
+      if (start < iova && end > last) {
+        this.#files.addReference(chunk);
+        this.#count(chunk.backing, 1);
+      }
+      if (start >= iova && end <= last) {
+        this.#count(chunk.backing, -1);
+        this.#files.dereference(chunk);
+      }
       removed += Math.min(end, last) - Math.max(start, iova);
     }
     if (removed === 0) return 0;
-    this.#windows.splice(0, this.#windows.length, ...kept);
+    this.#windows = kept;
     for (const pin of this.#pins) if (pin.start < last && iova < pin.end) pin.valid = false;
     this.#refresh();
     return removed;
@@ -158,7 +196,8 @@ export class GuestMemory {
   /** Unmaps everything and closes all files: the end of a session. */
   clear(): void {
     for (const window of this.#windows) this.#files.dereference(window.chunk);
-    this.#windows.length = 0;
+    this.#windows = [];
+    this.#backings.clear();
     for (const pin of this.#pins) pin.valid = false;
     this.#files.clear();
     this.#refresh();
@@ -256,7 +295,7 @@ export class GuestMemory {
   /**
    * Holds on to `size` bytes at an IOVA as one piece of the arena: a ring. Pages that are scattered over the guest's
    * memory are mapped a second time, side by side. Null when some of it is not mapped, or not writable when it must
-   * be.
+   * be. Throws DeviceError `ARENA_FULL` or SystemError when there is no room to map it a second time.
    */
   pin(low: number, high: number, size: number, writable: boolean): Pin | null {
     const start = high * 0x100000000 + low;
@@ -291,13 +330,18 @@ export class GuestMemory {
     const stitched = Math.ceil((lead + size) / PAGE_SIZE) * PAGE_SIZE;
     const stitchedAt = this.arena.allocate(stitched);
     let page = stitchedAt;
-    for (const { offset, size: length, chunk } of pieces) {
-      // Only the first piece can begin inside a page, only the last can end in one.
-      const from = offset - (offset % PAGE_SIZE);
-      const bytes = Math.ceil((offset - from + length) / PAGE_SIZE) * PAGE_SIZE;
-      const backing: Backing = chunk.backing;
-      this.arena.mapFile(page, bytes, backing.fd, chunk.fileOffset + (from - chunk.offset), backing.writable);
-      page += bytes;
+    try {
+      for (const { offset, size: length, chunk } of pieces) {
+        // Only the first piece can begin inside a page, only the last can end in one.
+        const from = offset - (offset % PAGE_SIZE);
+        const bytes = Math.ceil((offset - from + length) / PAGE_SIZE) * PAGE_SIZE;
+        const backing: Backing = chunk.backing;
+        this.arena.mapFile(page, bytes, backing.fd, chunk.fileOffset + (from - chunk.offset), backing.writable);
+        page += bytes;
+      }
+    } catch (error) {
+      this.arena.release(stitchedAt, stitched);
+      throw error;
     }
     return { ...pinAt(start, size, stitchedAt + lead), stitched, stitchedAt };
   }

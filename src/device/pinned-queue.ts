@@ -2,6 +2,8 @@
  * Where the ring of a queue lies: what the device sides of split and packed virtqueues share besides their buffers. Its three areas
  * are found in guest memory when they are first needed, and again when the driver has unmapped a part of them since.
  */
+import { SystemError } from '../errors.ts';
+import { DeviceError } from './errors.ts';
 import type { GuestMemory, Pin } from './guest-memory.ts';
 import { QueueBuffer } from './queue-buffer.ts';
 import type { QueueAddresses, QueueOptions } from './queues.ts';
@@ -60,15 +62,22 @@ export abstract class PinnedQueue extends QueueBuffer {
       [deviceLow, deviceHigh, deviceBytes, true],
     ] as const;
     const pins: Pin[] = [];
-    for (const [low, high, size, write] of areas) {
-      const pin = this.memory.pin(low, high, size, write);
-      if (pin === null) break;
-      pins.push(pin);
-    }
     this.#pins = pins;
+    let why = 'a part of the ring is not mapped';
+    try {
+      for (const [low, high, size, write] of areas) {
+        const pin = this.memory.pin(low, high, size, write);
+        if (pin === null) break;
+        pins.push(pin);
+      }
+    } catch (error) {
+      // A driver can use up what rings in scattered pages need: that is the end of its own queue, and of no other function.
+      if (!(error instanceof DeviceError || error instanceof SystemError)) throw error;
+      why = `the ring cannot be mapped: ${error.message}`;
+    }
     if (pins.length < areas.length) {
       this.close();
-      return this.fail('a part of the ring is not mapped');
+      return this.fail(why);
     }
     [this.descriptorAt, this.driverAt, this.deviceAt] = pins.map(({ offset }) => offset);
     this.found = true;

@@ -1,8 +1,9 @@
+import { readdirSync } from 'node:fs';
 import fc from 'fast-check';
 import { afterAll, afterEach, describe, expect, it } from 'vitest';
 import { Arena } from '../../src/device/arena.ts';
 import { BackingFiles } from '../../src/device/backing.ts';
-import { GuestMemory } from '../../src/device/guest-memory.ts';
+import { GuestMemory, type MemoryLimits } from '../../src/device/guest-memory.ts';
 import {
   close,
   FcntlCommand,
@@ -21,8 +22,8 @@ const arena = new Arena(256 * 2 ** 20);
 const memories: GuestMemory[] = [];
 const DUPLICATE = 0;
 
-function guest(): GuestMemory {
-  const memory = new GuestMemory(arena);
+function guest(limits?: MemoryLimits): GuestMemory {
+  const memory = new GuestMemory(arena, new BackingFiles(arena), limits);
   memories.push(memory);
   return memory;
 }
@@ -294,6 +295,50 @@ describe('guest memory', () => {
     memory.clear();
     expect([small.available, memory.files]).toEqual([chunk + PAGE_SIZE, 0]);
     close(fd);
+    small.close();
+  });
+
+  it('refuses an unmapping that would leave one window too many, and is then as it was', () => {
+    const memory = guest({ windows: 3, files: 8 });
+    memory.map(0, 9 * PAGE_SIZE, file(9), 0, true);
+    for (const page of [1, 3]) memory.unmap(page * PAGE_SIZE, PAGE_SIZE);
+    expect(memory.windows).toBe(3);
+    expect(() => memory.unmap(5 * PAGE_SIZE, PAGE_SIZE)).toThrow(expect.objectContaining({ code: 'DMA_LIMIT' }));
+    expect(arena.u8[memory.translate(5 * PAGE_SIZE, 0, true)]).toBe(6);
+    // What makes no further window is done.
+    expect(memory.unmap(8 * PAGE_SIZE, PAGE_SIZE)).toBe(PAGE_SIZE);
+    expect(memory.unmap(0, 9 * PAGE_SIZE)).toBe(6 * PAGE_SIZE);
+  });
+
+  it('takes so many files of one driver and no more, and new ones for those that it has let go', () => {
+    const before = readdirSync('/proc/self/fd').length;
+    const memory = guest({ windows: 64, files: 2 });
+    const place = (page: number) => page * PAGE_SIZE;
+    memory.map(place(0), PAGE_SIZE, file(1), 0, true);
+    const second = file(2);
+    memory.map(place(1), PAGE_SIZE, duplicate(second), 0, true);
+    expect(() => memory.map(place(2), PAGE_SIZE, file(1), 0, true)).toThrow(
+      expect.objectContaining({ code: 'DMA_LIMIT' }),
+    );
+    expect(memory.files).toBe(2);
+    memory.map(place(2), PAGE_SIZE, second, PAGE_SIZE, true);
+    memory.unmap(place(1), PAGE_SIZE);
+    expect(() => memory.map(place(1), PAGE_SIZE, file(1), 0, true)).toThrow();
+    memory.unmap(0, PAGE_SIZE);
+    memory.map(place(1), PAGE_SIZE, file(1), 0, true);
+    memory.clear();
+    expect(readdirSync('/proc/self/fd').length).toBe(before);
+  });
+
+  it('gives back what it took for a ring in scattered pages when there is no room for it', () => {
+    const small = new Arena(6 * PAGE_SIZE);
+    const memory = new GuestMemory(small);
+    const fd = file(4);
+    memory.map(0, 2 * PAGE_SIZE, duplicate(fd), 2 * PAGE_SIZE, true);
+    memory.map(2 * PAGE_SIZE, 2 * PAGE_SIZE, fd, 0, true);
+    expect(() => memory.pin(0, 0, 4 * PAGE_SIZE, true)).toThrow(expect.objectContaining({ code: 'ARENA_FULL' }));
+    expect(small.available).toBe(2 * PAGE_SIZE);
+    memory.clear();
     small.close();
   });
 

@@ -4,7 +4,7 @@ import { Arena } from '../../src/device/arena.ts';
 import { GuestMemory } from '../../src/device/guest-memory.ts';
 import { NO_BUFFER } from '../../src/device/queues.ts';
 import { SplitDeviceQueue } from '../../src/device/split-queue.ts';
-import { ftruncate, memfdCreate } from '../../src/sys/libc.ts';
+import { close, FcntlCommand, fcntl, ftruncate, memfdCreate, PAGE_SIZE } from '../../src/sys/libc.ts';
 import { mapShared } from '../../src/sys/memory.ts';
 import { runs } from '../depth.ts';
 import { GUEST_IOVA, GUEST_SIZE, Ring } from './helpers/mini-driver.ts';
@@ -401,6 +401,35 @@ describe('the device side of a split virtqueue', () => {
     const back = memfdCreate('guest');
     ftruncate(back, GUEST_SIZE);
     memory.map(GUEST_IOVA, GUEST_SIZE, back, 0, true);
+  });
+
+  it('is broken, and nothing is thrown, when there is no room to map a ring in scattered pages', () => {
+    const pages = 4;
+    const small = new Arena(pages * PAGE_SIZE);
+    const guest = new GuestMemory(small);
+    const file = memfdCreate('scattered');
+    ftruncate(file, pages * PAGE_SIZE);
+    for (let page = 0; page < pages; page++) {
+      guest.map(page * PAGE_SIZE, PAGE_SIZE, fcntl(file, FcntlCommand.duplicate), (pages - 1 - page) * PAGE_SIZE, true);
+    }
+    close(file);
+    const [descriptorHigh, driverHigh, deviceHigh] = [0, 0, 0];
+    const queue = new SplitDeviceQueue(guest, {
+      index: 3,
+      size: 512,
+      addresses: {
+        ...{ descriptorLow: 0, descriptorHigh },
+        ...{ driverLow: 2 * PAGE_SIZE, driverHigh },
+        ...{ deviceLow: 3 * PAGE_SIZE, deviceHigh },
+      },
+      ...{ eventIdx: false, indirect: false, scratch: 0 },
+    });
+    expect(queue.available()).toBe(0);
+    expect(queue.broken).toMatch(/^queue 3: the ring cannot be mapped: /);
+    expect(queue.take()).toBe(NO_BUFFER);
+    expect(small.available).toBe(0);
+    guest.clear();
+    small.close();
   });
 
   it('survives any content of the ring', () => {
