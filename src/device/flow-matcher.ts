@@ -8,6 +8,7 @@
  *
  * Left out: VLAN tags are not skipped, so a tagged frame matches as what its outer EtherType says.
  */
+import { randomBytes } from 'node:crypto';
 import {
   Ethernet,
   EtherType,
@@ -79,14 +80,16 @@ export class RuleMatcher {
     return runs;
   }
 
-  /** Rules are entered in their order, so that of two with one key the first is found first. */
+  /** Of rules with one key the first is entered: no other of them is ever found, and thousands would be a long way to what is behind them. */
   #makeTable(first: number, end: number): Int32Array {
     const size = 2 ** Math.ceil(Math.log2(2 * (end - first)));
     const table = new Int32Array(size);
     for (let r = first; r < end; r++) {
       let slot = hashKeys(this.#tests[r]) & (size - 1);
-      while (table[slot] !== 0) slot = (slot + 1) & (size - 1);
-      table[slot] = r + 1;
+      while (table[slot] !== 0 && !hasSameKeys(this.#tests[table[slot] - 1], this.#tests[r])) {
+        slot = (slot + 1) & (size - 1);
+      }
+      if (table[slot] === 0) table[slot] = r + 1;
     }
     return table;
   }
@@ -264,8 +267,13 @@ function headerOf(test: SelectorTest, frame: number, end: number, found: Layers)
   return at + test.length > end ? -1 : at;
 }
 
-/** FNV-1a, 32 bits. */
-const FNV = { start: 0x811c9dc5, prime: 0x01000193 } as const;
+/** FNV-1a, 32 bits; where it starts is nobody's to know, or a driver could choose keys that all meet in one place. */
+const FNV = { start: randomBytes(4).readInt32LE(), prime: 0x01000193 } as const;
+
+/** Whether two rules of one classifier match the same packets. */
+function hasSameKeys(a: readonly SelectorTest[], b: readonly SelectorTest[]): boolean {
+  return a.every(({ keys }, i) => keys.every((key, k) => key === b[i].keys[k]));
+}
 
 /** The hash of a rule's masked key bytes. */
 function hashKeys(tests: readonly SelectorTest[]): number {

@@ -176,6 +176,27 @@ describe('matching flow filter rules', () => {
     expect((performance.now() - start) / 20000).toBeLessThan(0.05);
   });
 
+  it('has no longer way past a thousand rules with one key than past one, and finds the first of them', () => {
+    const matcher = new RuleMatcher(Array.from({ length: 1024 }, (_, i) => esp4(i, 7)));
+    let reads = 0;
+    const counting = (frame: Uint8Array) =>
+      new Proxy(frame, {
+        get: (target, name) => {
+          reads++;
+          return Reflect.get(target, name, target);
+        },
+      });
+    const looks = Array.from({ length: 64 }, (_, i) => {
+      const frame = espFrame4(1000 + i);
+      reads = 0;
+      expect(matcher.match(counting(frame), 0, frame.length)).toBe(NO_MATCH);
+      return reads;
+    });
+    expect(Math.max(...looks)).toBeLessThan(100);
+    const frame = espFrame4(7);
+    expect(matcher.match(frame, 0, frame.length)).toBe(0);
+  });
+
   it('agrees with a search through all rules, whatever they are', () => {
     const CLASSIFIERS = [ESP4, ESP6, [selector(T.eth, [12, 2])], [selector(T.eth, [12, 2]), selector(T.ipv4, [9, 1])]];
     const anyRule = fc.record({
