@@ -319,6 +319,10 @@ export class IpsecManager implements Ipsec {
     if (where === 'inline') this.software?.remove(handle);
     this.#registry.countTwins(managed, where === 'inline' ? -1 : 1);
     this.#own.enter(handle, sa, where);
+    if (sa.direction === 'outbound') return;
+    // Threads that open their queues later learn of the SAs that are on the device then, and of no others.
+    if (where === 'inline') this.#queues.addEverywhere(handle, sa);
+    else this.#queues.forget(handle);
   }
 
   async remove(managed: ManagedSa): Promise<void> {

@@ -154,10 +154,15 @@ export class QueueSas {
     }
   }
 
+  /** An inbound SA is not on the device any more, or never was; no thread has it. Says whether it was. */
+  forget(handle: number): boolean {
+    this.#limited.delete(handle);
+    return this.#inbound.delete(handle);
+  }
+
   /** Takes an inbound SA of the device off all threads. False when one may still have it. */
   async removeEverywhere(handle: number): Promise<boolean> {
-    if (!this.#inbound.delete(handle)) return true;
-    this.#limited.delete(handle);
+    if (!this.forget(handle)) return true;
     const ends = await Promise.allSettled(this.#open.map((thread) => thread.remove(handle)));
     return ends.every((end) => end.status === 'fulfilled' || isGone(end.reason));
   }

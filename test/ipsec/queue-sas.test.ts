@@ -1,5 +1,6 @@
 import { describe, expect, it } from 'vitest';
 import { IpsecError, VirtioError } from '../../src/errors.ts';
+import { InboundRules } from '../../src/ipsec/inbound-rules.ts';
 import { InlineIpsec } from '../../src/ipsec/inline.ts';
 import { IpsecManager } from '../../src/ipsec/manager.ts';
 import { NonceGuard, NonceMemory } from '../../src/ipsec/nonce-guard.ts';
@@ -8,10 +9,13 @@ import { QueueSas } from '../../src/ipsec/queue-sas.ts';
 import { SaState, sharedCounts } from '../../src/ipsec/sa-state.ts';
 import type { SaEntry, SaProgress, SaThread, SaThreads } from '../../src/ipsec/sa-thread.ts';
 import { ipsecWire } from '../../src/ipsec/wire/revisions.ts';
+import { FlowFilter } from '../../src/virtio-net/flow-filter.ts';
 import { ipsecDevice } from './fake-device.ts';
 import { inbound, key, outbound } from './support.ts';
 
 const HANDLES = 8;
+/** Capabilities of flow filter and IPsec. */
+const IDS = [0x800, 0x801, 0x802, 0x803, 0x804];
 const code = (name: string) => expect.objectContaining({ code: name });
 
 /** A thread that does what it is told, or fails as the test says. */
@@ -59,17 +63,19 @@ class FakeThread implements SaThread {
 class FakeThreads implements SaThreads {
   readonly owners = new Uint16Array(HANDLES + 1);
   readonly threads = [new FakeThread(1), new FakeThread(2)];
+  /** Those that have opened their queues. */
+  opened: readonly FakeThread[] = this.threads;
 
   owner(queue: number | undefined): SaThread | null {
     return this.threads.find(({ index }) => index === queue) ?? null;
   }
 
   open(): readonly SaThread[] {
-    return this.threads;
+    return this.opened;
   }
 }
 
-function setup(inline: InlineIpsec | null = null) {
+function setup(inline: InlineIpsec | null = null, sequence = 1n) {
   const threads = new FakeThreads();
   const software: SoftwareSide = {
     add: () => {},
@@ -82,7 +88,7 @@ function setup(inline: InlineIpsec | null = null) {
       packets: 0n,
       bytes: 0n,
       dropped: {},
-      sequence: 1n,
+      sequence,
       engine: 'noble',
       transform: 'aes-128-gcm-16',
       softExpired: false,
@@ -136,6 +142,34 @@ describe('an outbound SA of the device on a thread', () => {
 });
 
 describe('an inbound SA of the device on all threads', () => {
+  it('is one for threads that open their queues after it has moved to the device, and none after it has moved away', async () => {
+    const admin = ipsecDevice({ inbound: 1, outbound: 0 });
+    const filter = await FlowFilter.open(admin, IDS);
+    const inline = await InlineIpsec.open(admin, IDS, {
+      wire: ipsecWire('virtio-1.4'),
+      rules: filter === null ? null : new InboundRules(filter),
+      table: { resourceId: new Uint32Array(0), handle: new Uint32Array(0) },
+      handles: HANDLES,
+      maxSas: HANDLES,
+      quiesceTransmit: async () => true,
+      receiveQueues: 0,
+    });
+    const { manager, threads, first } = setup(inline, 0n);
+    threads.opened = [];
+    const one = await manager.addSa(inbound(), { require: 'software' });
+    await one.move('inline', inbound());
+    manager.threads.threadOpened(first);
+    expect(first.entries.get(one.handle)).toMatchObject({ where: 'inline', object: { id: 0, reused: false } });
+    await first.remove(one.handle);
+    await one.move('software', inbound());
+    // The id has another SA now: packets of it are no business of the first.
+    const two = await manager.addSa(inbound({ spi: 2, aead: sa(9).aead }), { require: 'inline' });
+    manager.threads.threadOpened(first);
+    expect([...first.entries.keys()]).toEqual([two.handle]);
+    await one.remove();
+    await two.remove();
+  });
+
   it('is lost to a thread that is too slow to learn of a new selector', async () => {
     const threads = new FakeThreads();
     const [slow, quick] = threads.threads;
