@@ -53,6 +53,11 @@ export interface NonceClaim {
   /** Whether `sa` has the key and salt of this claim, or no nonces to guard, as the claim's own SA. */
   covers(sa: SecurityAssociation): boolean;
   /**
+   * Asks whether the SA may go on as `sa`, with the same key and salt, where it is: with more sequence numbers it has more IVs, which go over the
+   * end and come back to those of earlier SAs. Throws IpsecError `NONCE_REUSE`; changes nothing.
+   */
+  checkModify(sa: SecurityAssociation): void;
+  /**
    * The SA is over. `nextSequence` is the number that its next packet would have had; without it every nonce counts as used.
    */
   release(nextSequence?: bigint): void;
@@ -72,6 +77,7 @@ export type MoveTarget = Where | 'inline-sequence';
 
 const nothingToGuard: NonceClaim = {
   covers: (sa) => !hasCountedNonces(sa),
+  checkModify: () => {},
   release: () => {},
   cancel: () => {},
   checkMove: () => {},
@@ -198,9 +204,18 @@ class Claim implements NonceClaim {
     this.#file?.free(this.#fileId, next);
   }
 
+  checkModify({ options }: SecurityAssociation): void {
+    const end = (options.esn ? IV_END : SEQUENCE_END) + (this.#offset ?? 0n);
+    if (end > IV_END && this.#earlier !== 0n) throw reused();
+  }
+
   checkMove(sa: SecurityAssociation, where: MoveTarget, nextSequence: bigint | null): void {
-    const earlier = later(later(this.#before?.next ?? 0n, this.#fileBefore), this.#carried);
-    refuseOverlap(sa, where, nextSequence === null ? earlier : this.#usedUntil(nextSequence), false);
+    refuseOverlap(sa, where, nextSequence === null ? this.#earlier : this.#usedUntil(nextSequence), false);
+  }
+
+  /** Explicit IVs below this were used before the SA came to where it is. */
+  get #earlier(): bigint {
+    return later(later(this.#before?.next ?? 0n, this.#fileBefore), this.#carried);
   }
 
   move(sa: SecurityAssociation, where: MoveTarget, nextSequence: bigint | null): void {
@@ -230,16 +245,23 @@ function later(a: bigint, b: bigint): bigint {
   return a > b ? a : b;
 }
 
+const HINT = { hint: 'Give the SA a new key.' } as const;
+
+function reused(): IpsecError {
+  return new IpsecError(
+    'NONCE_REUSE',
+    'an outbound SA with this key and salt has sent packets with these nonces',
+    HINT,
+  );
+}
+
 function refuseOverlap(sa: SecurityAssociation, where: MoveTarget, next: bigint, live: boolean): void {
-  const hint = 'Give the SA a new key.';
-  if (live) throw new IpsecError('NONCE_REUSE', 'another outbound SA uses the same key and salt', { hint });
+  if (live) throw new IpsecError('NONCE_REUSE', 'another outbound SA uses the same key and salt', HINT);
   if (next === 0n) return;
   if (where === 'inline') {
     const what = 'an outbound SA with this key and salt has sent packets: the device would repeat its nonces';
-    throw new IpsecError('NONCE_REUSE', what, { hint });
+    throw new IpsecError('NONCE_REUSE', what, HINT);
   }
   const { first, room } = plannedIvs(sa, where);
-  if (first >= next && first + room <= IV_END) return;
-  const what = 'an outbound SA with this key and salt has sent packets with these nonces';
-  throw new IpsecError('NONCE_REUSE', what, { hint });
+  if (first < next || first + room > IV_END) throw reused();
 }

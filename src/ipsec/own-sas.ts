@@ -116,6 +116,7 @@ export class OwnSas implements SaPath {
     const { handle } = managed;
     const software = this.side();
     if (sa.direction === 'inbound' || managed.claim.covers(sa)) {
+      managed.claim.checkModify(sa);
       software.modify(handle, sa);
       managed.became(sa);
       return;

@@ -125,6 +125,7 @@ export class QueueSas {
   async modifySoftware(thread: SaThread, managed: ManagedSa, sa: SecurityAssociation): Promise<void> {
     const entry: SaEntry = { handle: managed.handle, sa, where: 'software', object: null };
     if (sa.direction === 'inbound' || managed.claim.covers(sa)) {
+      managed.claim.checkModify(sa);
       await thread.modify(entry, false);
       managed.became(sa);
       return;

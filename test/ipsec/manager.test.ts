@@ -228,6 +228,24 @@ describe('the SAs of a NIC', () => {
     await expect(setup.manager.addSa(short)).rejects.toThrow(expect.objectContaining({ path: 'sa.aead.key' }));
   });
 
+  it('get no longer sequence numbers than their IVs last, where these would come back to earlier ones', async () => {
+    const { manager, software } = await open();
+    const first = await manager.addSa(outbound(icv8));
+    software.sas.get(first.handle)!.sequence = 5n;
+    await first.remove();
+    const iv = Uint8Array.of(255, 255, 255, 255, 0, 0, 0, 0);
+    const near = { ...outbound(icv8), initial: { sequence: 1n, iv } };
+    const second = await manager.addSa(near);
+    const withEsn = { ...near, options: { ...near.options, esn: true } };
+    await expect(second.modify(withEsn)).rejects.toThrow(code('NONCE_REUSE'));
+    await second.modify({ ...near, options: { ...near.options, ecn: true } });
+    await second.remove();
+    // Without earlier ones they may go round.
+    const other = { aead: { ...icv8.aead, key: key(16, 0x90) } };
+    const third = await manager.addSa({ ...near, ...other });
+    await third.modify({ ...withEsn, ...other });
+  });
+
   it('are modified where they are, as a whole or not at all', async () => {
     const { manager, admin } = setup;
     const sa = await manager.addSa(outbound());

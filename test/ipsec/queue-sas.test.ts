@@ -163,7 +163,10 @@ describe('an inbound SA of the device on all threads', () => {
     await first.remove(one.handle);
     await one.move('software', inbound());
     // The id has another SA now: packets of it are no business of the first.
-    const two = await manager.addSa(inbound({ spi: 2, aead: sa(9).aead }), { require: 'inline' });
+    const two = await manager.addSa(
+      { ...sa(9), direction: 'inbound', spi: 2, initial: { sequence: 0n } },
+      { require: 'inline' },
+    );
     manager.threads.threadOpened(first);
     expect([...first.entries.keys()]).toEqual([two.handle]);
     await one.remove();
