@@ -106,8 +106,14 @@ export class NicInterrupts implements Sleeper {
 export type WaitableRing = Pick<RxQueue, 'broken' | 'enableInterrupts' | 'disableInterrupts'>;
 
 /**
+ * Who finds packets each time that he looks never sleeps, and promises alone give the event loop no turn: timers, messages and the control path would
+ * wait as long as somebody sends. So one of as many looks is made in the loop's next turn.
+ */
+export const LOOKS_PER_TURN = 32;
+
+/**
  * Resolves to true when `ring` has packets, to false when it has none within `timeout` milliseconds. Rejects with the reason when the
- * ring is broken or closed; `onBroken` is called before.
+ * ring is broken or closed; `onBroken` is called before. With `afterTurn` the first look is made in the next turn of the event loop.
  */
 export function waitForPackets(
   ring: WaitableRing,
@@ -116,6 +122,7 @@ export function waitForPackets(
   policy: WaitPolicy,
   timeout: number,
   onBroken: () => void,
+  afterTurn = false,
 ): Promise<boolean> {
   const start = performance.now();
   const looking = policy === 'poll' ? timeout : policy === 'adaptive' ? LOOK_MS : 0;
@@ -148,7 +155,8 @@ export function waitForPackets(
         interrupts.sleep(pair, timeout - waited, look);
       }
     };
-    look(null);
+    if (afterTurn) setImmediate(look);
+    else look(null);
   });
 }
 
@@ -178,10 +186,11 @@ export async function* burstsOf(
 ): AsyncGenerator<Uint32Array, void, void> {
   const packets = new Uint32Array(max);
   try {
-    for (;;) {
+    for (let looks = 1; ; looks++) {
       const n = queue.burst(packets, max);
       if (n > 0) yield packets.subarray(0, n);
       else await queue.wait();
+      if (looks % LOOKS_PER_TURN === 0) await new Promise((resolve) => setImmediate(resolve));
     }
   } catch (error) {
     if (!(error instanceof VirtioError && error.code === 'NIC_CLOSED')) throw error;

@@ -10,7 +10,7 @@ import { VERDICTS, Verdict } from '../fallback/verdict.ts';
 import { NO_PACKET, PacketFlag, type PacketPool } from '../packet/pool.ts';
 import type { RxQueue } from '../virtio-net/rx.ts';
 import { CHUNK, type DataPathIpsec, LINK_HEADER, type NicQueueOptions } from './data-path.ts';
-import { burstsOf, type Sleeper, type WaitPolicy, waitForPackets } from './interrupts.ts';
+import { burstsOf, LOOKS_PER_TURN, type Sleeper, type WaitPolicy, waitForPackets } from './interrupts.ts';
 import { gatherToOpen } from './one-piece.ts';
 
 /** What is used of the ring. */
@@ -36,6 +36,7 @@ export class NicRxQueue {
   readonly #sleeper: Sleeper | null;
   /** `enableInterrupts` was called. */
   #armed = false;
+  #waits = 0;
   /** How `wait` waits. */
   policy: WaitPolicy = 'adaptive';
   readonly #candidates = new Uint32Array(CHUNK);
@@ -210,7 +211,8 @@ export class NicRxQueue {
   wait(timeout: number = Number.POSITIVE_INFINITY): Promise<boolean> {
     const sleeper = this.#sleeper;
     if (sleeper === null) return Promise.reject(new VirtioError('NO_INTERRUPTS', 'this queue can only be polled'));
-    return waitForPackets(this.#ring, this.index, sleeper, this.policy, timeout, this.#onBroken);
+    const afterTurn = ++this.#waits % LOOKS_PER_TURN === 0;
+    return waitForPackets(this.#ring, this.index, sleeper, this.policy, timeout, this.#onBroken, afterTurn);
   }
 
   /** Bursts of at most `max` packets, as they come: see `burstsOf`. */
