@@ -123,7 +123,7 @@ export class Testpmd {
 
   /** Ends it in good order. */
   async quit(): Promise<void> {
-    if (this.#child.exitCode === null) this.#child.stdin?.write('quit\n');
+    if (this.#child.exitCode === null && this.#child.signalCode === null) this.#child.stdin?.write('quit\n');
     const timer = setTimeout(() => this.#child.kill('SIGKILL'), 10_000);
     await this.#ended;
     clearTimeout(timer);
