@@ -22,6 +22,7 @@ import { PERSONALITIES, type PersonalityName } from './personalities/personality
 import { DEVICE_RINGS, type DeviceRings, MAX_QUEUE_PAIRS } from './personalities/standard.ts';
 import { type Pollable, Pump } from './pump.ts';
 import { VfioUserServer } from './vfio-user-server.ts';
+import { BoundedWarnings } from './warnings.ts';
 
 export { WIRE_REVISIONS, type WireRevision } from '../virtio/revision.ts';
 export { FAULTS, type FaultName } from './faults.ts';
@@ -54,7 +55,7 @@ export interface DeviceOptions {
    * with many devices: each 2 GiB make the garbage collector go through everything.
    */
   readonly memory?: number;
-  /** Told of sessions that ended badly, and of faults of the device itself. */
+  /** Told of sessions that ended badly, and of faults of the device itself: ten times a minute at most, and of how many it was not told. */
   readonly onWarning?: (text: string) => void;
 }
 
@@ -143,8 +144,13 @@ function resolve(options: DeviceOptions): Resolved {
     faults: faults.map((names) => faultSet(names.filter((name) => !isOwn(name)))),
     octepFaults: faults.map((names) => new Set(names.filter(isOctepFault).filter(isOwn))),
     memory: memoryOf(options.memory ?? ARENA_MAX),
-    onWarning: options.onWarning ?? (() => {}),
+    onWarning: bounded(options.onWarning ?? (() => {})),
   };
+}
+
+function bounded(tell: (text: string) => void): (text: string) => void {
+  const warnings = new BoundedWarnings(tell);
+  return (text) => warnings.warn(text);
 }
 
 function memoryOf(size: number): number {

@@ -308,6 +308,16 @@ describe('a session', () => {
     expect((await (await open()).request(protocol.encodeDeviceInfoRequest())).error).toBe(0);
   });
 
+  it('is told of a few of many sessions that ended badly', async () => {
+    for (let i = 0; i < 15; i++) {
+      const client = await open();
+      client.post(protocol.reply(7, Command.version));
+      expect(await client.isClosed()).toBe(true);
+    }
+    expect((await (await open()).request(protocol.encodeDeviceInfoRequest())).error).toBe(0);
+    expect(warnings).toHaveLength(10);
+  });
+
   it('serves the next client after the first has left, with a function that was reset', async () => {
     const first = await open();
     await first.write(CONFIG, 4, 2, 6);
