@@ -31,6 +31,8 @@ export const MemfdFlag = { cloexec: 1, allowSealing: 2, hugeTlb: 4 } as const;
 export const FallocateMode = { allocate: 0, keepSize: 1, punchHole: 2 } as const;
 /** F_ADD_SEALS and its bits, fcntl(2). */
 export const Seal = { seal: 1, shrink: 2, grow: 4, write: 8, futureWrite: 16 } as const;
+/** preadv2(2). */
+const ReadFlag = { noWait: 8 } as const;
 /** eventfd(2). */
 export const EventfdFlag = { semaphore: 1, nonblock: 0x800, cloexec: 0x80000 } as const;
 /** poll(2). */
@@ -87,6 +89,7 @@ const native = {
   close: c.func('close', 'i32', ['i32']),
   read: c.func('read', 'i64', ['i32', 'i64', 'u64']),
   write: c.func('write', 'i64', ['i32', 'i64', 'u64']),
+  preadv2: c.func('preadv2', 'i64', ['i32', 'i64', 'i32', 'i64', 'i32']),
   pread: c.func('pread', 'i64', ['i32', 'i64', 'u64', 'i64']),
   pwrite: c.func('pwrite', 'i64', ['i32', 'i64', 'u64', 'i64']),
   ioctl: c.func('ioctl', 'i32', ['i32', 'u64', 'i64']),
@@ -239,6 +242,19 @@ export function readNow(fd: number, address: number, length: number): number {
 /** hot: as `write`, but a failure is a result: the errno, negative. */
 export function writeNow(fd: number, address: number, length: number): number {
   return callNow('write', fd, address, length);
+}
+
+/**
+ * hot: reads into the buffer of the iovec at `vector`, and never waits, whatever the flags of the descriptor say (RWF_NOWAIT): the errno, negative, when
+ * there is nothing (EAGAIN), or when the kernel cannot do that for this kind of file (EOPNOTSUPP).
+ */
+export function readWithoutWaiting(fd: number, vector: number): number {
+  for (;;) {
+    const result = native.preadv2(fd, vector, 1, -1, ReadFlag.noWait);
+    if (result >= 0) return result;
+    const errno = ffi().errno();
+    if (errno !== EINTR) return -errno;
+  }
 }
 
 export function pread(fd: number, address: number, length: number, offset: number): number {

@@ -136,6 +136,16 @@ export function libcSuite(): void {
       unmapMemory(memory);
     });
 
+    it('finds nothing, and does not wait for it, when the peer has made the descriptor one that waits', () => {
+      const eventfd = EventFd.create();
+      const { getStatusFlags, setStatusFlags } = libc.FcntlCommand;
+      libc.fcntl(eventfd.fd, setStatusFlags, libc.fcntl(eventfd.fd, getStatusFlags) & ~libc.OpenFlag.nonblock);
+      expect(eventfd.drain()).toBe(0);
+      eventfd.signal();
+      expect(eventfd.drain()).toBe(1);
+      eventfd.close();
+    });
+
     it('refuses a descriptor that is not an eventfd and leaves it open', () => {
       const fd = libc.memfdCreate('no eventfd');
       expect(() => EventFd.adopt(fd)).toThrow(expect.objectContaining({ code: 'EINVAL' }));
