@@ -39,12 +39,11 @@ function ours(path: string): Packet[] {
 
 /** Number, time and bytes of each packet, as tshark prints them. */
 function theirs(path: string): Packet[] {
-  const times = run('tshark', '-n', '-r', path, '-T', 'fields', '-e', 'frame.time_epoch').trim().split('\n');
-  const raw: unknown = JSON.parse(run('tshark', '-n', '-r', path, '-T', 'jsonraw', '-j', 'frame'));
-  if (!Array.isArray(raw)) throw new Error('no list');
-  return raw.map((packet, i) => ({
-    bytes: String(packet._source.layers.frame_raw[0]),
-    time: times[i],
+  const all: unknown = JSON.parse(run('tshark', '-n', '-r', path, '-T', 'json', '-x', '-j', 'frame'));
+  if (!Array.isArray(all)) throw new Error('no list');
+  return all.map(({ _source: { layers } }) => ({
+    bytes: String(layers.frame_raw[0]),
+    time: String(layers.frame['frame.time_epoch']),
   }));
 }
 
