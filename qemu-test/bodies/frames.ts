@@ -23,11 +23,13 @@ export function testFrame(side: Side, index: number, mtu: number): Uint8Array {
   frame.set([0x02, 0, 0, 0, 0, side === 'nic' ? 2 : 1, 0x02, 0, 0, 0, 0, side === 'nic' ? 1 : 2]);
   frame[12] = ETHERTYPE >> 8;
   frame[13] = ETHERTYPE & 0xff;
+  const words = new Uint32Array(Math.ceil((length - HEADER) / 4));
   let state = (index + 1) * 2654435761 + (side === 'nic' ? 1 : 0);
-  for (let i = HEADER; i < length; i++) {
+  for (let i = 0; i < words.length; i++) {
     state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
-    frame[i] = state >>> 24;
+    words[i] = state;
   }
+  frame.set(new Uint8Array(words.buffer, 0, length - HEADER), HEADER);
   frame[HEADER] = index >> 8;
   frame[HEADER + 1] = index & 0xff;
   return frame;
@@ -41,8 +43,9 @@ export function isTestFrame(frame: Uint8Array): boolean {
 export function checkTestFrame(frame: Uint8Array, side: Side, index: number, mtu: number): void {
   const wanted = testFrame(side, index, mtu);
   if (frame.length !== wanted.length) throw new Error(`frame ${index}: ${frame.length} bytes, not ${wanted.length}`);
+  if (Buffer.compare(wanted, frame) === 0) return;
   const at = wanted.findIndex((byte, i) => byte !== frame[i]);
-  if (at >= 0) throw new Error(`frame ${index}: byte ${at} is ${frame[at]}, not ${wanted[at]}`);
+  throw new Error(`frame ${index}: byte ${at} is ${frame[at]}, not ${wanted[at]}`);
 }
 
 /** Calls `step` until it returns true, with turns of the event loop in between. */
