@@ -4,7 +4,8 @@
  * What differs from the standard transport (Virtio 1.4, 4.1): a reset is asked for by 0x80; selections are made by writing bit 15 with them and
  * waiting until the firmware takes it away; `device_status` is memory and refuses nothing, so features are read back; a queue that does not exist is never
  * selected, because that would never be acknowledged; the configuration is read byte by byte; interrupts belong to queues from
- * the start, and a flag beside a queue's notification address says that one was for it. Rings are packed, notifications carry data.
+ * the start, and a flag beside a queue's notification address says that one was for it. Rings are packed, notifications carry data. That DRIVER_OK was
+ * seen shows in selections that are acknowledged after it.
  *
  * Left out: the mailbox that carries virtqueue state between hosts (migration), the physical function.
  */
@@ -14,11 +15,15 @@ import { FEATURE_WORDS, Feature, FeatureSet } from './features.ts';
 import { bringUpOctep, type OctepOptions, type OctepParts } from './octep-bring-up.ts';
 import { AcknowledgeBit, CAUSE_FLAG, OCTEP_REQUIRED } from './octep-layout.ts';
 import { AcknowledgedRegisters } from './octep-registers.ts';
-import { CommonCfgField, NO_VECTOR } from './pci-layout.ts';
+import { CommonCfgField, DeviceStatus, NO_VECTOR } from './pci-layout.ts';
 import { makeNotifier, notifyMultiplier, readAdminQueues, readUnchanged, type Structure } from './structures.ts';
 import type { ConfigReader, InterruptCauses, QueueNotifier, QueueSetup, VirtioTransport } from './transport.ts';
 
 const DEFAULT_ACKNOWLEDGE_TIMEOUT = 10_000;
+/** Milliseconds for which a sign is waited for that the firmware has seen DRIVER_OK; without one the driver goes on. */
+const START_TIMEOUT = 1000;
+/** A look of the firmware that began before DRIVER_OK was written may acknowledge one selection, not two that are made one after the other. */
+const LOOKS_AFTER_START = 2;
 /** Queues begin at one. */
 const PAGE = 0x1000;
 /** No queue is selected. */
@@ -93,6 +98,8 @@ class OctepTransport implements VirtioTransport {
   readonly #parts: OctepParts;
   readonly #config: ByteReader;
   readonly #registers: AcknowledgedRegisters;
+  /** The same for selections that nothing hangs on. */
+  readonly #hints: AcknowledgedRegisters;
   readonly #notifyMultiplier: number;
   #featureWords = FEATURE_WORDS;
   #features = FeatureSet.empty;
@@ -101,7 +108,9 @@ class OctepTransport implements VirtioTransport {
   constructor(fn: PciFunction, parts: OctepParts, timeout: number) {
     this.#fn = fn;
     this.#parts = parts;
-    this.#registers = new AcknowledgedRegisters(fn.address, parts.window, parts.common.offset, timeout);
+    const { window, common } = parts;
+    this.#registers = new AcknowledgedRegisters(fn.address, window, common.offset, timeout);
+    this.#hints = new AcknowledgedRegisters(fn.address, window, common.offset, Math.min(timeout, START_TIMEOUT));
     this.deviceType = parts.deviceType;
     this.interruptVectors = Math.min(parts.interrupts, fn.interruptVectors);
     this.#config = new ByteReader(parts.config);
@@ -143,10 +152,26 @@ class OctepTransport implements VirtioTransport {
   writeStatus(status: number): void {
     if (status !== 0) {
       this.#parts.window.write8(this.#at(CommonCfgField.deviceStatus), status);
+      if ((status & (DeviceStatus.DRIVER_OK | DeviceStatus.FAILED)) === DeviceStatus.DRIVER_OK) this.#awaitStart();
       return;
     }
     this.#selected = NONE;
     this.#registers.startReset();
+  }
+
+  /**
+   * DRIVER_OK is a bit in memory, and frames that arrive before the firmware has looked at it are lost. Nothing says that it has; but it acknowledges a
+   * selection only when it looks.
+   */
+  #awaitStart(): void {
+    if (this.queueCount() === 0) return;
+    this.#selected = NONE;
+    try {
+      for (let look = 0; look < LOOKS_AFTER_START; look++) this.#hints.selectQueue(0);
+      this.#selected = 0;
+    } catch (error) {
+      if (!(error instanceof VirtioError && error.code === 'ACKNOWLEDGE_TIMEOUT')) throw error;
+    }
   }
 
   readDeviceFeatures(): FeatureSet {

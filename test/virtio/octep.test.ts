@@ -233,6 +233,37 @@ describe('the transport of octeon_ep class functions', () => {
     expect(fn.common.violations).toBe(0);
   });
 
+  it('is started when the driver has been: no frame arrives before the firmware has seen DRIVER_OK', async () => {
+    const fn = make();
+    const transport = await openOctepTransport(fn);
+    const before = fn.log.length;
+    await initializeDevice(transport, {
+      required: FeatureSet.empty,
+      wanted: FeatureSet.empty,
+      setup: () => {
+        transport.enableQueue(3, setup(0x8000));
+      },
+    });
+    expect(fn.log.slice(before)).toContain('started');
+    expect(transport.maxQueueSize(3)).toBe(256);
+  });
+
+  it('goes on when the firmware acknowledges no selection any more once it was started', async () => {
+    const fn = make();
+    const transport = await openOctepTransport(fn, { acknowledgeTimeout: 20 });
+    const original = fn.window.read.bind(fn.window);
+    const features = initializeDevice(transport, {
+      required: FeatureSet.empty,
+      wanted: FeatureSet.empty,
+      setup: () => {
+        const at = COMMON + F.queueSelect;
+        fn.window.read = (bar, offset, width) => original(bar, offset, width) | (offset === at ? 0x8000 : 0);
+      },
+    });
+    expect((await features).has(Feature.VERSION_1)).toBe(true);
+    expect(await outcome(() => transport.maxQueueSize(0))).toBe('ACKNOWLEDGE_TIMEOUT');
+  });
+
   it('never selects a queue that does not exist: it would wait for ever', async () => {
     const fn = make({ queuePairs: 1 });
     const transport = await openOctepTransport(fn, PATIENCE);
