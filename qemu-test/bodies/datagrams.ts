@@ -6,7 +6,7 @@ import { PacketFlag, type PacketPool } from '../../src/packet/pool.ts';
 import { type Datagram, ETHERNET, hasRightChecksum, isUdp, UDP_PAYLOAD, udpFrame } from './packets.ts';
 
 export const FLOWS = 16;
-const PER_FLOW = 8;
+const PER_FLOW = 4;
 export const TOTAL = FLOWS * PER_FLOW;
 const FIRST_PORT = 10_000;
 export const ECHO_PORT = 7;
