@@ -81,6 +81,11 @@ export class ArenaLoans {
     this.#open = new Map();
   }
 
+  /** Whether threads that have ended still have some. */
+  get areStuck(): boolean {
+    return this.#stuck.length > 0;
+  }
+
   /** The rings are as new. */
   reset(): void {
     for (const loan of this.#stuck.splice(0)) this.#end(loan);

@@ -49,7 +49,8 @@ export interface WorkerQueueParts {
   readonly onOpened: (queue: WorkerQueue) => void;
   /** The rings are as new. */
   readonly onReset: (queue: WorkerQueue) => void;
-  readonly onEnded: (queue: WorkerQueue, sequences: ReadonlyMap<number, bigint>, isSent: boolean) => void;
+  /** Resolves when nothing of the thread that has ended is under way any more; never rejects. */
+  readonly onEnded: (queue: WorkerQueue, sequences: ReadonlyMap<number, bigint>, isSent: boolean) => Promise<void>;
 }
 
 type Released = Extract<WorkerMessage, { readonly type: 'released' }>;
@@ -64,6 +65,8 @@ export class WorkerQueue implements SaThread {
   #tenancy: Tenancy | null = null;
   /** The rings are not as new. */
   #used = false;
+  /** They are being made as new. */
+  #renewal: Promise<void> | null = null;
   #nextId = 1;
   /** Why the NIC is over. */
   #over: VipsecError | null = null;
@@ -95,11 +98,7 @@ export class WorkerQueue implements SaThread {
     }
     this.#state = 'offered';
     try {
-      if (this.#used) {
-        await this.#parts.rings.resetWorkerPair(this.#parts.pair);
-        this.#loans.reset();
-        this.#parts.onReset(this);
-      }
+      if (this.#used) await this.#renew();
       if (this.#over !== null) throw this.#over;
       this.#used = true;
       return this.#offer();
@@ -109,10 +108,31 @@ export class WorkerQueue implements SaThread {
     }
   }
 
+  /** Resets both rings, which nobody drives any more; what is asked for meanwhile is the same reset. */
+  #renew(): Promise<void> {
+    const { rings, pair, onReset } = this.#parts;
+    const run = async () => {
+      await rings.resetWorkerPair(pair);
+      this.#used = false;
+      this.#loans.reset();
+      onReset(this);
+    };
+    this.#renewal ??= run().finally(() => {
+      this.#renewal = null;
+    });
+    return this.#renewal;
+  }
+
+  /** Memory of the application that a thread had when it ended is not to wait for the next one; without RING_RESET it has to. */
+  async #freeLoans(): Promise<void> {
+    if (this.#state !== 'free' || this.#over !== null || !this.#loans.areStuck) return;
+    await this.#renew().catch(() => {});
+  }
+
   /**
    * Lends memory that was registered with the NIC to the thread that has the queue, or is about to open it: to be posted to it, which opens it with
    * `openMemory`. The NIC has it, too; who writes where is for the application to see to. It cannot be unregistered until the thread has given it back, or
-   * has ended with nothing of it in its ring; else until the pair is handed over again. Throws VirtioError `NO_ARENA`, `QUEUE_GONE`.
+   * has ended with nothing of it in its ring; else until the device has reset the pair, which it is asked to then, or when the pair is handed over again. Throws VirtioError `NO_ARENA`, `QUEUE_GONE`.
    */
   lendMemory(arena: PacketArena): ArenaHandle {
     if (this.#tenancy === null) throw gone(this.index);
@@ -350,7 +370,7 @@ export class WorkerQueue implements SaThread {
     addCounters(this.#past, tenancy.control.counters);
     endTenancy(tenancy);
     this.#loans.ended(last?.arenas ?? null);
-    this.#parts.onEnded(this, last?.sequences ?? new Map(), last?.isSent ?? false);
+    void this.#parts.onEnded(this, last?.sequences ?? new Map(), last?.isSent ?? false).then(() => this.#freeLoans());
     for (const listener of [...this.#listeners]) listener(last === null ? 'died' : 'released');
   }
 }

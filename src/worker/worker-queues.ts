@@ -89,8 +89,8 @@ export class WorkerQueues implements SaThreads {
     await Promise.all(this.list.map((queue) => queue.release(reason, ms)));
   }
 
-  #ended(queue: WorkerQueue, sequences: ReadonlyMap<number, bigint>, isSent: boolean): void {
-    // It never rejects, and nobody has to wait for it.
-    void this.#listener?.threadEnded(queue, sequences, this.#closing, isSent);
+  async #ended(queue: WorkerQueue, sequences: ReadonlyMap<number, bigint>, isSent: boolean): Promise<void> {
+    // It never rejects.
+    await this.#listener?.threadEnded(queue, sequences, this.#closing, isSent);
   }
 }

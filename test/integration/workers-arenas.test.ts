@@ -166,13 +166,21 @@ describe('memory that a thread has which dies', () => {
     const mapped = new MappingLedger(offered.ledger).entries.filter(({ size }) => size === ARENA_BYTES);
     const there = () => mapped.map(({ address }) => Buffer.from(ffi().view(address, ARENA_BYTES)));
     expect(there().map((bytes) => bytes[77])).toEqual([byteAt(77), 0]);
+    const ended = new Promise<void>((resolve, reject) => {
+      const stop = queue.onEnd(() => {
+        stop();
+        try {
+          // The device has not reset the ring yet.
+          expect(() => a.unregisterMemory(arena)).toThrow(code('ARENA_BUSY'));
+          expect(() => a.registerMemory(other, 0, ARENA_BYTES)).toThrow(code('DMA_OVERLAP'));
+          resolve();
+        } catch (error) {
+          reject(error);
+        }
+      });
+    });
     await host.worker.terminate();
-    await until(
-      () => queue.state === 'free',
-      () => queue.state,
-    );
-    expect(() => a.unregisterMemory(arena)).toThrow(code('ARENA_BUSY'));
-    expect(() => a.registerMemory(other, 0, ARENA_BYTES)).toThrow(code('DMA_OVERLAP'));
+    await ended;
     // What the thread had mapped is gone. The memory itself is the application's, and as it was.
     expect(there().flatMap((bytes) => [...new Set(bytes)])).toEqual([0, 0]);
     expect(arena.memory.u8[77]).toBe(byteAt(77));
@@ -185,6 +193,17 @@ describe('memory that a thread has which dies', () => {
     await next.do('close', { index: 1 });
     await returned(() => a.unregisterMemory(arena));
     await returned(() => a.unregisterMemory(a.registerMemory(other, 0, ARENA_BYTES)));
+  });
+
+  it('comes back when the device has reset the pair, whether or not another thread is to have it', async () => {
+    const { a, queue } = await wired();
+    const arena = a.registerMemory(memoryFile(), 0, ARENA_BYTES);
+    const host = await hire(queue);
+    await host.do('openMemory', { index: 1, arena: 'lent', handle: queue.lendMemory(arena) });
+    await host.do('hold', { index: 1, arena: 'lent' });
+    await host.worker.terminate();
+    await returned(() => a.unregisterMemory(arena));
+    await handOver(queue, new Host());
   });
 
   it('does not hinder the end of the NIC', async () => {
