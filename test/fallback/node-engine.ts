@@ -58,20 +58,14 @@ function blockMac(key: Buffer, message: Uint8Array, xcbc: boolean): Buffer {
   const derived = xcbc ? encryptBlock(key, Buffer.alloc(16, 1)) : key;
   const whole = xcbc ? encryptBlock(key, Buffer.alloc(16, 2)) : double(encryptBlock(key, Buffer.alloc(16)));
   const partial = xcbc ? encryptBlock(key, Buffer.alloc(16, 3)) : double(whole);
-  let state: Buffer = Buffer.alloc(16);
+  // The last block is padded and masked; the rest is CBC with an IV of zero, of which the last block counts.
   const blocks = Math.max(1, Math.ceil(message.length / 16));
-  for (let i = 0; i < blocks; i++) {
-    const block = Buffer.alloc(16);
-    const part = message.subarray(16 * i, 16 * i + 16);
-    block.set(part);
-    if (i === blocks - 1) {
-      if (part.length < 16) block[part.length] = 0x80;
-      xorInto(block, part.length < 16 ? partial : whole);
-    }
-    xorInto(block, state);
-    state = encryptBlock(derived, block);
-  }
-  return state;
+  const padded = Buffer.alloc(16 * blocks);
+  padded.set(message);
+  if (message.length < padded.length) padded[message.length] = 0x80;
+  xorInto(padded.subarray(-16), message.length < padded.length ? partial : whole);
+  const cipher = createCipheriv(`aes-${derived.length * 8}-cbc`, derived, Buffer.alloc(16)).setAutoPadding(false);
+  return Buffer.concat([cipher.update(padded), cipher.final()]).subarray(-16);
 }
 
 export class NodeEngine implements CryptoEngine {

@@ -32,9 +32,9 @@ export class Random {
   }
 
   bytes(length: number): Uint8Array {
-    const bytes = new Uint8Array(length);
-    for (let i = 0; i < length; i++) bytes[i] = this.next() >>> 24;
-    return bytes;
+    const words = new Uint32Array(Math.ceil(length / 4));
+    for (let i = 0; i < words.length; i++) words[i] = this.next();
+    return new Uint8Array(words.buffer, 0, length);
   }
 }
 
