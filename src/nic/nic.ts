@@ -22,7 +22,7 @@ import type { PacketArena } from '../packet/references.ts';
 import type { DeviceFunction } from '../vfio/function.ts';
 import { AdminQueue } from '../virtio/admin.ts';
 import { Feature, type FeatureSet } from '../virtio/features.ts';
-import { initializeDevice, resetDevice } from '../virtio/initialize.ts';
+import { initializeDevice } from '../virtio/initialize.ts';
 import { DeviceStatus } from '../virtio/pci-layout.ts';
 import type { VirtioTransport } from '../virtio/transport.ts';
 import { type NetConfig, readNetConfig } from '../virtio-net/config.ts';
@@ -35,6 +35,7 @@ import { NicArenas } from './arenas.ts';
 import { type NicDevice, openDevice } from './device.ts';
 import { openInline } from './inline.ts';
 import { featuresFor, type NicOptions, type ResolvedOptions, resolveOptions } from './options.ts';
+import { release } from './release.ts';
 import { NicRings } from './rings.ts';
 import { NicRxQueue } from './rx-queue.ts';
 import { type NicQueue, type NicStatistics, poolStatistics, sumStatistics } from './statistics.ts';
@@ -118,23 +119,6 @@ async function openNicOn(device: NicDevice, guard: NonceGuard, given: ResolvedOp
 function present<T>(value: T | null): T {
   if (value === null) throw new VirtioError('SETUP', 'the device was not set up');
   return value;
-}
-
-/** Resets the device if it still answers, and gives everything back that it had. Never throws. */
-async function release(
-  fn: DeviceFunction,
-  transport: VirtioTransport | null,
-  rings: NicRings | null,
-  admin: AdminQueue | null,
-  resetTimeout: number,
-): Promise<void> {
-  if (transport !== null && !fn.gone) {
-    // A device that does not finish its reset loses its DMA mappings below.
-    await resetDevice(transport, resetTimeout).catch(() => {});
-  }
-  admin?.close();
-  rings?.close();
-  fn.close();
 }
 
 interface NicParts {
@@ -401,11 +385,14 @@ export class Nic implements AsyncDisposable {
     this.#broken = reason;
     rings.fail(reason);
     this.#lookAtLink();
-    await this.#workers?.release(reason, WORKER_PATIENCE_MS);
-    await release(fn, transport, rings, admin, options.resetTimeout);
-    // The SAs end last: their nonces were in use until the device was reset.
-    if (this.#ipsec === null) guard.close();
-    else this.#ipsec.close(reason);
+    try {
+      await this.#workers?.release(reason, WORKER_PATIENCE_MS);
+      await release(fn, transport, rings, admin, options.resetTimeout);
+    } finally {
+      // The SAs end last: their nonces were in use until the device was reset.
+      if (this.#ipsec === null) guard.close();
+      else this.#ipsec.close(reason);
+    }
   }
 
   /** The data path stops at once; the rest follows when whoever is in the middle of something has finished. */

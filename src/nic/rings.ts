@@ -22,6 +22,7 @@ import type { VirtqueueOptions } from '../virtqueue/virtqueue.ts';
 import { CauseInterrupts } from './causes.ts';
 import { NicInterrupts } from './interrupts.ts';
 import { makeQueues, type PairSettings, virtqueueOptions } from './pair.ts';
+import { takeAll } from './release.ts';
 import { NicRing } from './ring.ts';
 import type { OpenOptions } from './wire.ts';
 
@@ -141,8 +142,11 @@ export class NicRings {
         if (causes !== undefined && options.interrupts) rx.enableInterrupts();
       }
     } catch (error) {
-      this.interrupts.close();
-      for (const memory of this.#memories) releaseDma(fn, memory);
+      try {
+        takeAll([() => this.interrupts.close(), ...this.#memories.map((memory) => () => releaseDma(fn, memory))]);
+      } catch {
+        // What led here is what is to be told.
+      }
       throw error;
     }
   }
@@ -279,17 +283,22 @@ export class NicRings {
     this.#control?.close(error);
   }
 
-  /** Wipes and frees everything. Only after the device was reset, or is gone. Idempotent. */
+  /**
+   * Wipes and frees everything. Only after the device was reset, or is gone. Idempotent. Throws what the device refuses first, but does all the
+   * rest; memory that it does not let go of goes with the function.
+   */
   close(): void {
     if (this.#closed) return;
     this.#closed = true;
     this.fail(new VirtioError('NIC_CLOSED', `${this.#fn.address} was closed`));
-    this.#control?.release();
-    this.interrupts.close();
     // Packets may hold what should have been protected.
     this.pool.u8.fill(0);
     for (const { pool } of this.workerPairs) pool.u8.fill(0);
-    for (const memory of this.#memories) releaseDma(this.#fn, memory);
+    takeAll([
+      () => this.#control?.release(),
+      () => this.interrupts.close(),
+      ...this.#memories.map((memory) => () => releaseDma(this.#fn, memory)),
+    ]);
   }
 }
 
