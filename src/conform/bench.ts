@@ -50,8 +50,8 @@ const BASIC = [Feature.VERSION_1, Feature.ACCESS_PLATFORM, Feature.ORDER_PLATFOR
 /** What a report tells of a check. */
 interface Step {
   readonly text: string;
-  /** Bytes, of use only when something is wrong. */
-  readonly isTrace: boolean;
+  /** What was sent or came, of use only when something is wrong; null for a line. */
+  readonly bytes: Uint8Array | null;
 }
 
 export class Bench {
@@ -70,20 +70,21 @@ export class Bench {
 
   /** Notes what was done, for the report. */
   log(line: string): void {
-    this.steps.push({ text: line, isTrace: false });
+    this.steps.push({ text: line, bytes: null });
   }
 
   /** Notes bytes that were sent or came, for the report of a check that fails. */
   trace(way: 'sent' | 'came', what: string, bytes: Uint8Array): void {
     const count = bytes.length === 1 ? '1 byte' : `${bytes.length} bytes`;
-    this.steps.push({ text: `${way} ${count}: ${what}\n${hexDump(bytes)}`, isTrace: true });
+    // A copy: memory that the device has does not stay as it is.
+    this.steps.push({ text: `${way} ${count}: ${what}`, bytes: bytes.slice() });
   }
 
   /** What was done; with the last bytes that were sent and came when the check has failed. */
   story(failed: boolean): string {
-    const traces = failed ? this.steps.filter(({ isTrace }) => isTrace).slice(-TRACES) : [];
-    const told = this.steps.filter((step) => !step.isTrace || traces.includes(step));
-    return told.map(({ text }) => text).join('\n');
+    const traces = failed ? this.steps.filter(({ bytes }) => bytes !== null).slice(-TRACES) : [];
+    const told = this.steps.filter((step) => step.bytes === null || traces.includes(step));
+    return told.map(({ text, bytes }) => (bytes === null ? text : `${text}\n${hexDump(bytes)}`)).join('\n');
   }
 
   /** What the device offers. */

@@ -1,8 +1,10 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterEach, describe, expect, it } from 'vitest';
-import { CHECKS, type ConformanceOptions } from '../../src/conform/index.ts';
-import { conform, lines, type Setup } from './conform-support.ts';
+import { CHECKS, type ConformanceOptions, type ConformanceReport, runConformance } from '../../src/conform/index.ts';
+import { openFunction } from '../../src/index.ts';
+import { conform, lines } from './conform-support.ts';
+import type { LocalSetup } from './local-device.ts';
 import { cleanUp, directory, spawnDevice, startDevice } from './support.ts';
 import { vipsec, vipsecProcess } from './vipsec.ts';
 
@@ -17,29 +19,45 @@ afterEach(cleanUp);
 /** A run that must be all green. */
 interface Row {
   readonly name: string;
-  readonly setup: Setup;
+  readonly setup: LocalSetup;
   readonly run?: Partial<ConformanceOptions>;
   /** Fewer checks than this are not applicable. */
   readonly notApplicable: number;
 }
 
 const setups: readonly Row[] = [
-  { name: 'on a loopback', setup: {}, notApplicable: 40 },
   { name: 'with a peer and two queue pairs', setup: { queuePairs: 2, link: 'pair' }, notApplicable: 25 },
   { name: 'with packed virtqueues', setup: {}, run: { ring: 'packed' }, notApplicable: 40 },
   { name: 'of the draft', setup: { wire: 'rfc-2025-01' }, notApplicable: 50 },
 ];
 
+/** All checks, none failed, most of them applicable. */
+function expectGreen({ checks, lost }: ConformanceReport, notApplicable: number): void {
+  expect(lines(checks.filter(({ verdict }) => verdict === 'fail'))).toEqual([]);
+  expect(lost).toBeNull();
+  expect(checks.map(({ id }) => id)).toEqual(CHECKS.map(({ id }) => id));
+  expect(checks.filter(({ verdict }) => verdict === 'not-applicable').length).toBeLessThan(notApplicable);
+}
+
 describe('the conformance suite on the software device', () => {
+  it(
+    'passes all checks that apply on a loopback, in another process',
+    async () => {
+      const { addresses } = await startDevice();
+      const open = () => openFunction(addresses[0]);
+      const report = await runConformance({ open, timeout: PATIENT, checks: CHECKS });
+      expectGreen(report, 40);
+      expect(report.device).toMatchObject({ address: addresses[0], wire: 'virtio-1.4', link: 'loopback' });
+    },
+    WHOLE_RUN,
+  );
+
   it.each(setups)(
     'passes all checks that apply $name',
     async ({ setup, run, notApplicable }) => {
-      const { checks, device, lost } = await conform(setup, null, { timeout: PATIENT, ...run });
-      expect(lines(checks.filter(({ verdict }) => verdict === 'fail'))).toEqual([]);
-      expect(lost).toBeNull();
-      expect(checks.map(({ id }) => id)).toEqual(CHECKS.map(({ id }) => id));
-      expect(checks.filter(({ verdict }) => verdict === 'not-applicable').length).toBeLessThan(notApplicable);
-      expect(device.wire).toBe(setup.wire ?? 'virtio-1.4');
+      const report = await conform(setup, null, { timeout: PATIENT, ...run });
+      expectGreen(report, notApplicable);
+      expect(report.device.wire).toBe(setup.wire ?? 'virtio-1.4');
     },
     WHOLE_RUN,
   );
@@ -84,7 +102,7 @@ describe('the conformance suite on the software device', () => {
 
 describe('vipsec conform', () => {
   it('prints one JSON document, writes JUnit and HTML, and exits with 0 when no MUST failed', async () => {
-    const device = await spawnDevice();
+    const device = await startDevice();
     const [address] = device.addresses;
     const junit = join(directory(), 'good.xml');
     const html = join(directory(), 'good.html');
