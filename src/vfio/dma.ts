@@ -239,7 +239,7 @@ export class DmaArena {
 
 /**
  * A memfd whose pages are given out, and returned zeroed. Sealed against shrinking, so that the other side can map it
- * without fear.
+ * without fear; and against further seals, with which that side could keep us from mapping and returning pages.
  */
 class BackingFile implements Backing {
   readonly fd: number;
@@ -249,7 +249,7 @@ class BackingFile implements Backing {
   constructor(hugeFlag: number) {
     const huge = hugeFlag === 0 ? 0 : libc.MemfdFlag.hugeTlb | hugeFlag;
     this.fd = libc.memfdCreate('virtio-ipsec-dma', libc.MemfdFlag.cloexec | libc.MemfdFlag.allowSealing | huge);
-    libc.fcntl(this.fd, libc.FcntlCommand.addSeals, libc.Seal.shrink);
+    libc.fcntl(this.fd, libc.FcntlCommand.addSeals, libc.Seal.shrink | libc.Seal.seal);
   }
 
   /** Offset of `size` bytes whose pages exist, so that touching them cannot fail. */

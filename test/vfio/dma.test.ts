@@ -160,6 +160,20 @@ describe('DmaArena', () => {
     expect(device.mapped.size).toBe(0);
   });
 
+  it('does not let the other side seal the file against writing', () => {
+    const device = new Device();
+    const arena = open(device);
+    const memory = arena.allocate(4096);
+    const { fd } = [...device.mapped.values()][0];
+    for (const seal of [libc.Seal.futureWrite, libc.Seal.grow]) {
+      expect(() => libc.fcntl(fd, libc.FcntlCommand.addSeals, seal)).toThrow(
+        expect.objectContaining({ code: 'EPERM' }),
+      );
+    }
+    arena.free(memory);
+    expect(arena.allocate(2 ** 20).size).toBe(2 ** 20);
+  });
+
   it('releases everything when it is closed, telling the device only if it is there', () => {
     const before = openDescriptors();
     const device = new Device();
