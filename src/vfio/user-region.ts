@@ -1,9 +1,11 @@
 /**
- * A region of a vfio-user device: messages to the server, and plain memory accesses where the server lets us map it.
+ * A region of a vfio-user device: messages to the server, and plain memory accesses where the server lets us map it, and cannot end this process with
+ * it: a file that may become shorter is not mapped.
  */
+import { constants } from 'node:fs';
 import { SystemError, VfioError } from '../errors.ts';
 import { EventFd } from '../sys/eventfd.ts';
-import { close } from '../sys/libc.ts';
+import { close, FcntlCommand, fcntl, fstat, Seal } from '../sys/libc.ts';
 import { readU16, readU32, writeU16, writeU32 } from '../sys/little-endian.ts';
 import { type MappedMemory, mapShared, unmapMemory } from '../sys/memory.ts';
 import { checkAccess, Registers } from '../sys/registers.ts';
@@ -14,6 +16,8 @@ import type { UserSession } from './user-session.ts';
 /** More areas than this are left unmapped and reached by messages. */
 const MAX_AREAS = 64;
 const PAGE_SIZE = 4096;
+/** File type bits of a mode (inode(7)). */
+const { S_IFMT, S_IFREG } = constants;
 
 interface MappedArea {
   readonly start: number;
@@ -207,8 +211,21 @@ function eventfdFor(
   return { kind: 'eventfd', fd };
 }
 
+/** Whether touching a mapping of the file could end this process with SIGBUS: a file with pages, without a seal that keeps them. */
+function mayShrink(fd: number): boolean {
+  if ((fstat(fd).mode & S_IFMT) !== S_IFREG) return false;
+  try {
+    return (fcntl(fd, FcntlCommand.getSeals) & Seal.shrink) === 0;
+  } catch (error) {
+    // Only files in memory can be sealed.
+    if (error instanceof SystemError) return true;
+    throw error;
+  }
+}
+
 /** Maps the areas that `info` names. Those that are not whole pages stay with messages. */
 function mapAreas(info: protocol.RegionInfo, fd: number): MappedArea[] {
+  if (mayShrink(fd)) return [];
   const areas = info.areas ?? [{ offset: 0, size: info.size }];
   const write = (info.flags & protocol.RegionFlag.write) !== 0;
   const mapped: MappedArea[] = [];

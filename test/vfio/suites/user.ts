@@ -368,8 +368,9 @@ export function userSuite(): void {
     let fd: number;
     let file: ReturnType<typeof mapShared>;
     beforeEach(() => {
-      fd = libc.memfdCreate('bar');
+      fd = libc.memfdCreate('bar', libc.MemfdFlag.cloexec | libc.MemfdFlag.allowSealing);
       libc.ftruncate(fd, 0x5000);
+      libc.fcntl(fd, libc.FcntlCommand.addSeals, libc.Seal.shrink);
       file = mapShared(fd, 0, 0x5000, { write: true });
     });
     afterEach(() => {
@@ -396,6 +397,19 @@ export function userSuite(): void {
       await settle();
       expect(server.requests(Command.regionRead)).toHaveLength(0);
       expect(server.requests(Command.regionWrite)).toHaveLength(0);
+    });
+
+    it('are not mapped when the server could make the file shorter under us', async () => {
+      const unsealed = libc.memfdCreate('bar', libc.MemfdFlag.cloexec | libc.MemfdFlag.allowSealing);
+      libc.ftruncate(unsealed, 0x4000);
+      const regions = [{ index: 2, flags, bytes: new Uint8Array(0x4000).fill(5), fd: unsealed }];
+      const { server, fn } = await connected([], { regions });
+      expect(fn.bar(2).read32(0)).toBe(0x05050505);
+      libc.ftruncate(unsealed, 0);
+      expect(fn.bar(2).read32(0x3000)).toBe(0x05050505);
+      await settle();
+      expect(server.requests(Command.regionRead)).toHaveLength(2);
+      libc.close(unsealed);
     });
 
     it('are mapped where the server says, the rest by messages', async () => {
