@@ -39,11 +39,20 @@ export const IpsecCheck = {
   again: 'again and again: open, SAs, traffic, close',
 } as const;
 
-/** `where` is where the SAs are to run on a NIC that is opened with `options`. The wire must be one that loops. */
-export async function ipsecBody(place: Place, where: Where, options: NicOptions = {}): Promise<void> {
+/**
+ * `where` is where the SAs are to run on a NIC that is opened with `options`. The wire must be one that loops. `look` is given the NIC when
+ * it was opened first, for checks of the caller's.
+ */
+export async function ipsecBody(
+  place: Place,
+  where: Where,
+  options: NicOptions = {},
+  look?: (nic: Nic) => Promise<void>,
+): Promise<void> {
   const { address } = place;
   await place.wire({ kind: 'echo', how: 'loop' });
   let nic = await openNic(address, options);
+  await look?.(nic);
   const sas = await addPair(nic, 0);
   await place.check(IpsecCheck.placement, () => {
     same('where', places(sas), [where, where]);

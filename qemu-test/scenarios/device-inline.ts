@@ -3,16 +3,17 @@
  * that also run on QEMU's virtio-net and over vfio-user. The wire brings back what the device encrypts, so the device must open it
  * again; whether it is right is for Linux to say, in `xfrm-inline.ts`.
  */
-import { algorithmNames, Feature, modeName, openNic } from '../../src/index.ts';
+import { algorithmNames, Feature, modeName, type Nic } from '../../src/index.ts';
 import { flowBody, flowChecks } from '../bodies/flows.ts';
 import { addPair, IpsecCheck, ipsecBody, keyOf } from '../bodies/ipsec.ts';
 import { NicCheck, nicBody } from '../bodies/nic.ts';
-import { same } from '../guest/guest.ts';
+import { type Guest, same } from '../guest/guest.ts';
 import { endWires, guestPlace } from '../guest/place.ts';
 import { serveWires } from '../host/wire.ts';
 import type { Scenario } from '../scenario.ts';
 
 const MAC = '52:54:00:00:0b:01';
+const MTU = 1500;
 const MODES = ['AH transport', 'AH tunnel', 'ESP transport', 'ESP tunnel'];
 /** Of a pair of SAs of its own. */
 const ROUND = 90;
@@ -45,31 +46,8 @@ export const scenario: Scenario = {
 
   async guest(guest) {
     const place = guestPlace(guest, 'nic');
-    const nic = await openNic(place.address, { ipsec: 'inline' });
-    const { mtu } = nic;
-    await guest.check(Check.features, () => {
-      const needed = [Feature.VERSION_1, Feature.ACCESS_PLATFORM, Feature.ADMIN_VQ, Feature.IPSEC];
-      if (!nic.features.hasAll(...needed)) throw new Error(nic.features.names().join(' '));
-      return nic.features.names().join(' ');
-    });
-    await guest.check(Check.capability, () => {
-      const { inline } = nic.ipsec;
-      if (inline === null) throw new Error(`${nic.ipsec.inlineObstacle}`);
-      same('modes', inline.modes.map(({ mode }) => modeName(mode)).sort(), MODES);
-      const names = inline.modes.map((entry) => Object.values(algorithmNames(entry)).flat().join(' '));
-      if (names.some((list) => list === '')) throw new Error(`a mode without algorithms: ${names.join('; ')}`);
-      return names[0];
-    });
-    await guest.check(Check.query, async () => {
-      const [sa] = await addPair(nic, ROUND);
-      const object = await sa.query();
-      same('SPI', object?.spi, 0x2000 + ROUND);
-      const shown = JSON.stringify(object, (_, value) => (typeof value === 'bigint' ? String(value) : value));
-      if (shown.includes(keyOf(nic, ROUND).slice(0, 8))) throw new Error('the key is shown');
-    });
-    await nic.close();
-    await nicBody(place, { mac: MAC, mtu, features: [Feature.ACCESS_PLATFORM, Feature.IPSEC] });
-    await ipsecBody(place, 'inline', { ipsec: 'inline' });
+    await nicBody(place, { mac: MAC, mtu: MTU, features: [Feature.ACCESS_PLATFORM, Feature.IPSEC] });
+    await ipsecBody(place, 'inline', { ipsec: 'inline' }, (nic) => lookAt(nic, guest));
     await place.wire({ kind: 'echo', how: 'reflect' });
     await flowBody(place, { ring: RING, pairs: PAIRS, peer: PEER, features: FLOW_FEATURES, ipsec: 'inline' });
     endWires(guest);
@@ -77,3 +55,26 @@ export const scenario: Scenario = {
 
   host: serveWires,
 };
+
+async function lookAt(nic: Nic, guest: Guest): Promise<void> {
+  await guest.check(Check.features, () => {
+    const needed = [Feature.VERSION_1, Feature.ACCESS_PLATFORM, Feature.ADMIN_VQ, Feature.IPSEC];
+    if (!nic.features.hasAll(...needed)) throw new Error(nic.features.names().join(' '));
+    return nic.features.names().join(' ');
+  });
+  await guest.check(Check.capability, () => {
+    const { inline } = nic.ipsec;
+    if (inline === null) throw new Error(`${nic.ipsec.inlineObstacle}`);
+    same('modes', inline.modes.map(({ mode }) => modeName(mode)).sort(), MODES);
+    const names = inline.modes.map((entry) => Object.values(algorithmNames(entry)).flat().join(' '));
+    if (names.some((list) => list === '')) throw new Error(`a mode without algorithms: ${names.join('; ')}`);
+    return names[0];
+  });
+  await guest.check(Check.query, async () => {
+    const [sa] = await addPair(nic, ROUND);
+    const object = await sa.query();
+    same('SPI', object?.spi, 0x2000 + ROUND);
+    const shown = JSON.stringify(object, (_, value) => (typeof value === 'bigint' ? String(value) : value));
+    if (shown.includes(keyOf(nic, ROUND).slice(0, 8))) throw new Error('the key is shown');
+  });
+}
