@@ -4,7 +4,8 @@
  */
 
 export type GuestMessage =
-  | { readonly type: 'hello'; readonly scenario: string }
+  /** The guest's process waits for a scenario. */
+  | { readonly type: 'ready' }
   | { readonly type: 'begin'; readonly check: string }
   | {
       readonly type: 'check';
@@ -14,25 +15,34 @@ export type GuestMessage =
       readonly ms: number;
     }
   | { readonly type: 'note'; readonly topic: string; readonly body: unknown }
-  /** The scenario is over. `error`: it ended with an exception outside a check. */
-  | { readonly type: 'end'; readonly error: string | null }
-  /** The init script's: the process that ran the scenario ended by itself. */
+  /** The scenario is over. `error`: it ended with an exception outside a check. `left`: what it left behind in the guest. */
+  | { readonly type: 'end'; readonly error: string | null; readonly left: readonly string[] }
+  /** The init script's: the process that runs scenarios ended by itself. */
   | { readonly type: 'exit'; readonly status: number };
 
-/** The other way there are notes only. */
-export type HostMessage = { readonly type: 'note'; readonly topic: string; readonly body: unknown };
+export type HostMessage =
+  | { readonly type: 'note'; readonly topic: string; readonly body: unknown }
+  /** Runs a scenario, whose first device is in place `first` among those of the machine. */
+  | { readonly type: 'run'; readonly scenario: string; readonly first: number }
+  /** There is no other: the process may end. */
+  | { readonly type: 'over' };
+
+/** The line on the console after which nothing of scenario `name` comes: the guest says that it is over when it has been written. */
+export const lastLine = (name: string): string => `vipsec: ${name} is over`;
 
 export function parseGuestMessage(line: string): GuestMessage | undefined {
   const message = parseObject(line);
   if (message === undefined) return undefined;
-  const { type, scenario, check, ok, detail, ms, topic, body, error, status } = message;
-  if (type === 'hello' && typeof scenario === 'string') return { type, scenario };
+  const { type, check, ok, detail, ms, topic, body, error, left, status } = message;
+  if (type === 'ready') return { type };
   if (type === 'begin' && typeof check === 'string') return { type, check };
   if (type === 'check' && typeof check === 'string' && typeof ok === 'boolean') {
     return { type, check, ok, detail: String(detail ?? ''), ms: Number(ms ?? 0) };
   }
   if (type === 'note' && typeof topic === 'string') return { type, topic, body };
-  if (type === 'end' && (error === null || typeof error === 'string')) return { type, error };
+  if (type === 'end' && (error === null || typeof error === 'string') && Array.isArray(left)) {
+    return { type, error, left: left.map(String) };
+  }
   if (type === 'exit' && typeof status === 'number') return { type, status };
   return undefined;
 }
@@ -40,8 +50,10 @@ export function parseGuestMessage(line: string): GuestMessage | undefined {
 export function parseHostMessage(line: string): HostMessage | undefined {
   const message = parseObject(line);
   if (message === undefined) return undefined;
-  const { type, topic, body } = message;
-  return type === 'note' && typeof topic === 'string' ? { type, topic, body } : undefined;
+  const { type, topic, body, scenario, first } = message;
+  if (type === 'note' && typeof topic === 'string') return { type, topic, body };
+  if (type === 'run' && typeof scenario === 'string' && typeof first === 'number') return { type, scenario, first };
+  return type === 'over' ? { type } : undefined;
 }
 
 function parseObject(line: string): Record<string, unknown> | undefined {

@@ -13,11 +13,12 @@ import { type Components, fetchComponents } from './fetch/components.ts';
 import { ToolError } from './host/process.ts';
 import { openProgress } from './host/progress.ts';
 import { checkList, failureReport, resultTable } from './host/report.ts';
-import { runScenario, type ScenarioResult } from './host/runner.ts';
+import { runScenarios } from './host/runner.ts';
+import { notRun, type ScenarioResult } from './host/scenario-run.ts';
 import { hasTaps, type TapSupport, tapSupport } from './host/taps.ts';
 import { buildImage } from './image/build.ts';
 import { loadScenario, scenarioNames } from './load.ts';
-import type { Scenario } from './scenario.ts';
+import type { NamedScenario, Scenario } from './scenario.ts';
 
 const COMMAND = 'npm run test:qemu --';
 interface Options {
@@ -35,7 +36,7 @@ const program = new Command('qemu-test')
   .option('--only <name...>', 'run these scenarios, or all whose name begins so', [])
   .option(
     '--jobs <n>',
-    'scenarios at a time',
+    'guests at a time',
     positive,
     // An emulated machine keeps one busy, its device processes included.
     availableParallelism(),
@@ -95,40 +96,32 @@ async function runAll(
   const image = await buildImage({ components, cache, packageRoot, dist, scratch });
   progress.close();
   const taps = await findTaps(components, scenarios);
-  const results = new Map<string, ScenarioResult>();
-  // The long ones first: at the end none is waited for alone.
-  const queue = [...scenarios].sort(([, a], [, b]) => b.timeout - a.timeout);
-  const worker = async () => {
-    for (let next = queue.shift(); next !== undefined && !stopped.signal.aborted; next = queue.shift()) {
-      const [name, scenario] = next;
-      if (hasTaps(scenario.devices) && taps instanceof ToolError) {
-        const obstacle = `${taps.message}${taps.hint === undefined ? '' : `; ${taps.hint}`}`;
-        results.set(name, { ...notRun(name, scenario), obstacle });
-        progress.finish(name, `cannot be run here: ${name}: ${obstacle}`);
-        continue;
-      }
-      progress.update(name, 'starting');
-      const result = await runScenario(name, scenario, {
-        components,
-        image,
-        dist,
-        guestDist: relative(packageRoot, dist),
-        taps: hasTaps(scenario.devices) && !(taps instanceof ToolError) ? taps : undefined,
-        interactive: options.interactive,
-        capture: options.capture === undefined ? undefined : resolve(options.capture),
-        signal: stopped.signal,
-        onCheck: (_, check) => progress.update(name, check),
-      });
-      results.set(name, result);
-      progress.finish(
-        name,
-        `${result.passed ? 'pass' : 'FAIL'}  ${name} (${result.seconds.toFixed(1)} s${result.restarted === null ? '' : `, started twice: ${result.restarted}`})`,
-      );
-    }
-  };
-  await Promise.all(Array.from({ length: options.jobs }, worker));
+  const all = [...scenarios].map(([name, scenario]): NamedScenario => ({ name, scenario }));
+  const obstacle =
+    taps instanceof ToolError ? `${taps.message}${taps.hint === undefined ? '' : `; ${taps.hint}`}` : null;
+  const isPossible = ({ scenario }: NamedScenario) => obstacle === null || !hasTaps(scenario.devices);
+  for (const { name } of all.filter((one) => !isPossible(one))) {
+    progress.finish(name, `cannot be run here: ${name}: ${obstacle}`);
+  }
+  const results = await runScenarios(all.filter(isPossible), {
+    components,
+    image,
+    dist,
+    guestDist: relative(packageRoot, dist),
+    taps: taps instanceof ToolError ? undefined : taps,
+    interactive: options.interactive,
+    capture: options.capture === undefined ? undefined : resolve(options.capture),
+    signal: stopped.signal,
+    jobs: options.jobs,
+    onStart: (name) => progress.update(name, 'starting'),
+    onCheck: (name, check) => progress.update(name, check),
+    onResult: ({ name, passed, seconds, restarted }) => {
+      const again = restarted === null ? '' : `, started twice: ${restarted}`;
+      progress.finish(name, `${passed ? 'pass' : 'FAIL'}  ${name} (${seconds.toFixed(1)} s${again})`);
+    },
+  });
   progress.close();
-  return [...scenarios.keys()].map((name) => results.get(name) ?? notRun(name, scenarios.get(name)));
+  return all.map((one) => results.find(({ name }) => name === one.name) ?? notRun(one, obstacle));
 }
 
 /** How taps are had, or why they are not; undefined when no scenario needs any. */
@@ -158,26 +151,6 @@ function report(results: readonly ScenarioResult[], { json, verbose, interactive
     for (const result of failed) process.stdout.write(failureReport(result, COMMAND));
   }
   return passed ? 0 : 1;
-}
-
-function notRun(name: string, scenario: Scenario | undefined): ScenarioResult {
-  const checks = (scenario?.checks ?? []).map((check) => ({
-    name: check,
-    verdict: 'not run' as const,
-    detail: '',
-    ms: 0,
-  }));
-  return {
-    name,
-    title: scenario?.title ?? '',
-    passed: false,
-    seconds: 0,
-    restarted: null,
-    obstacle: null,
-    checks,
-    problems: ['not run'],
-    console: [],
-  };
 }
 
 function choose(only: readonly string[]): string[] {

@@ -1,6 +1,7 @@
 /**
  * What a scenario is: a machine, its devices, what runs inside the guest and on the host, and the checks that must
- * come out. The same file is loaded on both sides, so that the list of checks is one list.
+ * come out. The same file is loaded on both sides, so that the list of checks is one list. Scenarios with the same machine share a guest,
+ * one after the other; each has its own devices, and finds none of the others bound to a driver.
  */
 import type { Guest } from './guest/guest.ts';
 import type { Host } from './host/host.ts';
@@ -60,9 +61,9 @@ export interface Scenario {
   readonly title: string;
   readonly machine: Machine;
   readonly devices: readonly ScenarioDevice[];
-  /** Modules to load before it runs. */
+  /** Modules that it needs. Those of all scenarios that share a guest are loaded when it boots. */
   readonly modules: readonly string[];
-  /** Seconds from the start of QEMU; the scenario fails when it is not over then. */
+  /** Seconds that it has, without the boot; it fails when it is not over then. */
   readonly timeout: number;
   /** Names of the checks that must be made, each once, and pass. */
   readonly checks: readonly string[];
@@ -72,6 +73,11 @@ export interface Scenario {
   guest(guest: Guest): Promise<void>;
   /** Runs beside QEMU, at the same time. */
   host?(host: Host): Promise<void>;
+}
+
+export interface NamedScenario {
+  readonly name: string;
+  readonly scenario: Scenario;
 }
 
 export interface TapAddresses {

@@ -2,7 +2,6 @@
  * The interoperability matrix as a scenario: our gateway on one NIC, the IPsec of the Linux kernel on another, applications
  * behind both. The gateway's NIC is QEMU's (ESP in software) or the software device (ESP in the device): the rest is the same.
  */
-import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { bindFunction } from '../../src/vfio/bind.ts';
 import type { Guest } from '../guest/guest.ts';
@@ -26,6 +25,7 @@ import type { Scenario, ScenarioDevice } from '../scenario.ts';
 
 const OURS_MAC = '52:54:00:00:07:01';
 const KERNEL_MAC = '52:54:00:00:07:02';
+const GATEWAY = 'qemu-test/ipsec/gateway.js';
 const APPLICATION = 'app';
 const TUN = 'tun0';
 /** The smallest that IPv6 allows: no transform makes a packet of it that does not fit 1500. */
@@ -81,9 +81,8 @@ async function runMatrix(guest: Guest, cases: readonly InteropCase[], where: Whe
   const address = guest.address('ours');
   bindFunction(address);
   addNamespace(guest, APPLICATION);
-  const program = join(guest.dist, 'qemu-test/ipsec/gateway.js');
   const [gateway, kernelSide, ourSide] = await Promise.all([
-    Helper.start('the gateway', [process.execPath, program, address, KERNEL_MAC]),
+    Helper.start('the gateway', guest.nodeCommand(GATEWAY, [address, KERNEL_MAC])),
     Traffic.start(guest, null),
     Traffic.start(guest, APPLICATION),
   ]);
@@ -98,6 +97,8 @@ async function runMatrix(guest: Guest, cases: readonly InteropCase[], where: Whe
   kernelSide.stop();
   ourSide.stop();
   closeNatTraversal();
+  // What is not on an interface of this scenario's, and so would stay.
+  guest.must('ip -batch -', 'xfrm state flush\nxfrm policy flush\naddr flush dev lo scope global\n');
 }
 
 interface Sides {

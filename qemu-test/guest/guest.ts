@@ -14,13 +14,17 @@ export interface CommandResult {
 /** What ends the waiting is the scenario's time. */
 const NOTE_TIMEOUT_MS = 3_600_000;
 const COMMAND_TIMEOUT_MS = 120_000;
-/** Device k of the scenario is in slot 0x10 + k of the root bus, or behind a root port there. `machine.ts` places them so. */
+/** Device k of the machine is in slot 0x10 + k of the root bus, or behind a root port there. `machine.ts` places them so. */
 export const FIRST_ROOT_PORT_SLOT = 0x10;
+/** The base of the image is in the slot above them. */
+export const MAX_DEVICES = 14;
 
 export class Guest {
   readonly #send: (message: GuestMessage) => void;
   readonly #mailbox: Mailbox;
   readonly #devices: readonly ScenarioDevice[];
+  /** Place of the scenario's first device among those of the machine. */
+  readonly #first: number;
   /** Folder of the built package inside the guest. */
   readonly dist: string;
 
@@ -29,11 +33,13 @@ export class Guest {
     mailbox: Mailbox,
     devices: readonly ScenarioDevice[],
     dist: string,
+    first: number,
   ) {
     this.#send = send;
     this.#mailbox = mailbox;
     this.#devices = devices;
     this.dist = dist;
+    this.#first = first;
   }
 
   /**
@@ -74,23 +80,25 @@ export class Guest {
     return stdout;
   }
 
-  /** Starts a program of the built package (a path below its folder) as a process of its own. */
+  /** The command that runs a program of the built package (a path below its folder), with what Node was told for this process. */
+  nodeCommand(program: string, args: readonly string[]): [string, ...string[]] {
+    return [process.execPath, ...process.execArgv, join(this.dist, program), ...args];
+  }
+
+  /** Starts a program of the built package as a process of its own. */
   spawnNode(program: string, args: readonly string[]): ChildProcess {
-    return spawn(process.execPath, [join(this.dist, program), ...args], { stdio: ['pipe', 'pipe', 'inherit'] });
+    const [command, ...rest] = this.nodeCommand(program, args);
+    return spawn(command, rest, { stdio: ['pipe', 'pipe', 'inherit'] });
   }
 
   /** Runs a program of the built package to its end. `user`: as that uid; `lockedMemory`: with that limit, in KiB. */
   node(program: string, args: readonly string[], as: { user?: number; lockedMemory?: number } = {}): CommandResult {
     const limit = as.lockedMemory === undefined ? '' : `ulimit -l ${as.lockedMemory}; `;
-    const result = spawnSync(
-      'sh',
-      ['-c', `${limit}exec "$0" "$@"`, process.execPath, join(this.dist, program), ...args],
-      {
-        encoding: 'utf8',
-        timeout: COMMAND_TIMEOUT_MS,
-        ...(as.user === undefined ? {} : { uid: as.user, gid: as.user }),
-      },
-    );
+    const result = spawnSync('sh', ['-c', `${limit}exec "$0" "$@"`, ...this.nodeCommand(program, args)], {
+      encoding: 'utf8',
+      timeout: COMMAND_TIMEOUT_MS,
+      ...(as.user === undefined ? {} : { uid: as.user, gid: as.user }),
+    });
     if (result.error !== undefined) throw result.error;
     return { status: result.status ?? -1, stdout: result.stdout, stderr: result.stderr };
   }
@@ -100,7 +108,7 @@ export class Guest {
     const index = this.#devices.findIndex((device) => device.id === id);
     if (index < 0) throw new Error(`the scenario has no device ${id}`);
     const { slot, fn } = slotOf(this.#devices, index);
-    const onRoot = `0000:00:${(FIRST_ROOT_PORT_SLOT + slot).toString(16)}.0`;
+    const onRoot = `0000:00:${(FIRST_ROOT_PORT_SLOT + this.#first + slot).toString(16)}.0`;
     const behind = readdirSync(`/sys/bus/pci/devices/${onRoot}`).filter((name) =>
       /^0000:[0-9a-f]{2}:00\.\d$/.test(name),
     );

@@ -1,5 +1,4 @@
 /** Network namespaces of the guest: an application in one of them talks to the other over the wire, never by loopback. */
-import { join } from 'node:path';
 import type { TrafficAnswer, TrafficRequest } from '../ipsec/traffic.ts';
 import type { Guest } from './guest.ts';
 import { Helper } from './process.ts';
@@ -29,7 +28,7 @@ export class Traffic {
   }
 
   static async start(guest: Guest, namespace: string | null): Promise<Traffic> {
-    const node = [process.execPath, join(guest.dist, TRAFFIC)];
+    const node = guest.nodeCommand(TRAFFIC, []);
     const command = namespace === null ? node : ['ip', 'netns', 'exec', namespace, ...node];
     return new Traffic(await Helper.start(`the traffic process of ${namespace ?? 'the first namespace'}`, command));
   }

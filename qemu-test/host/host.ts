@@ -1,18 +1,17 @@
 /** What a scenario can do on the host while its guest runs. */
 import { Mailbox } from '../messages.ts';
 import type { FramePort } from './frames.ts';
-import type { Qmp } from './qmp.ts';
 
-/** No scenario takes longer: what ends the waiting is the end of the guest, which the scenario's time bounds. */
+/** No scenario takes longer: what ends the waiting is the end of the guest's half, which the scenario's time bounds. */
 const NOTE_TIMEOUT_MS = 3_600_000;
 
 export interface HostParts {
   readonly links: ReadonlyMap<string, FramePort>;
-  readonly qmp: Qmp;
   /** Takes the link of a NIC down, or up again. */
   readonly setLink: (id: string, up: boolean) => Promise<void>;
+  readonly unplug: (id: string) => Promise<unknown>;
   readonly send: (topic: string, body: unknown) => void;
-  /** Aborted when the guest has ended: nothing more will come from it. */
+  /** Aborted when the guest's half has ended: nothing more will come from it. */
   readonly ended: AbortSignal;
   /** Makes a check, as `Guest.check`. */
   readonly check: (name: string, body: () => unknown) => Promise<boolean>;
@@ -49,8 +48,8 @@ export class Host {
     return this.mailbox.take(topic, timeoutMs, this.#parts.ended);
   }
 
-  /** Asks QEMU something: `device_del`, `set_link`. Devices and netdevs carry the ids of the scenario (`net-ID`). */
-  qemu(command: string, args: Readonly<Record<string, unknown>>): Promise<unknown> {
-    return this.#parts.qmp.execute(command, args);
+  /** Asks the guest to let go of device `id`, which QEMU then takes away. */
+  async unplug(id: string): Promise<void> {
+    await this.#parts.unplug(id);
   }
 }

@@ -1,9 +1,9 @@
-/** The QEMU command line of a scenario. */
+/** The QEMU command line of a guest: the machine that its scenarios need, and the devices of all of them. */
 import { join } from 'node:path';
 import type { Components } from '../fetch/components.ts';
-import { FIRST_ROOT_PORT_SLOT } from '../guest/guest.ts';
+import { FIRST_ROOT_PORT_SLOT, MAX_DEVICES } from '../guest/guest.ts';
 import type { GuestImage } from '../image/build.ts';
-import { type Machine, type QemuNic, type Scenario, type ScenarioDevice, slotOf, tapName } from '../scenario.ts';
+import { type Machine, type NamedScenario, type QemuNic, type ScenarioDevice, slotOf, tapName } from '../scenario.ts';
 import { hasTaps, type TapSupport, withTaps } from './taps.ts';
 
 const DEFAULT_MEMORY = 1024;
@@ -17,8 +17,10 @@ const MAX_CPUS = 4;
 const CPU = 'max,-erms,-fsrm,-la57';
 /** Of 2 MiB: a NIC's memory in 4-KiB pages would be mapped, and told of to a device process, a thousand times. */
 const HUGE_PAGES = 32;
-/** On the root bus, above all devices of a scenario. */
-const BASE_SLOT = '0x1e';
+/** On the root bus, above all devices of scenarios. */
+const BASE_SLOT = `0x${(FIRST_ROOT_PORT_SLOT + MAX_DEVICES).toString(16)}`;
+/** Numbers that a scenario has for its hubs. */
+const HUBS = 16;
 const IRQ_REMAPPING = 'kernel-irqchip=split';
 
 export interface MachinePaths {
@@ -43,17 +45,28 @@ export interface CommandLine {
 
 export const controlSocket = (sockets: string) => join(sockets, 'control');
 export const qmpSocket = (sockets: string) => join(sockets, 'qmp');
-export const linkSocket = (sockets: string, id: string) => join(sockets, `link-${id}`);
-export const deviceSocket = (sockets: string, id: string) => join(sockets, `device-${id}`);
+export const linkSocket = (sockets: string, unique: string) => join(sockets, `link-${unique}`);
+export const deviceSocket = (sockets: string, unique: string) => join(sockets, `device-${unique}`);
+/** Device `id` of scenario `name` among those of all scenarios of the guest. */
+export const unique = (name: string, id: string) => `${name}.${id}`;
 
+/** Place of the first device of scenario `name` among those of the guest. */
+export function firstPlace(scenarios: readonly NamedScenario[], name: string): number {
+  const before = scenarios.slice(
+    0,
+    scenarios.findIndex((one) => one.name === name),
+  );
+  return before.reduce((sum, { scenario }) => sum + scenario.devices.length, 0);
+}
+
+/** For scenarios whose machines differ in their memory only; at most one of them has taps. */
 export function commandLine(
-  name: string,
-  scenario: Scenario,
+  scenarios: readonly NamedScenario[],
   parts: Components,
   paths: MachinePaths,
   interactive: boolean,
 ): CommandLine {
-  const { machine, devices } = scenario;
+  const { machine } = scenarios[0].scenario;
   const { sockets } = paths;
   const program = parts.qemu[machine.qemu];
   const args = [
@@ -61,50 +74,54 @@ export function commandLine(
     ...['-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot'],
     ...['-machine', `q35,${IRQ_REMAPPING}`, '-accel', 'tcg,thread=multi', '-cpu', CPU],
     ...['-smp', `${machine.cpus ?? DEFAULT_CPUS},maxcpus=${MAX_CPUS}`],
-    ...memory(machine),
+    ...memory(scenarios),
     ...iommu(machine),
     ...['-kernel', parts.kernel, '-initrd', paths.image.initramfs],
     ...['-drive', `if=none,id=base,file=${paths.image.base},format=raw,readonly=on`],
     ...['-device', `nvme,drive=base,serial=base,addr=${BASE_SLOT}`],
-    ...['-append', kernelArguments(name, scenario, paths.guestDist, interactive)],
+    ...['-append', kernelArguments(scenarios, paths.guestDist, interactive)],
     ...['-chardev', 'stdio,id=console,signal=off', '-serial', 'chardev:console'],
     ...['-chardev', `socket,id=control,path=${controlSocket(sockets)}`, '-serial', 'chardev:control'],
     ...['-qmp', `unix:${qmpSocket(sockets)}`],
+    ...scenarios.flatMap((_, index) => functionsOf(scenarios, index, paths)),
   ];
-  for (const [index, { id, kind }] of devices.entries()) {
-    args.push(...pciFunction(devices, index, sockets));
-    if (paths.capture === undefined || kind !== 'virtio-net') continue;
-    args.push(
-      '-object',
-      `filter-dump,id=dump-${id},netdev=net-${id},file=${join(paths.capture, `${name}-${id}.pcap`)}`,
-    );
-  }
   const qemu = [program.command, ...args];
-  if (hasTaps(devices) && paths.taps === undefined) throw new Error('there are no taps');
-  const [command, ...rest] = paths.taps === undefined ? qemu : withTaps(qemu, devices, paths.taps, paths.dist);
+  const tapped = scenarios.find(({ scenario }) => hasTaps(scenario.devices))?.scenario.devices ?? [];
+  if (tapped.length > 0 && paths.taps === undefined) throw new Error('there are no taps');
+  const isAlone = tapped.length === 0 || paths.taps === undefined;
+  const [command, ...rest] = isAlone ? qemu : withTaps(qemu, tapped, paths.taps, paths.dist);
   return { command, args: rest, env: program.env ?? {} };
 }
 
-function kernelArguments(
-  name: string,
-  { machine, modules }: Scenario,
-  guestDist: string,
-  interactive: boolean,
-): string {
+function functionsOf(scenarios: readonly NamedScenario[], index: number, { sockets, capture }: MachinePaths): string[] {
+  const { name, scenario } = scenarios[index];
+  const part = { name, devices: scenario.devices, first: firstPlace(scenarios, name), firstHub: index * HUBS, sockets };
+  return scenario.devices.flatMap(({ id, kind }, device) => {
+    const args = pciFunction(part, device);
+    if (capture === undefined || kind !== 'virtio-net') return args;
+    const own = unique(name, id);
+    const file = join(capture, `${name}-${id}.pcap`);
+    return [...args, '-object', `filter-dump,id=dump-${own},netdev=net-${own},file=${file}`];
+  });
+}
+
+function kernelArguments(scenarios: readonly NamedScenario[], guestDist: string, interactive: boolean): string {
   const options = ['console=ttyS0', 'loglevel=7', 'panic=-1', 'nokaslr', 'random.trust_cpu=on', 'mitigations=off'];
   // Other clocks cost an emulated machine an access to a device each time they are read.
   options.push('tsc=reliable', 'init_on_alloc=0', `hugepages=${HUGE_PAGES}`);
   // Checks of the kernel's that have nothing to do with ours: that timers tick and tasks run in time, which a guest without its share of a
   // busy machine fails, and known answers for each algorithm, which take emulation seconds.
   options.push('no_timer_check', 'nowatchdog', 'rcupdate.rcu_cpu_stall_suppress=1', 'cryptomgr.notests=1');
-  if (machine.iommu !== 'none') options.push('intel_iommu=on');
-  options.push(`vipsec.scenario=${name}`, `vipsec.dist=${guestDist}`);
-  if (modules.length > 0) options.push(`vipsec.modules=${modules.join(',')}`);
+  if (scenarios[0].scenario.machine.iommu !== 'none') options.push('intel_iommu=on');
+  const modules = new Set(scenarios.flatMap(({ scenario }) => scenario.modules));
+  options.push(`vipsec.dist=${guestDist}`, `vipsec.modules=${[...modules].join(',')}`);
   if (interactive) options.push('vipsec.interactive=1');
   return options.join(' ');
 }
 
-function memory({ qemu, memory: size = DEFAULT_MEMORY }: Machine): string[] {
+function memory(scenarios: readonly NamedScenario[]): string[] {
+  const size = Math.max(...scenarios.map(({ scenario }) => scenario.machine.memory ?? DEFAULT_MEMORY));
+  const { qemu } = scenarios[0].scenario.machine;
   // A device process maps guest memory, so it must be a file that can be passed on.
   if (qemu === 'stock') return ['-m', `${size}M`];
   const backend = `memory-backend-memfd,id=mem0,size=${size}M,share=on`;
@@ -115,27 +132,35 @@ function iommu({ iommu: width = 48 }: Machine): string[] {
   return width === 'none' ? [] : ['-device', `intel-iommu,intremap=on,caching-mode=on,aw-bits=${width}`];
 }
 
-function pciFunction(devices: readonly ScenarioDevice[], index: number, sockets: string): string[] {
+/** A scenario's share of the machine. */
+interface Part {
+  readonly name: string;
+  readonly devices: readonly ScenarioDevice[];
+  /** Place of its first device. */
+  readonly first: number;
+  readonly firstHub: number;
+  readonly sockets: string;
+}
+
+function pciFunction(part: Part, index: number): string[] {
+  const { name, devices, first, sockets } = part;
   const device = devices[index];
+  const id = unique(name, device.id);
   const { slot: owner, fn } = slotOf(devices, index);
-  const slot = `0x${(FIRST_ROOT_PORT_SLOT + owner).toString(16)}`;
+  const slot = `0x${(FIRST_ROOT_PORT_SLOT + first + owner).toString(16)}`;
   const onRootBus = device.kind === 'virtio-net' && device.placement === 'root-bus';
-  const place = onRootBus ? { addr: slot } : { bus: `port-${devices[owner].id}`, addr: `0x0.${fn}` };
-  const port =
-    onRootBus || fn > 0 ? [] : ['-device', `pcie-root-port,id=port-${device.id},chassis=${index + 1},addr=${slot}`];
+  const place = onRootBus ? { addr: slot } : { bus: `port-${unique(name, devices[owner].id)}`, addr: `0x0.${fn}` };
+  const chassis = first + index + 1;
+  const port = onRootBus || fn > 0 ? [] : ['-device', `pcie-root-port,id=port-${id},chassis=${chassis},addr=${slot}`];
   if (device.kind === 'vfio-user') {
-    const socket = { type: 'unix', path: deviceSocket(sockets, device.id) };
-    return [
-      ...port,
-      '-device',
-      JSON.stringify({ driver: 'vfio-user-pci', id: device.id, rombar: 0, socket, ...place }),
-    ];
+    const socket = { type: 'unix', path: deviceSocket(sockets, id) };
+    return [...port, '-device', JSON.stringify({ driver: 'vfio-user-pci', id, rombar: 0, socket, ...place })];
   }
   const shared = devices.some((_, other) => other !== index && slotOf(devices, other).slot === owner);
-  const netdev = backend(device, sockets);
+  const netdev = backend(device, part);
   const properties = {
     driver: 'virtio-net-pci',
-    id: device.id,
+    id,
     netdev: netdev.id,
     mac: device.mac,
     romfile: '',
@@ -153,14 +178,14 @@ function pciFunction(devices: readonly ScenarioDevice[], index: number, sockets:
 /** Where the frames of a NIC go. Two NICs that are wired together sit on one hub, numbered by whichever comes first. */
 function backend(
   { id, link, queuePairs: queues = 1 }: QemuNic,
-  sockets: string,
+  { name, firstHub, sockets }: Part,
 ): { id: string } & Record<string, unknown> {
-  const name = `net-${id}`;
-  if (typeof link === 'object' && 'hub' in link) return { type: 'hubport', id: name, hubid: link.hub };
+  const netdev = `net-${unique(name, id)}`;
+  if (typeof link === 'object' && 'hub' in link) return { type: 'hubport', id: netdev, hubid: firstHub + link.hub };
   if (link === 'tap') {
     const ifname = tapName(id);
-    return { type: 'tap', id: name, ifname, script: 'no', downscript: 'no', vhost: false, queues };
+    return { type: 'tap', id: netdev, ifname, script: 'no', downscript: 'no', vhost: false, queues };
   }
-  const path = linkSocket(sockets, link === 'host' ? id : link.device);
-  return { type: 'stream', id: name, server: false, addr: { type: 'unix', path } };
+  const path = linkSocket(sockets, unique(name, link === 'host' ? id : link.device));
+  return { type: 'stream', id: netdev, server: false, addr: { type: 'unix', path } };
 }

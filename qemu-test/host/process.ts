@@ -1,5 +1,6 @@
 /** Child processes that are waited for: their output collected, their failure turned into one readable error. */
-import { spawn } from 'node:child_process';
+import { type ChildProcess, spawn } from 'node:child_process';
+import { once } from 'node:events';
 
 /** A program of the system (apt-get, dpkg-deb, QEMU) failed or is missing. */
 export class ToolError extends Error {
@@ -24,6 +25,7 @@ export interface RunOptions {
 
 const STATUS_DESCRIPTOR = 3;
 const ERROR_LINES = 12;
+const STOP_MS = 3_000;
 
 /** Runs `command` and returns what it wrote to stdout. Throws `ToolError` with the end of its stderr. */
 export async function run(command: string, args: readonly string[], options: RunOptions = {}): Promise<string> {
@@ -67,4 +69,14 @@ export function lineSplitter(onLine: (line: string) => void): (text: string) => 
     rest = lines.pop() ?? '';
     for (const line of lines) onLine(line);
   };
+}
+
+/** Ends a process: politely, then not. */
+export async function stop(child: ChildProcess): Promise<void> {
+  if (child.exitCode !== null || child.signalCode !== null || child.pid === undefined) return;
+  const over = once(child, 'exit');
+  child.kill('SIGTERM');
+  const timer = setTimeout(() => child.kill('SIGKILL'), STOP_MS);
+  await over;
+  clearTimeout(timer);
 }

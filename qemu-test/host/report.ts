@@ -1,6 +1,6 @@
 /** What a run prints in the end. */
 import Table from 'cli-table3';
-import type { ScenarioResult } from './runner.ts';
+import type { ScenarioResult } from './scenario-run.ts';
 
 export function resultTable(results: readonly ScenarioResult[]): string {
   const table = new Table({
@@ -37,5 +37,8 @@ export function failureReport(result: ScenarioResult, command: string): string {
     `  the guest's last lines:\n${console}`,
     `  alone:         ${command} --only ${result.name} --verbose\n`,
     `  interactively: ${command} --only ${result.name} --interactive\n`,
+    ...(result.before.length === 0
+      ? []
+      : [`  in its guest:  ${command} --only ${[...result.before, result.name].join(' ')} --jobs 1\n`]),
   ].join('');
 }

@@ -1,6 +1,6 @@
 #!/bin/sh
-# The guest's first process: mounts, loads modules, runs the scenario that the kernel command line names, powers off.
-# The scenario talks to the host over the second serial port; the first one is the console.
+# The guest's first process: mounts, loads modules, runs the scenarios that the host asks for, powers off.
+# They talk to the host over the second serial port; the first one is the console.
 # Every process that it starts costs an emulated machine some 20 ms: what the shell can do itself it does.
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=linux ENV=/etc/shrc
 . /etc/shrc
@@ -23,13 +23,14 @@ interactive=0
 read -r words </proc/cmdline
 for word in $words; do
   case $word in
-    vipsec.scenario=*) scenario=${word#*=} ;;
     vipsec.dist=*) dist=${word#*=} ;;
     vipsec.modules=*) modules=${word#*=} ;;
     vipsec.interactive=*) interactive=${word#*=} ;;
   esac
 done
 
+# A function gets its driver when its scenario begins (guest/state.ts).
+echo 0 >/sys/bus/pci/drivers_autoprobe
 IFS=,
 for module in $modules; do
   modprobe "$module" || echo "init: module $module does not load"
@@ -37,14 +38,15 @@ done
 unset IFS
 
 stty -F /dev/ttyS1 raw -echo 115200
-main=/app/$dist/qemu-test/guest/main.js
+# Threads of V8's own cost an emulated processor more switches than they save.
+main="--single-threaded /app/$dist/qemu-test/guest/main.js"
 if [ "$interactive" = 1 ]; then
-  printf '#!/bin/sh\nexec node %s "${1:-%s}"\n' "$main" "$scenario" >/bin/scenario
+  printf '#!/bin/sh\nexec node %s\n' "$main" >/bin/scenario
   chmod +x /bin/scenario
-  echo "Type 'scenario' to run $scenario; leave the shell to power off."
+  echo "Type 'scenario' to run it; leave the shell to power off."
   setsid cttyhack sh
 else
-  node "$main" "$scenario" >/dev/console 2>&1 || echo "{\"type\":\"exit\",\"status\":$?}" >/dev/ttyS1
+  node $main >/dev/console 2>&1 || echo "{\"type\":\"exit\",\"status\":$?}" >/dev/ttyS1
 fi
 sync
 poweroff -f

@@ -66,7 +66,7 @@ export const scenario: Scenario = {
 
   async host(host) {
     await host.hear('unplug');
-    await host.qemu('device_del', { id: 'nic' });
+    await host.unplug('nic');
   },
 };
 
@@ -137,7 +137,7 @@ async function checkUnplug(guest: Guest, nic: string): Promise<void> {
   const lost = new Promise<string>((resolve) => fn.onGone?.((reason) => resolve(reason.message)));
   guest.tell('unplug');
   await guest.check(Check.unplug, async () => {
-    const reason = await Promise.race([lost, sleep(60_000, 'no word in 60 s')]);
+    const reason = await Promise.race([lost, sleep(60_000, 'no word in 60 s', { ref: false })]);
     same('gone', fn.gone, true);
     await mustFail('DEVICE_GONE', () => fn.allocateDma(4096));
     return reason;

@@ -6,24 +6,37 @@ import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { countInterrupts } from '../../qemu-test/guest/place.ts';
 import { consoleFaults } from '../../qemu-test/host/faults.ts';
 import { FramePort } from '../../qemu-test/host/frames.ts';
-import { commandLine } from '../../qemu-test/host/machine.ts';
+import { commandLine, firstPlace } from '../../qemu-test/host/machine.ts';
 import { lineSplitter, run } from '../../qemu-test/host/process.ts';
 import { resultTable } from '../../qemu-test/host/report.ts';
-import { tapSupport, withTaps } from '../../qemu-test/host/taps.ts';
+import { type TapSupport, tapSupport, withTaps } from '../../qemu-test/host/taps.ts';
 import { Mailbox, parseGuestMessage, parseHostMessage } from '../../qemu-test/messages.ts';
-import { type QemuNic, type Scenario, type ScenarioDevice, tapAddresses } from '../../qemu-test/scenario.ts';
+import {
+  type NamedScenario,
+  type QemuNic,
+  type Scenario,
+  type ScenarioDevice,
+  tapAddresses,
+} from '../../qemu-test/scenario.ts';
 
 describe('messages between guest and host', () => {
   it.each([
-    [{ type: 'hello', scenario: 'a' }],
+    [{ type: 'ready' }],
     [{ type: 'begin', check: 'c' }],
     [{ type: 'check', check: 'c', ok: true, detail: 'd', ms: 3 }],
     [{ type: 'note', topic: 't', body: { any: ['thing'] } }],
-    [{ type: 'end', error: null }],
+    [{ type: 'end', error: null, left: ['a process'] }],
     [{ type: 'exit', status: 139 }],
   ])('%j is understood', (message) => {
     expect(parseGuestMessage(JSON.stringify(message))).toEqual(message);
   });
+
+  it.each([[{ type: 'note', topic: 't', body: null }], [{ type: 'run', scenario: 'a', first: 2 }], [{ type: 'over' }]])(
+    '%j is understood by the guest',
+    (message) => {
+      expect(parseHostMessage(JSON.stringify(message))).toEqual(message);
+    },
+  );
 
   it.each([
     '',
@@ -33,6 +46,8 @@ describe('messages between guest and host', () => {
     '{"type":"check","check":"c"}',
     '{"type":"other"}',
     '{"type":"end"}',
+    '{"type":"end","error":null}',
+    '{"type":"run","scenario":"a"}',
   ])('%j is not a message', (line) => {
     expect(parseGuestMessage(line)).toBeUndefined();
     expect(parseHostMessage(line)).toBeUndefined();
@@ -160,30 +175,82 @@ describe('the machine', () => {
     checks: [],
     guest: async () => {},
   });
-  const line = (s: Scenario) =>
+  const lineOf = (scenarios: readonly NamedScenario[], taps?: TapSupport) =>
     commandLine(
-      'name',
-      s,
+      scenarios,
       parts,
-      { image: { initramfs: '/i', base: '/e' }, sockets: '/s', dist: '/d', guestDist: 'dist' },
+      { image: { initramfs: '/i', base: '/e' }, sockets: '/s', dist: '/d', guestDist: 'dist', taps, capture: '/c' },
       false,
     );
+  const line = (s: Scenario) => lineOf([{ name: 'name', scenario: s }]);
   const devicesOf = (s: Scenario) =>
     line(s)
       .args.filter((arg) => arg.startsWith('{"driver'))
       .map((arg) => JSON.parse(arg));
 
-  it('tells the kernel which scenario to run and which modules to load', () => {
-    const { args } = line(scenario([]));
-    const append = args[args.indexOf('-append') + 1];
-    expect(append.split(' ')).toEqual(
-      expect.arrayContaining([
-        'vipsec.scenario=name',
-        'vipsec.modules=virtio_net',
-        'vipsec.dist=dist',
-        'intel_iommu=on',
-      ]),
+  const kernelWords = (args: readonly string[]) => args[args.indexOf('-append') + 1].split(' ');
+
+  it('tells the kernel where the package is and which modules to load: each that a scenario needs, once', () => {
+    expect(kernelWords(line(scenario([])).args)).toEqual(
+      expect.arrayContaining(['vipsec.modules=virtio_net', 'vipsec.dist=dist', 'intel_iommu=on']),
     );
+    const more = { ...scenario([]), modules: ['tun', 'virtio_net'] };
+    const { args } = lineOf([
+      { name: 'a', scenario: scenario([]) },
+      { name: 'b', scenario: more },
+    ]);
+    expect(kernelWords(args)).toContain('vipsec.modules=virtio_net,tun');
+  });
+
+  it('has the devices of all its scenarios, none of which shares a name, a place, a socket or a hub with another', () => {
+    const own = scenario([
+      { kind: 'vfio-user', id: 'nic', link: 'wire' },
+      nic('judge', { link: { device: 'nic' } }),
+      nic('left', { link: { hub: 0 } }),
+      nic('right', { link: { hub: 0 } }),
+    ]);
+    const names = ['some', 'other'];
+    const { args } = lineOf(names.map((name) => ({ name, scenario: own })));
+    const all = args.filter((arg) => arg.startsWith('{')).map((arg) => JSON.parse(arg));
+    const distinct = (values: readonly unknown[]) => expect(new Set(values).size).toBe(values.length);
+    const functions = all.filter((one) => 'driver' in one);
+    expect(functions.map((one) => one.id)).toEqual(
+      names.flatMap((name) => own.devices.map(({ id }) => `${name}.${id}`)),
+    );
+    distinct(functions.map((one) => one.bus));
+    distinct(functions.flatMap((one) => one.socket?.path ?? []));
+    const netdevs = all.filter((one) => 'type' in one);
+    distinct(netdevs.map((one) => one.id));
+    distinct(netdevs.flatMap((one) => one.addr?.path ?? []));
+    expect(netdevs.flatMap((one) => one.hubid ?? [])).toEqual([0, 0, 16, 16]);
+    const ports = args.flatMap((arg) => /^pcie-root-port,id=(\S+),chassis=(\d+),addr=(\S+)$/.exec(arg)?.slice(1) ?? []);
+    expect(ports.length).toBe(3 * functions.length);
+    distinct(ports);
+    distinct(args.flatMap((arg) => /^filter-dump,.*file=(.*)$/.exec(arg)?.[1] ?? []));
+    expect(
+      firstPlace(
+        names.map((name) => ({ name, scenario: own })),
+        'other',
+      ),
+    ).toBe(own.devices.length);
+  });
+
+  it('has the memory of the scenario that needs most', () => {
+    const of = (memory?: number) => scenario([], memory === undefined ? {} : { memory });
+    const { args } = lineOf([of(), of(1536), of(512)].map((s, i) => ({ name: `s${i}`, scenario: s })));
+    expect(args[args.indexOf('-m') + 1]).toBe('1536M');
+  });
+
+  it('is started with the taps of the one scenario that has some', () => {
+    const tapped = scenario([nic('tapped', { link: 'tap' })]);
+    const both = [
+      { name: 'a', scenario: scenario([nic('plain')]) },
+      { name: 'b', scenario: tapped },
+    ];
+    expect(() => lineOf(both)).toThrow(/no taps/);
+    const { command, args } = lineOf(both, { enter: ['unshare', '--net'], ip: 'ip' });
+    expect(command).toBe('unshare');
+    expect(args.join(' ')).toContain('tuntap add dev tap-tapped');
   });
 
   it('has room for another processor, or QEMU leaves out the memory barriers that the device needs', () => {
@@ -202,9 +269,9 @@ describe('the machine', () => {
 
   it('puts each function behind a port of its own', () => {
     const args = line(scenario([nic('a'), nic('b')])).args.join(' ');
-    expect(args).toMatch(/pcie-root-port,id=port-a,chassis=1,addr=0x10 /);
-    expect(args).toMatch(/pcie-root-port,id=port-b,chassis=2,addr=0x11 /);
-    expect(devicesOf(scenario([nic('a'), nic('b')]))).toMatchObject([{ bus: 'port-a' }, { bus: 'port-b' }]);
+    expect(args).toMatch(/pcie-root-port,id=port-name.a,chassis=1,addr=0x10 /);
+    expect(args).toMatch(/pcie-root-port,id=port-name.b,chassis=2,addr=0x11 /);
+    expect(devicesOf(scenario([nic('a'), nic('b')]))).toMatchObject([{ bus: 'port-name.a' }, { bus: 'port-name.b' }]);
   });
 
   it('puts functions that belong together in one slot', () => {
@@ -215,10 +282,10 @@ describe('the machine', () => {
       nic('c', { placement: { besides: 'a' } }),
     ];
     expect(devicesOf(scenario(together))).toMatchObject([
-      { bus: 'port-x', addr: '0x0.0' },
-      { bus: 'port-a', addr: '0x0.0', multifunction: true },
-      { bus: 'port-a', addr: '0x0.1' },
-      { bus: 'port-a', addr: '0x0.2' },
+      { bus: 'port-name.x', addr: '0x0.0' },
+      { bus: 'port-name.a', addr: '0x0.0', multifunction: true },
+      { bus: 'port-name.a', addr: '0x0.1' },
+      { bus: 'port-name.a', addr: '0x0.2' },
     ]);
     expect(devicesOf(scenario(together))[0]).not.toHaveProperty('multifunction');
   });
@@ -228,7 +295,7 @@ describe('the machine', () => {
     const { args, env, command } = line(scenario(both, { qemu: 'vfioUser' }));
     expect([command, env]).toEqual(['qemu11', { A: 'b' }]);
     const netdev = JSON.parse(args[args.indexOf('-netdev') + 1]);
-    expect(netdev).toMatchObject({ type: 'stream', server: false, addr: { path: '/s/link-dev' } });
+    expect(netdev).toMatchObject({ type: 'stream', server: false, addr: { path: '/s/link-name.dev' } });
     expect(args.join(' ')).toMatch(/memory-backend-memfd/);
   });
 });
@@ -266,6 +333,7 @@ describe('taps', () => {
       title: 't',
       passed: false,
       seconds: 0,
+      before: [],
       restarted: null,
       obstacle: 'no tap; it needs /dev/net/tun',
       checks: [],
