@@ -23,8 +23,9 @@ import { Chain, insertionPoint } from './extension-headers.ts';
 import { renewGrant } from './grant.ts';
 import { setNonce, swapBytes } from './jobs.ts';
 import { isNew } from './replay.ts';
+import { keepCandidate, resynchronize, shouldResynchronize } from './resync.ts';
 import { drop, Outer, SaKind, SaWord, Sizes } from './sa-table.ts';
-import { carry, inferHigh, NO_WINDOW_SPAN, writeNumber } from './sequence.ts';
+import { carry, inferHigh, NO_WINDOW_SPAN, Resync, writeNumber } from './sequence.ts';
 import { moveDown, rewriteHeader } from './transport.ts';
 import { decrementTtl, trafficClass, writeOuter4, writeOuter6 } from './tunnel.ts';
 import { Verdict } from './verdict.ts';
@@ -221,6 +222,7 @@ export function verify(
   // hot:
   const { burst } = path;
   const { jobs } = burst;
+  path.candidate = -1;
   let n = 0;
   for (let k = from; k < to; k++) {
     const position = burst.order[k];
@@ -234,6 +236,12 @@ export function verify(
   jobs.aadLength = 0;
   group.engine.decrypt(group.transform, jobs);
   complete(path, group, packets, base, linkHeader, verdicts);
+  if (!shouldResynchronize(path, base, verdicts)) return;
+  const ip = burst.state[(path.candidate << 3) + At.ip];
+  const end = burst.state[(path.candidate << 3) + At.end];
+  resynchronize(path, base, ip, end, verdicts, () => {
+    verify(path, group, packets, base, 0, 1, linkHeader, verdicts);
+  });
 }
 
 function prepareCheck(path: DataPath, group: Group, p: number, position: number, n: number): number {
@@ -261,7 +269,16 @@ function prepareCheck(path: DataPath, group: Group, p: number, position: number,
   const window = words[record + SaWord.window];
   const topLow = words[record + SaWord.sequenceLow];
   const topHigh = words[record + SaWord.sequenceHigh];
-  const high = group.esn ? inferHigh(low, topLow, topHigh, window === 0 ? NO_WINDOW_SPAN : window) : 0;
+  let high = 0;
+  if (group.esn) {
+    if (path.resyncing) high = path.forcedHigh;
+    else {
+      high = inferHigh(low, topLow, topHigh, window === 0 ? NO_WINDOW_SPAN : window);
+      if (path.candidate < 0 && words[record + SaWord.failures] >= Resync.failures) {
+        keepCandidate(path, position, ip, end);
+      }
+    }
+  }
   const windowBase = words[record + SaWord.windowBase];
   const mask = words[record + SaWord.windowMask];
   if (window !== 0 && !isNew(path.table.windows, windowBase, mask, window, topLow, topHigh, low, high)) {

@@ -16,10 +16,14 @@ import { openSimple } from './esp-inbound-simple.ts';
 import { setAad, setNonce, swapBytes } from './jobs.ts';
 import { readAheadInbound } from './read-ahead.ts';
 import { isNew } from './replay.ts';
-import { drop, RECORD, SaKind, SaWord, Sizes } from './sa-table.ts';
+import { keepCandidate, resynchronize, shouldResynchronize } from './resync.ts';
+import { drop, SaKind, SaWord, Sizes } from './sa-table.ts';
 import type { SaDatabase } from './sad.ts';
 import { inferHigh, NO_WINDOW_SPAN, Resync, writeNumber } from './sequence.ts';
-import { VERDICTS, Verdict } from './verdict.ts';
+import { Verdict } from './verdict.ts';
+
+/** Bytes in front of ESP that `openEsnGap` changes. */
+const ESN_GAP = 4;
 
 /**
  * Decapsulates the packets `order[from]` to `order[to - 1]` of the burst, which begins at `packets[base]`.
@@ -108,10 +112,13 @@ function decryptJobs(
   jobs.aadLength = group.aadLength;
   group.engine.decrypt(group.transform, jobs);
   complete(path, group, packets, base, linkHeader, verdicts);
-  const { candidate } = path;
-  if (candidate >= 0 && !path.resyncing && verdicts[base + candidate] === Verdict.icv) {
-    resynchronize(path, group, packets, base, candidate, linkHeader, verdicts);
-  }
+  if (!shouldResynchronize(path, base, verdicts)) return;
+  const { burst, candidate } = path;
+  const esp = burst.state[(candidate << 3) + At.header];
+  const end = burst.state[(candidate << 3) + At.end];
+  resynchronize(path, base, esp - ESN_GAP, end, verdicts, () => {
+    decapsulate(path, group, packets, base, 0, 1, linkHeader, verdicts);
+  });
 }
 
 /** Adds a job for packet `p` if nothing speaks against it; returns the verdict so far. */
@@ -158,8 +165,7 @@ function buildJob(path: DataPath, group: Group, p: number, position: number, n: 
     else {
       high = inferHigh(low, topLow, topHigh, window === 0 ? NO_WINDOW_SPAN : window);
       if (path.candidate < 0 && words[record + SaWord.failures] >= Resync.failures) {
-        path.candidate = position;
-        keepCopy(path, esp, end);
+        keepCandidate(path, position, esp - ESN_GAP, end);
       }
     }
   }
@@ -203,45 +209,4 @@ function buildJob(path: DataPath, group: Group, p: number, position: number, n: 
     }
   }
   return Verdict.ok;
-}
-
-/** Keeps what decryption would destroy of the ESP packet from `esp` to `end`, and the four bytes before it. */
-function keepCopy(path: DataPath, esp: number, end: number): void {
-  const size = end - esp + 4;
-  if (path.copy.length < size) path.copy = new Uint8Array(size);
-  path.copy.set(path.pool.u8.subarray(esp - 4, end));
-}
-
-/**
- * Tries the packet at `position`, which failed its ICV, with the next high halves (RFC 4303, A2.3). It has been counted as
- * dropped; the attempts are not.
- */
-function resynchronize(
-  path: DataPath,
-  group: Group,
-  packets: Uint32Array,
-  base: number,
-  position: number,
-  linkHeader: number,
-  verdicts: Uint8Array,
-): void {
-  const { burst, pool, table } = path;
-  const record = burst.state[(position << 3) + At.record];
-  const esp = burst.state[(position << 3) + At.header];
-  const size = burst.state[(position << 3) + At.end] - esp + 4;
-  const inferred = burst.state[(position << 3) + At.high];
-  const icvDrops = (record / RECORD) * VERDICTS + Verdict.icv;
-  const counted = table.dropped[icvDrops];
-  path.resyncing = true;
-  for (let step = 1; step <= Resync.candidates; step++) {
-    pool.u8.set(path.copy.subarray(0, size), esp - 4);
-    path.forcedHigh = (inferred + step) | 0;
-    burst.order[0] = position;
-    decapsulate(path, group, packets, base, 0, 1, linkHeader, verdicts);
-    if (verdicts[base + position] !== Verdict.icv) break;
-  }
-  path.resyncing = false;
-  path.candidate = -1;
-  table.words[record + SaWord.failures] = 0;
-  table.dropped[icvDrops] = verdicts[base + position] === Verdict.icv ? counted : counted - 1;
 }

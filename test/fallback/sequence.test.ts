@@ -5,6 +5,8 @@ import { runs } from '../depth.ts';
 import { type Bench, counting, ipv4, makeBench, makePair, makeSa, pass, protectOne, unprotectOne } from './support.ts';
 
 const U32 = 1n << 32n;
+const KEY = new Uint8Array(16).fill(1);
+const SALT = new Uint8Array(4).fill(2);
 
 describe('the high half of a sequence number', () => {
   it('is that of the only number from the bottom of the window on that has this low half', () => {
@@ -40,8 +42,21 @@ describe('the high half of a sequence number', () => {
   });
 });
 
-function sendAt(bench: Bench, handle: number, sequence: bigint, spi = 0x1001): Uint8Array {
-  bench.ipsec.add(handle, makeSa('outbound', { options: { esn: true }, initial: { sequence }, spi }));
+/** Fields of an SA besides those that say how ESP tunnels. */
+type Kind = Parameters<typeof makeSa>[1];
+
+const KINDS: readonly (readonly [string, Kind])[] = [
+  ['ESP', {}],
+  ['AES-GMAC in ESP', { aead: { name: 'aes-gmac', key: KEY, salt: SALT } }],
+  ['AH', { protocol: 'ah', auth: { name: 'hmac-sha256', key: new Uint8Array(32).fill(3) } }],
+  [
+    'AES-GMAC in AH, transport mode',
+    { protocol: 'ah', mode: 'transport', auth: { name: 'aes-gmac', key: KEY, salt: SALT } },
+  ],
+];
+
+function sendAt(bench: Bench, handle: number, sequence: bigint, kind: Kind = {}): Uint8Array {
+  bench.ipsec.add(handle, makeSa('outbound', { options: { esn: true }, initial: { sequence }, ...kind }));
   const { bytes, verdict } = protectOne(bench, ipv4(counting(20)), handle);
   expect(verdict).toBe('ok');
   bench.ipsec.remove(handle);
@@ -122,30 +137,33 @@ describe('sequence numbers on the wire', () => {
     expect(unprotectOne(bench, sendAt(bench, 1, base + 0x70000000n)).verdict).toBe('ok');
   });
 
-  it('resynchronise after more than 2^32 lost packets, with bounded work and only by authentic packets', () => {
-    const bench = makeBench();
-    bench.ipsec.add(9, makeSa('inbound', { options: { esn: true } }));
-    expect(unprotectOne(bench, sendAt(bench, 1, 7n)).verdict).toBe('ok');
-    const far = 3n * U32 + 100n;
-    for (let i = 0; i < Resync.failures; i++) {
-      expect(unprotectOne(bench, sendAt(bench, 1, far + BigInt(i))).verdict).toBe('icv');
-    }
-    expect(bench.ipsec.counters(9).sequence).toBe(7n);
-    const garbage = sendAt(bench, 1, far);
-    garbage[garbage.length - 1] ^= 1;
-    bench.engine.calls.length = 0;
-    expect(unprotectOne(bench, garbage).verdict).toBe('icv');
-    expect(bench.engine.calls.length).toBe(1 + Resync.candidates);
-    expect(bench.ipsec.counters(9).sequence).toBe(7n);
-    // The failed attempt starts the count again.
-    for (let i = 0; i < Resync.failures; i++) {
-      expect(unprotectOne(bench, sendAt(bench, 1, far + BigInt(i))).verdict).toBe('icv');
-    }
-    expect(unprotectOne(bench, sendAt(bench, 1, far + 1000n)).verdict).toBe('ok');
-    expect(unprotectOne(bench, sendAt(bench, 1, far + 1001n)).verdict).toBe('ok');
-    expect(unprotectOne(bench, sendAt(bench, 1, far + 1000n)).verdict).toBe('replay');
-    expect(bench.ipsec.counters(9).sequence).toBe(far + 1001n);
-  });
+  it.each(KINDS)(
+    'resynchronise after more than 2^32 lost packets of %s, with bounded work and only by authentic ones',
+    (_, kind) => {
+      const bench = makeBench();
+      bench.ipsec.add(9, makeSa('inbound', { options: { esn: true }, ...kind }));
+      expect(unprotectOne(bench, sendAt(bench, 1, 7n, kind)).verdict).toBe('ok');
+      const far = 3n * U32 + 100n;
+      for (let i = 0; i < Resync.failures; i++) {
+        expect(unprotectOne(bench, sendAt(bench, 1, far + BigInt(i), kind)).verdict).toBe('icv');
+      }
+      expect(bench.ipsec.counters(9).sequence).toBe(7n);
+      const garbage = sendAt(bench, 1, far, kind);
+      garbage[garbage.length - 1] ^= 1;
+      bench.engine.calls.length = 0;
+      expect(unprotectOne(bench, garbage).verdict).toBe('icv');
+      expect(bench.engine.calls.length).toBe(1 + Resync.candidates);
+      expect(bench.ipsec.counters(9).sequence).toBe(7n);
+      // The failed attempt starts the count again.
+      for (let i = 0; i < Resync.failures; i++) {
+        expect(unprotectOne(bench, sendAt(bench, 1, far + BigInt(i), kind)).verdict).toBe('icv');
+      }
+      expect(unprotectOne(bench, sendAt(bench, 1, far + 1000n, kind)).verdict).toBe('ok');
+      expect(unprotectOne(bench, sendAt(bench, 1, far + 1001n, kind)).verdict).toBe('ok');
+      expect(unprotectOne(bench, sendAt(bench, 1, far + 1000n, kind)).verdict).toBe('replay');
+      expect(bench.ipsec.counters(9).sequence).toBe(far + 1001n);
+    },
+  );
 
   it('are refused twice in one burst too', () => {
     const bench = makeBench();
