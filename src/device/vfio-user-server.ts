@@ -4,7 +4,7 @@
  * Unlike the protocol's text, every session begins with a function that has been reset: what a client leaves behind,
  * it leaves to nobody. A message that is no message ends the session; a request that cannot be done gets an error
  * reply. A client that has connected and does not say which version it speaks is turned out after a while, as others
- * may wait.
+ * may wait. Nor is anybody waited for who does not take his replies: until then nothing more is done for him.
  */
 import { constants as os } from 'node:os';
 import { SystemError, VfioError } from '../errors.ts';
@@ -26,9 +26,10 @@ const { Command, HeaderFlag } = protocol;
 const MAX_MESSAGE_DESCRIPTORS = 16;
 const MAX_DATA_TRANSFER = 1048576;
 const PAGE_SIZES = 4096;
-/** Milliseconds until a client must have sent VERSION, and until it must take a reply. */
+/** Milliseconds until a client must have sent VERSION, and until it must take a reply; and between looks whether it does. */
 const HANDSHAKE_TIMEOUT = 5000;
 const REPLY_TIMEOUT = 2000;
+const REPLY_PACE = 1;
 /** Messages in a row before others get their turn. */
 const MESSAGES_PER_TURN = 64;
 
@@ -127,12 +128,24 @@ interface SessionEvents {
   ended(reason: string | null): void;
 }
 
+/** A reply that the client has not taken as a whole. */
+interface Reply {
+  readonly message: Uint8Array;
+  readonly id: number;
+  readonly descriptors: readonly number[];
+  readonly deadline: number;
+  sent: number;
+}
+
 /** One client. */
 class Session {
   readonly #fn: VirtioFunction;
   readonly #events: SessionEvents;
   readonly #messages: MessageSocket;
-  readonly #watch: Watch;
+  /** Null while a reply is to be taken. */
+  #watch: Watch | null = null;
+  #reply: Reply | null = null;
+  #replyTimer: NodeJS.Timeout | null = null;
   readonly #deadline: NodeJS.Timeout;
   readonly #notifications: NotificationEventFds;
   /** Descriptors that the client takes in one message, and those that go with the next reply. */
@@ -147,7 +160,7 @@ class Session {
     this.#messages = new MessageSocket(socket, MAX_MESSAGE_DESCRIPTORS);
     this.#notifications = new NotificationEventFds(fn);
     fn.reset();
-    this.#watch = ffi().watch(socket.fd, () => this.#serve());
+    this.#listen();
     this.#deadline = setTimeout(() => {
       if (!this.#agreed) this.close('no VERSION in time');
     }, HANDSHAKE_TIMEOUT);
@@ -158,7 +171,8 @@ class Session {
     if (!this.#open) return;
     this.#open = false;
     clearTimeout(this.#deadline);
-    this.#watch.close();
+    if (this.#replyTimer !== null) clearTimeout(this.#replyTimer);
+    this.#watch?.close();
     this.#messages.close();
     this.#notifications.close();
     this.#fn.msix.disconnectAll();
@@ -167,34 +181,66 @@ class Session {
     this.#events.ended(reason);
   }
 
-  #serve(): void {
+  #listen(): void {
+    this.#watch = ffi().watch(this.#messages.fd, () => this.#guard(() => this.#serve()));
+  }
+
+  #guard(work: () => void): void {
     try {
-      for (let i = 0; i < MESSAGES_PER_TURN && this.#open; i++) {
-        const message = this.#messages.tryReceive();
-        if (message === null) return;
-        this.#answer(message);
-      }
+      work();
     } catch (error) {
       const gone = error instanceof VfioError && error.code === 'PEER_CLOSED';
       this.close(gone ? null : error instanceof Error ? error.message : String(error));
     }
   }
 
+  #serve(): void {
+    for (let i = 0; i < MESSAGES_PER_TURN && this.#open && this.#reply === null; i++) {
+      const message = this.#messages.tryReceive();
+      if (message === null) return;
+      this.#answer(message);
+    }
+  }
+
+  #send(message: Uint8Array, id: number, descriptors: readonly number[] = []): void {
+    this.#reply = { message, id, descriptors, deadline: performance.now() + REPLY_TIMEOUT, sent: 0 };
+    this.#flush();
+  }
+
+  /** Sends what the client takes of the reply, and looks again after a moment when that is not all of it. */
+  #flush(): void {
+    const reply = this.#reply;
+    if (reply === null) return;
+    const { message, id, descriptors, deadline } = reply;
+    while (reply.sent < message.length) {
+      const sent = this.#messages.trySend(message, id, reply.sent, descriptors);
+      reply.sent += sent;
+      if (sent > 0) continue;
+      if (performance.now() >= deadline) throw protocol.protocolError('the client does not take its replies');
+      // Requests that wait would wake who listens again and again.
+      this.#watch?.close();
+      this.#watch = null;
+      this.#replyTimer = setTimeout(() => this.#guard(() => this.#flush()), REPLY_PACE);
+      return;
+    }
+    this.#reply = null;
+    if (this.#watch === null) this.#listen();
+  }
+
   #answer(message: ReceivedMessage): void {
     const { id, command, flags } = message;
     const silent = (flags & HeaderFlag.noReply) !== 0;
-    const deadline = performance.now() + REPLY_TIMEOUT;
     try {
       if (isReply(message)) throw protocol.protocolError('a reply to nothing');
       if (!this.#agreed && command !== Command.version) throw protocol.protocolError('a request before VERSION');
       this.#attached = [];
       const payload = this.#handle(message);
-      if (!silent) this.#messages.send(protocol.reply(id, command, payload), id, deadline, this.#attached);
+      if (!silent) this.#send(protocol.reply(id, command, payload), id, this.#attached);
     } catch (error) {
       const errno = errnoOf(error);
       if (errno === null) throw error;
       this.#events.refused();
-      if (!silent) this.#messages.send(protocol.errorReply(id, command, errno), id, deadline);
+      if (!silent) this.#send(protocol.errorReply(id, command, errno), id);
       // Without an agreed version there is no session.
       if (!this.#agreed) throw protocol.protocolError('no common version');
     } finally {

@@ -66,6 +66,19 @@ export class MessageSocket {
     }
   }
 
+  /**
+   * Sends `message` under `id` from byte `start` on, as far as the other side takes it now, and never waits; returns how many bytes that was. The
+   * descriptors go with the first of them.
+   */
+  trySend(message: Uint8Array, id: number, start: number, descriptors: readonly number[] = []): number {
+    if (start === 0) writeU16(message, Header.id, id);
+    try {
+      return Math.max(0, this.socket.trySend(message, start, start === 0 ? descriptors : []));
+    } catch (error) {
+      throw translate(error);
+    }
+  }
+
   /** The next message, however much of it is there already. */
   receive(deadline: number): ReceivedMessage {
     for (;;) {

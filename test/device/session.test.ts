@@ -269,6 +269,25 @@ describe('a session', () => {
     expect(answered).toEqual(ids);
   });
 
+  it('waits for nobody who does not take his replies, and answers all when he does', async () => {
+    const client = await open();
+    const request = protocol.encodeRegionRead(CONFIG, 0, 256);
+    let asked = 0;
+    let longest = 0;
+    // Until neither side takes any more.
+    for (let turns = 0; turns < 5; turns++) {
+      for (; client.socket.trySend(request, 0) > 0; turns = 0) asked++;
+      const before = performance.now();
+      await pause(0);
+      longest = Math.max(longest, performance.now() - before);
+    }
+    expect(asked).toBeGreaterThan(100);
+    expect(longest).toBeLessThan(1500);
+    for (let i = 0; i < asked; i++) expect((await client.receive())?.error).toBe(0);
+    expect((await client.request(protocol.encodeDeviceInfoRequest())).error).toBe(0);
+    expect(warnings).toEqual([]);
+  });
+
   it.each<[string, () => Uint8Array]>([
     ['a size below the header', () => sized(8)],
     ['a size of 4 GiB', () => sized(0xffffffff)],
