@@ -23,6 +23,7 @@ import {
   unlinkSync,
   writeSync,
 } from 'node:fs';
+import { dirname } from 'node:path';
 import { IpsecError, VipsecError } from '../errors.ts';
 
 const HEADER = /^vipsec-nonce-guard 1 ([0-9a-f]{64}) \.$/;
@@ -183,7 +184,18 @@ function openOrCreate(path: string): number {
     closeSync(fd);
     unlinkSync(temporary);
   }
+  syncFolder(dirname(path));
   return openSync(path, flags);
+}
+
+/** A name is on disk when its folder is: without it, all that the file says later could be gone after a loss of power. */
+function syncFolder(path: string): void {
+  const fd = openSync(path, constants.O_RDONLY | constants.O_DIRECTORY);
+  try {
+    fsyncSync(fd);
+  } finally {
+    closeSync(fd);
+  }
 }
 
 /** Runs `work`; what the file system throws becomes a typed error. */
