@@ -2,14 +2,16 @@
  * The interoperability matrix as a scenario: our gateway on one NIC, the IPsec of the Linux kernel on another, applications
  * behind both. The gateway's NIC is QEMU's (ESP in software) or the software device (ESP in the device): the rest is the same.
  */
-import { setTimeout as sleep } from 'node:timers/promises';
+import { setTimeout as sleep, setImmediate as turn } from 'node:timers/promises';
 import { bindFunction } from '../../src/vfio/bind.ts';
 import type { Guest } from '../guest/guest.ts';
-import { addNamespace, Traffic } from '../guest/namespaces.ts';
-import { Helper } from '../guest/process.ts';
+import { IpCommand } from '../guest/ip.ts';
 import {
   applicationAddress,
   ENDS,
+  type End,
+  type Family,
+  hostNumber,
   type InteropCase,
   isExpressible,
   type MatrixPart,
@@ -18,22 +20,32 @@ import {
   ourSa,
   type Where,
 } from '../ipsec/cases.ts';
-import type { GatewayAnswer } from '../ipsec/gateway.ts';
+import { Epoll } from '../ipsec/epoll.ts';
+import { type Application, EchoService, Exchange } from '../ipsec/exchange.ts';
+import { Gateway } from '../ipsec/gateway.ts';
 import { openEncapsulationSocket } from '../ipsec/nat-traversal.ts';
-import { xfrmCommands } from '../ipsec/xfrm.ts';
+import { allowPings } from '../ipsec/sockets.ts';
+import { showState, xfrmCommands } from '../ipsec/xfrm.ts';
 import type { Scenario, ScenarioDevice } from '../scenario.ts';
 
 const OURS_MAC = '52:54:00:00:07:01';
 const KERNEL_MAC = '52:54:00:00:07:02';
-const GATEWAY = 'qemu-test/ipsec/gateway.js';
 const APPLICATION = 'app';
 const TUN = 'tun0';
 /** The smallest that IPv6 allows: no transform makes a packet of it that does not fit 1500. */
 const TUN_MTU = 1280;
 /** What crosses in each case, each way. */
 const AMOUNT = { pings: 2, sizes: [1, 64, 500, 1200], bytes: 48 * 1024 } as const;
+/** Cases that run side by side. */
+const SIDE_BY_SIDE = 8;
+/** Rounds of the gateway after which everything else in this process has its turn. */
+const ROUNDS = 16;
 const SETTLE_MS = 30_000;
-const SETTLE_STEP_MS = 100;
+const SETTLE_STEP_MS = 20;
+const XFRM_ERRORS = '/proc/net/xfrm_stat';
+const FAMILIES = [4, 6] as const;
+/** Where the applications of both ends are. */
+const SIDES = { ours: { namespace: APPLICATION }, kernel: { namespace: null } } as const;
 const GATEWAY_CLOSES = 'the gateway closes its NIC';
 
 export interface InteropOptions {
@@ -78,88 +90,156 @@ export function interopScenario({ parts, where }: InteropOptions): Scenario {
 }
 
 async function runMatrix(guest: Guest, cases: readonly InteropCase[], where: Where): Promise<void> {
-  const address = guest.address('ours');
-  bindFunction(address);
-  addNamespace(guest, APPLICATION);
-  const [gateway, kernelSide, ourSide] = await Promise.all([
-    Helper.start('the gateway', guest.nodeCommand(GATEWAY, [address, KERNEL_MAC])),
-    Traffic.start(guest, null),
-    Traffic.start(guest, APPLICATION),
-  ]);
-  setUpNetwork(guest);
-  const closeNatTraversal = openEncapsulationSocket(NAT_T_PORT);
-  for (const [index, item] of cases.entries()) {
-    await guest.check(item.name, () => runCase(guest, item, index, { gateway, kernelSide, ourSide, where }));
+  const bench = await Bench.open(guest, cases, where);
+  for (let first = 0; first < cases.length; first += SIDE_BY_SIDE) {
+    const together = cases.slice(first, first + SIDE_BY_SIDE);
+    await Promise.all(together.map((item, i) => guest.check(item.name, () => bench.run(item, first + i))));
   }
-  await guest.check(GATEWAY_CLOSES, async () => {
-    await ask(gateway, { kind: 'close' });
-  });
-  kernelSide.stop();
-  ourSide.stop();
-  closeNatTraversal();
-  // What is not on an interface of this scenario's, and so would stay.
-  guest.must('ip -batch -', 'xfrm state flush\nxfrm policy flush\naddr flush dev lo scope global\n');
-}
-
-interface Sides {
-  readonly gateway: Helper;
-  readonly kernelSide: Traffic;
-  readonly ourSide: Traffic;
-  readonly where: Where;
-}
-
-async function runCase(guest: Guest, item: InteropCase, index: number, sides: Sides): Promise<string> {
-  const { gateway, kernelSide, ourSide, where } = sides;
-  // Our side falls silent first, so that no packet of the case before meets the kernel's new states.
-  await ask(gateway, { kind: 'clear' });
-  const errorsBefore = guest.read('/proc/net/xfrm_stat');
-  guest.must('ip -batch -', `${xfrmCommands(item, index).join('\n')}\n`);
-  const { placement = [] } = await ask(gateway, {
-    kind: 'sas',
-    outbound: ourSa(item, index, 'ours'),
-    inbound: ourSa(item, index, 'kernel'),
-  });
-  const place = where === 'inline' && isExpressible(item) ? 'inline' : 'software';
-  if (placement.length !== 2 || placement.some((text) => !text.startsWith(`${place}:`))) {
-    throw new Error(`the SAs are not ${place}: ${placement.join('; ')}`);
-  }
-  const ours = applicationAddress('ours', item);
-  const kernel = applicationAddress('kernel', item);
-  // Both directions at once, as between any two hosts: a guest under emulation is slow with each wait of its own.
-  await Promise.all([
-    ourSide.request({ kind: 'all', to: kernel, ...AMOUNT }),
-    kernelSide.request({ kind: 'all', to: ours, ...AMOUNT }),
-  ]);
-  await settle(guest, gateway, errorsBefore);
-  return [...new Set(placement)].join('; ');
+  await guest.check(GATEWAY_CLOSES, () => bench.closeGateway());
+  await bench.close();
 }
 
 /**
- * Every packet that one side protected, the other has opened, and none came in the clear. The last ones (an acknowledgement, a
- * FIN) may still be on their way.
+ * All that the cases share: the gateway, the kernel's states and policies, and two namespaces with the addresses of all hosts. One process does it
+ * all, because an emulated machine pays for each change from one process to another with its translated code.
  */
-async function settle(guest: Guest, gateway: Helper, errorsBefore: string): Promise<void> {
-  for (let waited = 0; ; waited += SETTLE_STEP_MS) {
-    const { report } = await ask(gateway, { kind: 'report' });
-    if (report === undefined) throw new Error('the gateway reports nothing');
-    const { opened, protected: sent, inTheClear, dropped } = report;
-    const kernel = kernelPackets(guest);
-    const errors = guest.read('/proc/net/xfrm_stat');
-    if (errors !== errorsBefore) throw new Error(`the kernel counts errors: ${changes(errorsBefore, errors)}`);
-    const statistics = `/sys/class/net/${guest.interface('kernel')}/statistics`;
-    const wire = ['rx_packets', 'tx_packets'].map((name) => guest.read(`${statistics}/${name}`));
-    const counts = JSON.stringify({ ...report, kernel, wire });
-    if (inTheClear !== 0 || Object.keys(dropped).length > 0) throw new Error(`not all went well: ${counts}`);
-    if (opened > 0 && sent > 0 && kernel.includes(opened) && kernel.includes(sent)) return;
-    if (waited >= SETTLE_MS) throw new Error(`the counts of both sides differ: ${counts}`);
-    await sleep(SETTLE_STEP_MS);
-  }
-}
+class Bench {
+  readonly #guest: Guest;
+  readonly #where: Where;
+  readonly #epoll: Epoll;
+  readonly #gateway: Gateway;
+  readonly #ip = new IpCommand();
+  readonly #closeNatTraversal = openEncapsulationSocket(NAT_T_PORT);
+  #closing = false;
+  /** Resolved when the gateway was closed, and rejected when it broke before. */
+  readonly #over: Promise<void>;
 
-/** Packets that each of the kernel's states has processed. */
-function kernelPackets(guest: Guest): number[] {
-  const states = guest.must('ip -s xfrm state');
-  return [...states.matchAll(/lifetime current:\s+\d+\(bytes\), (\d+)\(packets\)/g)].map((match) => Number(match[1]));
+  private constructor(guest: Guest, where: Where, epoll: Epoll, gateway: Gateway) {
+    this.#guest = guest;
+    this.#where = where;
+    this.#epoll = epoll;
+    this.#gateway = gateway;
+    this.#over = this.#drive();
+    // Each case says so.
+    this.#over.catch(() => {});
+  }
+
+  static async open(guest: Guest, cases: readonly InteropCase[], where: Where): Promise<Bench> {
+    const address = guest.address('ours');
+    bindFunction(address);
+    const epoll = new Epoll();
+    const bench = new Bench(guest, where, epoll, await Gateway.open(address, KERNEL_MAC, TUN, epoll));
+    const states = cases.flatMap((item, index) => xfrmCommands(item, index));
+    bench.#ip.run([...kernelNetwork(guest.interface('kernel'), cases), ...states]);
+    await bench.#kernelCounts(cases[0], 0);
+    guest.must(`ip -n ${APPLICATION} -batch -`, `${applicationNetwork(cases).join('\n')}\n`);
+    for (const { namespace } of Object.values(SIDES)) allowPings(namespace, true);
+    return bench;
+  }
+
+  async run(item: InteropCase, index: number): Promise<string> {
+    const errorsBefore = this.#guest.read(XFRM_ERRORS);
+    const sas = [ourSa(item, index, 'ours'), ourSa(item, index, 'kernel')] as const;
+    const placement = await this.#gateway.add(hostNumber(index), ...sas);
+    const place = this.#where === 'inline' && isExpressible(item) ? 'inline' : 'software';
+    if (placement.length !== 2 || placement.some((text) => !text.startsWith(`${place}:`))) {
+      throw new Error(`the SAs are not ${place}: ${placement.join('; ')}`);
+    }
+    const application = (end: End): Application => ({
+      namespace: SIDES[end].namespace,
+      address: applicationAddress(end, index, item.inner),
+    });
+    await this.#exchange(application('ours'), application('kernel'));
+    const counts = await this.#settle(item, index, errorsBefore);
+    // The SAs stay until the gateway is closed: TCP on a slow machine may send its last segment once more.
+    return `${counts}; ${[...new Set(placement)].join('; ')}`;
+  }
+
+  async closeGateway(): Promise<void> {
+    await this.#gateway.removeAll();
+    this.#closing = true;
+    await this.#over;
+    await this.#gateway.close();
+  }
+
+  /** Takes back all that `open` has set up. */
+  async close(): Promise<void> {
+    await this.#epoll.close();
+    this.#closeNatTraversal();
+    allowPings(SIDES.kernel.namespace, false);
+    this.#ip.run(withoutNetwork(this.#guest.interface('kernel')));
+    await this.#ip.stop();
+  }
+
+  async #drive(): Promise<void> {
+    while (!this.#closing) {
+      let rounds = 0;
+      while (this.#round() && rounds < ROUNDS) rounds++;
+      if (rounds === 0) await this.#gateway.sleep();
+      else await turn();
+    }
+  }
+
+  /** Everything that can be done now; false when there is nothing. */
+  #round(): boolean {
+    const received = this.#gateway.step();
+    return this.#epoll.dispatch() || received;
+  }
+
+  /** Both directions at once, as between any two hosts. */
+  async #exchange(ours: Application, kernel: Application): Promise<void> {
+    const parts: { close(): void }[] = [];
+    try {
+      await new Promise<unknown>((resolve, reject) => {
+        const done: Promise<void>[] = [];
+        for (const [client, server] of [
+          [ours, kernel],
+          [kernel, ours],
+        ] as const) {
+          parts.push(new EchoService(this.#epoll, server, client, reject));
+          const exchange = new Exchange(this.#epoll, client, server, AMOUNT);
+          parts.push(exchange);
+          done.push(exchange.done);
+        }
+        Promise.race([Promise.all(done), this.#over]).then(resolve, reject);
+      });
+    } finally {
+      for (const part of parts) part.close();
+    }
+  }
+
+  /**
+   * Every packet that one side protected, the other has opened, and none came in the clear. The last ones (an acknowledgement, a
+   * FIN) may still be on their way.
+   */
+  async #settle(item: InteropCase, index: number, errorsBefore: string): Promise<string> {
+    for (let waited = 0; ; waited += SETTLE_STEP_MS) {
+      const { opened, protected: sent } = this.#gateway.report(hostNumber(index));
+      const kernel = await this.#kernelCounts(item, index);
+      const errors = this.#guest.read(XFRM_ERRORS);
+      if (errors !== errorsBefore) throw new Error(`the kernel counts errors: ${changes(errorsBefore, errors)}`);
+      const trouble = this.#gateway.trouble();
+      const counts = JSON.stringify({ opened, sent, kernel, trouble });
+      if (Object.keys(trouble).length > 0) throw new Error(`not all went well: ${counts}`);
+      if (opened > 0 && sent > 0 && kernel.sent === opened && kernel.opened === sent)
+        return `${sent} packets there, ${opened} back`;
+      if (waited >= SETTLE_MS) throw new Error(`the counts of both sides differ: ${counts}`);
+      await sleep(SETTLE_STEP_MS);
+    }
+  }
+
+  /** Packets that the kernel's two states of a case have processed. Throws when one of them has seen a packet that was replayed or forged. */
+  async #kernelCounts(item: InteropCase, index: number): Promise<{ opened: number; sent: number }> {
+    const states = (['ours', 'kernel'] as const).map((from) => showState(item, index, from));
+    const text = await this.#ip.ask(states, /(?:failed \d+\s[\s\S]*){2}/);
+    for (const [line, ...counts] of text.matchAll(/replay-window (\d+) replay (\d+) failed (\d+)/g)) {
+      if (counts.some((count) => count !== '0')) throw new Error(`a state of the kernel's counts ${line}`);
+    }
+    const [opened, sent] = [...text.matchAll(/lifetime current:\s+\d+\(bytes\), (\d+)\(packets\)/g)].map((match) =>
+      Number(match[1]),
+    );
+    return { opened, sent };
+  }
 }
 
 /** The lines of xfrm_stat (Documentation/networking/xfrm_proc.rst) that are different now. */
@@ -172,42 +252,51 @@ function changes(before: string, after: string): string {
     .join(', ');
 }
 
-async function ask(gateway: Helper, request: object): Promise<Extract<GatewayAnswer, { ok: true }>> {
-  const answer = await gateway.request(request);
-  if (!isAnswer(answer)) throw new Error('the gateway sent something else');
-  if (!answer.ok) throw new Error(`the gateway: ${answer.detail}`);
-  return answer;
+/** The host of each case at `end`, one for each family that it is a host of. */
+function hosts(
+  end: End,
+  cases: readonly InteropCase[],
+): readonly { readonly address: string; readonly family: Family }[] {
+  return cases.map(({ inner: family }, index) => ({ address: applicationAddress(end, index, family), family }));
 }
 
-function isAnswer(message: unknown): message is GatewayAnswer {
-  return typeof message === 'object' && message !== null && 'ok' in message;
-}
+/** Prefix of all hosts at `end`. */
+const prefix = (end: End, family: Family) => (family === 4 ? `${ENDS[end].hosts[4]}0/24` : `${ENDS[end].hosts[6]}/64`);
+const addAddress = (interfaceName: string, address: string, family: Family) =>
+  family === 4 ? `addr add ${address}/32 dev ${interfaceName}` : `addr add ${address}/128 dev ${interfaceName} nodad`;
 
-function setUpNetwork(guest: Guest): void {
+/** Commands for the kernel's side, which also make the namespace of ours. */
+function kernelNetwork(nic: string, cases: readonly InteropCase[]): string[] {
   const { ours, kernel } = ENDS;
-  const nic = guest.interface('kernel');
-  const lines = [
-    `link set ${nic} up`,
-    `addr add ${kernel.outer[4]}/24 dev ${nic}`,
-    `addr add ${kernel.outer[6]}/64 dev ${nic} nodad`,
-    `addr add ${kernel.inner[4]}/32 dev lo`,
-    `addr add ${kernel.inner[6]}/128 dev lo nodad`,
-    `neigh add ${ours.outer[4]} lladdr ${OURS_MAC} dev ${nic}`,
-    `neigh add ${ours.outer[6]} lladdr ${OURS_MAC} dev ${nic}`,
-    `route add ${ours.inner[4]}/32 via ${ours.outer[4]} dev ${nic} src ${kernel.inner[4]}`,
-    `route add ${ours.inner[6]}/128 via ${ours.outer[6]} dev ${nic} src ${kernel.inner[6]}`,
+  return [
+    `netns add ${APPLICATION}`,
     `link set ${TUN} netns ${APPLICATION}`,
+    `link set ${nic} up`,
+    `addr add ${kernel.gateway[4]}/24 dev ${nic}`,
+    `addr add ${kernel.gateway[6]}/64 dev ${nic} nodad`,
+    ...FAMILIES.map((family) => `neigh add ${ours.gateway[family]} lladdr ${OURS_MAC} dev ${nic}`),
+    ...FAMILIES.map((family) => `route add ${prefix('ours', family)} via ${ours.gateway[family]} dev ${nic}`),
+    ...hosts('kernel', cases).map(({ address, family }) => addAddress('lo', address, family)),
   ];
-  guest.must('ip -batch -', `${lines.join('\n')}\n`);
-  const inside = [`link set ${TUN} mtu ${TUN_MTU} up`];
-  for (const family of [4, 6] as const) {
-    const [bits, nodad] = family === 4 ? [32, ''] : [128, ' nodad'];
-    for (const place of ['inner', 'outer'] as const) {
-      inside.push(
-        `addr add ${ours[place][family]}/${bits} dev ${TUN}${nodad}`,
-        `route add ${kernel[place][family]}/${bits} dev ${TUN} src ${ours[place][family]}`,
-      );
-    }
-  }
-  guest.must(`ip -n ${APPLICATION} -batch -`, `${inside.join('\n')}\n`);
+}
+
+/** Commands for the namespace of our applications. */
+function applicationNetwork(cases: readonly InteropCase[]): string[] {
+  return [
+    `link set ${TUN} mtu ${TUN_MTU} up`,
+    ...hosts('ours', cases).map(({ address, family }) => addAddress(TUN, address, family)),
+    ...FAMILIES.map((family) => `route add ${prefix('kernel', family)} dev ${TUN}`),
+  ];
+}
+
+/** Commands that undo all that. The TUN interface has gone with the gateway, the routes and neighbours go with the link. */
+function withoutNetwork(nic: string): string[] {
+  return [
+    'xfrm state flush',
+    'xfrm policy flush',
+    `netns del ${APPLICATION}`,
+    `addr flush dev ${nic}`,
+    `link set ${nic} down`,
+    ...FAMILIES.map((family) => `addr flush dev lo to ${prefix('kernel', family)}`),
+  ];
 }

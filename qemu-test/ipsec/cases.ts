@@ -19,16 +19,36 @@ export interface InteropCase {
   readonly replayWindow: number;
 }
 
-/** The two ends: `ours` is driven by our process, `kernel` belongs to Linux. Tunnel addresses and the ones inside. */
+/**
+ * The two ends: `ours` is driven by our process, `kernel` belongs to Linux. Their tunnels end at `gateway`; applications have addresses that begin
+ * with `hosts`.
+ */
 export const ENDS = {
-  ours: { outer: { 4: '192.0.2.1', 6: '2001:db8:2::1' }, inner: { 4: '10.1.0.1', 6: '2001:db8:a1::1' } },
-  kernel: { outer: { 4: '192.0.2.2', 6: '2001:db8:2::2' }, inner: { 4: '10.2.0.1', 6: '2001:db8:a2::1' } },
+  ours: { gateway: { 4: '192.0.2.1', 6: '2001:db8:2::1' }, hosts: { 4: '10.1.0.', 6: '2001:db8:a1::' } },
+  kernel: { gateway: { 4: '192.0.2.2', 6: '2001:db8:2::2' }, hosts: { 4: '10.2.0.', 6: '2001:db8:a2::' } },
 } as const;
 export type End = keyof typeof ENDS;
 
-/** Where the application at `end` has its address: inside the tunnel, or the end itself in transport mode. */
-export function applicationAddress(end: End, { mode, outer, inner }: InteropCase): string {
-  return mode === 'tunnel' ? ENDS[end].inner[inner] : ENDS[end].outer[outer];
+/** What the addresses of the applications of case `index` end with: each case has two hosts of its own, so that several can run side by side. */
+export function hostNumber(index: number): number {
+  if (index > 0xfd) throw new Error('there are no more addresses');
+  return index + 1;
+}
+
+/** Where the application of case `index` at `end` has its address. In transport mode the SAs are between these, in tunnel mode they go through. */
+export function applicationAddress(end: End, index: number, family: Family): string {
+  return `${ENDS[end].hosts[family]}${hostNumber(index).toString(family === 4 ? 10 : 16)}`;
+}
+
+/** The addresses between which the SA of case `index` is that carries packets from `from`. */
+export function saEnds(
+  { mode, outer }: InteropCase,
+  index: number,
+  from: End,
+): { readonly source: string; readonly destination: string } {
+  const to = from === 'ours' ? 'kernel' : 'ours';
+  const address = (end: End) => (mode === 'tunnel' ? ENDS[end].gateway[outer] : applicationAddress(end, index, outer));
+  return { source: address(from), destination: address(to) };
 }
 
 export const NAT_T_PORT = 4500;
@@ -197,9 +217,7 @@ export function spiOf(index: number, from: End): number {
 
 /** The SA of case `index` that carries packets from `from` to the other end, as our side is given it. */
 export function ourSa(item: InteropCase, index: number, from: End): SecurityAssociationInput {
-  const { mode, outer, esn, natTraversal, replayWindow, algorithms } = item;
-  const to = from === 'ours' ? 'kernel' : 'ours';
-  const ends = { source: ENDS[from].outer[outer], destination: ENDS[to].outer[outer] };
+  const { mode, esn, natTraversal, replayWindow, algorithms } = item;
   return {
     name: `${from}-${index}`,
     direction: from === 'ours' ? 'outbound' : 'inbound',
@@ -207,7 +225,7 @@ export function ourSa(item: InteropCase, index: number, from: End): SecurityAsso
     spi: spiOf(index, from),
     ...algorithms,
     ...keyed(algorithms, index, from),
-    ...(mode === 'tunnel' ? { tunnel: ends } : {}),
+    ...(mode === 'tunnel' ? { tunnel: saEnds(item, index, from) } : {}),
     ...(natTraversal ? { udpEncap: { sourcePort: NAT_T_PORT, destinationPort: NAT_T_PORT } } : {}),
     options: { esn },
     replayWindow,

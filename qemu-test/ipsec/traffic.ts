@@ -2,11 +2,9 @@
  * One end of the applications' traffic, a process in a network namespace: an echo server for UDP and TCP, and a client that
  * checks what comes back. Its parent tells it what to do over the IPC channel.
  */
-import { execFile } from 'node:child_process';
 import { createHash, randomBytes } from 'node:crypto';
 import { createSocket } from 'node:dgram';
 import { connect } from 'node:net';
-import { promisify } from 'node:util';
 import { ECHO_PORT, serveEcho } from './echo.ts';
 
 /** Generous: a guest without its share of a busy machine is slower than any network. */
@@ -15,15 +13,7 @@ const WAIT_MS = 60_000;
 /** A request to the process, and its answer. */
 export type TrafficRequest =
   | { readonly kind: 'udp'; readonly to: string; readonly sizes: readonly number[] }
-  | { readonly kind: 'tcp'; readonly to: string; readonly bytes: number }
-  /** Echo requests, datagrams and a TCP transfer at the same time. */
-  | {
-      readonly kind: 'all';
-      readonly to: string;
-      readonly pings: number;
-      readonly sizes: readonly number[];
-      readonly bytes: number;
-    };
+  | { readonly kind: 'tcp'; readonly to: string; readonly bytes: number };
 export type TrafficAnswer = { readonly ok: boolean; readonly detail: string };
 
 /** Sends a datagram of each size and waits for its echo; one that was lost is sent again, one that differs is an error. */
@@ -82,22 +72,8 @@ function tcp(to: string, bytes: number): Promise<string> {
   });
 }
 
-/** Sends echo requests and needs all the answers. */
-async function ping(to: string, count: number): Promise<string> {
-  const command = ['-c', String(count), '-i', '0.01', '-W', '30', to];
-  const { stdout } = await promisify(execFile)('ping', command, { timeout: WAIT_MS });
-  const summary = /(\d+) packets transmitted, (\d+) packets received/.exec(stdout);
-  if (summary === null || Number(summary[1]) !== count || Number(summary[2]) !== count) {
-    throw new Error(`ping ${to}: ${stdout}`);
-  }
-  return `${count} pings`;
-}
-
-async function serveRequest(request: TrafficRequest): Promise<string> {
-  const { kind, to } = request;
-  if (kind === 'udp') return udp(to, request.sizes);
-  if (kind === 'tcp') return tcp(to, request.bytes);
-  return (await Promise.all([ping(to, request.pings), udp(to, request.sizes), tcp(to, request.bytes)])).join(', ');
+function serveRequest(request: TrafficRequest): Promise<string> {
+  return request.kind === 'udp' ? udp(request.to, request.sizes) : tcp(request.to, request.bytes);
 }
 
 function isRequest(message: unknown): message is TrafficRequest {

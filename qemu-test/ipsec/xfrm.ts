@@ -4,15 +4,14 @@
 import {
   type Algorithms,
   applicationAddress,
-  ENDS,
   type End,
   type InteropCase,
   NAT_T_PORT,
   ourSa,
+  saEnds,
   spiOf,
 } from './cases.ts';
 
-const REQUEST_ID = 1;
 const IPPROTO_UDP = 17;
 /** The lower one is looked at first. */
 const Priority = { first: 1, second: 2 } as const;
@@ -42,22 +41,34 @@ const AUTH = {
   'aes-gmac': 'gmac(aes)',
 } as const;
 
-/** Lines for `ip -batch -` that set case `index` up, after everything of an earlier case was flushed. */
+/** Lines for `ip -batch -` that set case `index` up, beside the others. */
 export function xfrmCommands(item: InteropCase, index: number): string[] {
   return [
-    'xfrm state flush',
-    'xfrm policy flush',
     state(item, index, 'ours'),
     state(item, index, 'kernel'),
-    policy(item, 'in', 'ours'),
-    policy(item, 'out', 'kernel'),
-    ...(item.natTraversal && item.mode === 'transport' ? [encapsulationPolicy(item)] : []),
+    policy(item, index, 'in', 'ours'),
+    policy(item, index, 'out', 'kernel'),
+    ...(item.natTraversal && item.mode === 'transport' ? [encapsulationPolicy(item, index)] : []),
   ];
 }
 
+/** The line that shows the state for packets that `from` sends. */
+export function showState(item: InteropCase, index: number, from: End): string {
+  return `xfrm state get ${identity(item, index, from)}`;
+}
+
+/** What a policy finds its states by: each case has its own. */
+const requestId = (index: number) => index + 1;
+
+/** What names a state (RFC 4301, 4.1), and its source. */
+function identity(item: InteropCase, index: number, from: End): string {
+  const { source, destination } = saEnds(item, index, from);
+  return `src ${source} dst ${destination} proto ${item.algorithms.protocol ?? 'esp'} spi ${spiOf(index, from)}`;
+}
+
 /** The encapsulating UDP packets themselves need no protection: what an IKE daemon says for its socket. */
-function encapsulationPolicy(item: InteropCase): string {
-  const { source, destination } = ends(item, 'ours');
+function encapsulationPolicy(item: InteropCase, index: number): string {
+  const { source, destination } = saEnds(item, index, 'ours');
   const ports = `proto ${IPPROTO_UDP} sport ${NAT_T_PORT} dport ${NAT_T_PORT}`;
   return `xfrm policy add dir in src ${source} dst ${destination} ${ports} priority ${Priority.first}`;
 }
@@ -65,13 +76,12 @@ function encapsulationPolicy(item: InteropCase): string {
 /** The state for packets that `from` sends. */
 function state(item: InteropCase, index: number, from: End): string {
   const { mode, outer, natTraversal, replayWindow, esn } = item;
-  const { source, destination } = ends(item, from);
   // RFC 4302, 3.3.3.2.1: over IPv4 an AH header is a multiple of 4 bytes. Linux makes it one of 8 unless told so.
   const align = item.algorithms.protocol === 'ah' && outer === 4 ? ['align4'] : [];
   const flags = [...(esn ? ['esn'] : []), ...(mode === 'tunnel' ? ['af-unspec'] : []), ...align];
   return [
-    `xfrm state add src ${source} dst ${destination} proto ${item.algorithms.protocol ?? 'esp'}`,
-    `spi ${spiOf(index, from)} reqid ${REQUEST_ID} mode ${mode} replay-window ${replayWindow}`,
+    `xfrm state add ${identity(item, index, from)}`,
+    `reqid ${requestId(index)} mode ${mode} replay-window ${replayWindow}`,
     ...(flags.length === 0 ? [] : [`flag ${flags.join(' flag ')}`]),
     algorithms(ourSa(item, index, from)),
     ...(natTraversal ? [`encap espinudp ${NAT_T_PORT} ${NAT_T_PORT} ${NO_ADDRESS[outer]}`] : []),
@@ -79,21 +89,17 @@ function state(item: InteropCase, index: number, from: End): string {
 }
 
 /** What `from` sends must be protected: sent so (`out`), or else not accepted (`in`). */
-function policy(item: InteropCase, direction: 'in' | 'out', from: End): string {
-  const { source, destination } = ends(item, from);
-  const bits = item.inner === 4 ? 32 : 128;
+function policy(item: InteropCase, index: number, direction: 'in' | 'out', from: End): string {
+  const { source, destination } = saEnds(item, index, from);
+  const { mode, inner, algorithms } = item;
+  const bits = inner === 4 ? 32 : 128;
   const to = from === 'ours' ? 'kernel' : 'ours';
-  const template = item.mode === 'tunnel' ? `src ${source} dst ${destination} ` : '';
+  const host = (end: End) => `${applicationAddress(end, index, inner)}/${bits}`;
+  const template = mode === 'tunnel' ? `src ${source} dst ${destination} ` : '';
   return [
-    `xfrm policy add dir ${direction} src ${applicationAddress(from, item)}/${bits} dst ${applicationAddress(to, item)}/${bits}`,
-    `priority ${Priority.second}`,
-    `tmpl ${template}proto ${item.algorithms.protocol ?? 'esp'} reqid ${REQUEST_ID} mode ${item.mode}`,
+    `xfrm policy add dir ${direction} src ${host(from)} dst ${host(to)} priority ${Priority.second}`,
+    `tmpl ${template}proto ${algorithms.protocol ?? 'esp'} reqid ${requestId(index)} mode ${mode}`,
   ].join(' ');
-}
-
-function ends({ outer }: InteropCase, from: End): { source: string; destination: string } {
-  const to = from === 'ours' ? 'kernel' : 'ours';
-  return { source: ENDS[from].outer[outer], destination: ENDS[to].outer[outer] };
 }
 
 function algorithms({ aead, cipher, auth }: Algorithms): string {

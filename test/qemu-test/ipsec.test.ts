@@ -1,5 +1,6 @@
 import { describe, expect, it } from 'vitest';
 import {
+  applicationAddress,
   type InteropCase,
   isExpressible,
   type MatrixPart,
@@ -31,6 +32,30 @@ describe.each(PARTS)('the %s part of the IPsec matrix', (part) => {
       }
     }
     expect(keys.size).toBe(2 * cases.length);
+  });
+
+  it('has two hosts for each case, which no other case has, and finds its states by them', () => {
+    const all = cases.flatMap((item, index) =>
+      (['ours', 'kernel'] as const).map((end) => applicationAddress(end, index, item.inner)),
+    );
+    expect(new Set(all).size).toBe(2 * cases.length);
+    for (const [index, item] of cases.entries()) {
+      const [ours, kernel] = (['ours', 'kernel'] as const).map((end) => applicationAddress(end, index, item.inner));
+      const commands = xfrmCommands(item, index);
+      const bits = item.inner === 4 ? 32 : 128;
+      for (const [direction, from, to] of [
+        ['in', ours, kernel],
+        ['out', kernel, ours],
+      ]) {
+        const policy = commands.find((line) =>
+          line.includes(`dir ${direction} src ${from}/${bits} dst ${to}/${bits} `),
+        );
+        expect(policy).toContain(`reqid ${index + 1} mode ${item.mode}`);
+      }
+      expect(
+        commands.filter((line) => line.includes('state add') && line.includes(` reqid ${index + 1} `)).length,
+      ).toBe(2);
+    }
   });
 
   it('gives the kernel the same keys, SPIs, windows and modes', () => {
