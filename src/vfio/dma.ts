@@ -249,7 +249,12 @@ class BackingFile implements Backing {
   constructor(hugeFlag: number) {
     const huge = hugeFlag === 0 ? 0 : libc.MemfdFlag.hugeTlb | hugeFlag;
     this.fd = libc.memfdCreate('virtio-ipsec-dma', libc.MemfdFlag.cloexec | libc.MemfdFlag.allowSealing | huge);
-    libc.fcntl(this.fd, libc.FcntlCommand.addSeals, libc.Seal.shrink | libc.Seal.seal);
+    try {
+      libc.fcntl(this.fd, libc.FcntlCommand.addSeals, libc.Seal.shrink | libc.Seal.seal);
+    } catch (error) {
+      libc.close(this.fd);
+      throw error;
+    }
   }
 
   /** Offset of `size` bytes whose pages exist, so that touching them cannot fail. */
