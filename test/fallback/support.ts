@@ -1,4 +1,5 @@
 /** What the tests of ESP and AH share: SAs of every transform, packets, and a pool with an engine. */
+import { expect } from 'vitest';
 
 import { type SaEvent, SoftwareIpsec } from '../../src/fallback/software.ts';
 import { verdictNames } from '../../src/fallback/verdict.ts';
@@ -144,6 +145,15 @@ export function pass(bench: Bench, inputs: readonly Uint8Array[], handle: number
   } finally {
     pool.free(packets, inputs.length);
   }
+}
+
+/** Fails unless both are the same. `expect` would look at each byte by itself. */
+export function expectSame(outcomes: readonly Outcome[], others: readonly Outcome[]): void {
+  const same = outcomes.every((one, i) => {
+    const { verdict, bytes, sa, flags } = others[i];
+    return one.verdict === verdict && one.sa === sa && one.flags === flags && Buffer.compare(one.bytes, bytes) === 0;
+  });
+  if (!same || outcomes.length !== others.length) expect(outcomes).toEqual(others);
 }
 
 export function protectOne(bench: Bench, input: Uint8Array, handle: number, linkHeader = 0): Outcome {

@@ -116,7 +116,8 @@ export function unixSocketSuite(): void {
       expect(() => near.send(new Uint8Array(10_000_000), performance.now() + 40)).toThrow(
         expect.objectContaining({ code: 'ETIMEDOUT' }),
       );
-      expect(performance.now() - start).toBeLessThan(2000);
+      // However busy the machine is: without a deadline it would be for ever.
+      expect(performance.now() - start).toBeLessThan(30_000);
     });
 
     it('reports the end of the stream: 0 when asked for some, ECONNRESET when it breaks off', () => {
