@@ -4,9 +4,11 @@
  * behind a NIC without offloads, verifies.
  */
 import { bindFunction } from '../../src/vfio/bind.ts';
+import { Application } from '../guest/application.ts';
 import type { Guest } from '../guest/guest.ts';
 import { BridgedNamespace, mustBeClean, mustBeLarge, STREAM_BYTES, sendLarge } from '../guest/large.ts';
-import { addNamespace, Traffic } from '../guest/namespaces.ts';
+import { ip } from '../guest/namespaces.ts';
+import { inNamespace } from '../guest/network-namespace.ts';
 import type { ScenarioDevice } from '../scenario.ts';
 
 const LONGEST_FRAME = 1514;
@@ -47,13 +49,12 @@ export async function largePackets(guest: Guest, wire: Wire): Promise<void> {
   const near = await giveToLinux(guest, 'left');
   const far = await giveToLinux(guest, 'right');
   await guest.check(LargeCheck.linux, async () => {
-    for (const to of [right.v4, right.v6]) await near.request({ kind: 'tcp', to, bytes: STREAM_BYTES });
-    for (const to of [left.v4, left.v6]) await far.request({ kind: 'tcp', to, bytes: STREAM_BYTES });
-    for (const side of SIDES) mustBeClean(guest, side);
+    for (const to of [right.v4, right.v6]) await near.stream(to, STREAM_BYTES);
+    for (const to of [left.v4, left.v6]) await far.stream(to, STREAM_BYTES);
+    for (const side of SIDES) mustBeClean(side);
     return SIDES.map((side) => averageReceived(guest, side)).join('; ');
   });
-  far.stop();
-  guest.must('ip netns del right');
+  await far[Symbol.asyncDispose]();
   const address = guest.address('right');
   bindFunction(address);
   for (const ring of RINGS) {
@@ -67,31 +68,37 @@ export async function largePackets(guest: Guest, wire: Wire): Promise<void> {
         addresses,
       });
       await ours.stream([left.v4, left.v6]);
-      await near.request({ kind: 'tcp', to: right.v4, bytes: STREAM_BYTES });
+      await near.stream(right.v4, STREAM_BYTES);
       const { toDevice, fromDevice } = await ours.stream([]);
-      mustBeClean(guest, 'left');
+      mustBeClean('left');
       return `${mustBeLarge('sent', toDevice)}; ${mustBeLarge('received', fromDevice)}`;
     });
   }
-  near.stop();
+  await near[Symbol.asyncDispose]();
+  ip(
+    guest,
+    null,
+    SIDES.map((side) => `netns del ${side}`),
+  );
   await guest.check(LargeCheck.wire, () => cutForWire(guest, wire));
 }
 
-/** The interface of function `id` in a network namespace of its own, with a traffic process. */
-function giveToLinux(guest: Guest, id: Side): Promise<Traffic> {
+/** The interface of function `id` in a network namespace of its own, with an application. */
+function giveToLinux(guest: Guest, id: Side): Promise<Application> {
   const name = guest.interface(id);
-  addNamespace(guest, id);
-  guest.must(`ip link set ${name} netns ${id} && ip -n ${id} link set ${name} name ${id} up`);
-  guest.must(
-    `ip -n ${id} addr add ${END[id].v4}/24 dev ${id} && ip -n ${id} addr add ${END[id].v6}/64 dev ${id} nodad`,
-  );
-  sendLarge(guest, id);
-  return Traffic.start(guest, id);
+  ip(guest, null, [`netns add ${id}`, `link set ${name} netns ${id}`]);
+  ip(guest, id, [
+    `link set ${name} name ${id} up`,
+    `addr add ${END[id].v4}/24 dev ${id}`,
+    `addr add ${END[id].v6}/64 dev ${id} nodad`,
+  ]);
+  sendLarge(id);
+  return Application.start(id);
 }
 
 /** Bytes of the average packet that virtio_net has received, acknowledgements included: more than the longest frame, or it throws. */
 function averageReceived(guest: Guest, side: Side): string {
-  const statistics = guest.must(`ip netns exec ${side} ethtool -S ${side}`);
+  const statistics = inNamespace(side, () => guest.must(`ethtool -S ${side}`));
   const sum = (what: string) =>
     [...statistics.matchAll(new RegExp(`^\\s*rx_queue_\\d+_${what}: (\\d+)$`, 'gm'))].reduce(
       (n, m) => n + Number(m[1]),
@@ -106,7 +113,7 @@ function averageReceived(guest: Guest, side: Side): string {
 async function cutForWire(guest: Guest, { id, mac, here, there, namespace }: Wire): Promise<string> {
   const address = guest.address(id);
   bindFunction(address);
-  const far = await Traffic.start(guest, namespace);
+  await using _far = await Application.start(namespace);
   await using ours = await BridgedNamespace.open(guest, {
     address,
     ring: 'packed',
@@ -115,8 +122,7 @@ async function cutForWire(guest: Guest, { id, mac, here, there, namespace }: Wir
     addresses: [`${here}/24`],
   });
   const { toDevice, fromDevice } = await ours.stream([there]);
-  mustBeClean(guest, namespace);
-  far.stop();
+  mustBeClean(namespace);
   if (fromDevice.longest > LONGEST_FRAME) throw new Error(`a frame of ${fromDevice.longest} bytes came over the wire`);
   return `${mustBeLarge('sent', toDevice)}; received ${fromDevice.packets}, up to ${fromDevice.longest} bytes`;
 }

@@ -3,12 +3,15 @@
  * NIC as a TAP interface. TCP says whether every byte arrived, and the kernel's counters whether every checksum that it looked at was right;
  * that packets were large, the bridge saw itself.
  */
+import { readFileSync, writeFileSync } from 'node:fs';
+import { Application } from './application.ts';
 import { Bridge, type BridgeReport, type Crossed } from './bridge.ts';
 import type { Guest } from './guest.ts';
-import { addNamespace, Traffic } from './namespaces.ts';
+import { ip } from './namespaces.ts';
+import { inNamespace } from './network-namespace.ts';
 
 /** Of a TCP stream, each way. */
-export const STREAM_BYTES = 512 * 1024;
+export const STREAM_BYTES = 256 * 1024;
 const ETHERNET = 14;
 const TSO_SEGMENTS = 40;
 /** Packets of which a TCP stream has enough, where they are large at all. */
@@ -25,45 +28,42 @@ export interface BridgedNic {
   readonly addresses: readonly string[];
 }
 
-/** The NIC as an interface of a new network namespace, with a traffic process in it, until it is disposed of. */
+/** The NIC as an interface of a new network namespace, with an application in it, until it is disposed of. */
 export class BridgedNamespace implements AsyncDisposable {
-  readonly traffic: Traffic;
   readonly #guest: Guest;
   readonly #name: string;
   readonly #bridge: Bridge;
+  readonly #application: Application;
 
-  private constructor(guest: Guest, name: string, bridge: Bridge, traffic: Traffic) {
+  private constructor(guest: Guest, name: string, bridge: Bridge, application: Application) {
     this.#guest = guest;
     this.#name = name;
     this.#bridge = bridge;
-    this.traffic = traffic;
+    this.#application = application;
   }
 
   static async open(guest: Guest, { address, ring, name, mac, addresses }: BridgedNic): Promise<BridgedNamespace> {
-    addNamespace(guest, name);
     const bridge = await Bridge.open(address, name, ring);
-    guest.must(`ip link set ${name} netns ${name}`);
-    guest.must(`ip -n ${name} link set ${name} address ${mac} up`);
-    for (const own of addresses) {
-      guest.must(`ip -n ${name} addr add ${own} dev ${name} ${own.includes(':') ? 'nodad' : ''}`);
-    }
-    sendLarge(guest, name);
-    return new BridgedNamespace(guest, name, bridge, await Traffic.start(guest, name));
+    ip(guest, null, [`netns add ${name}`, `link set ${name} netns ${name}`]);
+    const own = addresses.map((text) => `addr add ${text} dev ${name} ${text.includes(':') ? 'nodad' : ''}`);
+    ip(guest, name, [`link set ${name} address ${mac} up`, ...own]);
+    sendLarge(name);
+    return new BridgedNamespace(guest, name, bridge, await Application.start(name));
   }
 
   /** A TCP stream to the echo server at each of `destinations`, and back. Returns what has crossed since `open`. */
   async stream(destinations: readonly string[]): Promise<BridgeReport> {
-    for (const to of destinations) await this.traffic.request({ kind: 'tcp', to, bytes: STREAM_BYTES });
-    mustBeClean(this.#guest, this.#name);
+    for (const to of destinations) await this.#application.stream(to, STREAM_BYTES);
+    mustBeClean(this.#name);
     const report = this.#bridge.report();
     if (report.dropped !== 0) throw new Error(JSON.stringify(report));
     return report;
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    this.traffic.stop();
+    await this.#application[Symbol.asyncDispose]();
     await this.#bridge.close();
-    this.#guest.must(`ip netns del ${this.#name}`);
+    ip(this.#guest, null, [`netns del ${this.#name}`]);
   }
 }
 
@@ -76,14 +76,13 @@ export function mustBeLarge(what: string, { packets, large, longest }: Crossed, 
 }
 
 /** Has TCP of a namespace send so many segments as one packet at least, when it has as many: a slow machine would see two. */
-export function sendLarge(guest: Guest, namespace: string): void {
-  guest.must(`ip netns exec ${namespace} sh -c 'echo ${TSO_SEGMENTS} > /proc/sys/net/ipv4/tcp_min_tso_segs'`);
+export function sendLarge(namespace: string): void {
+  inNamespace(namespace, () => writeFileSync('/proc/sys/net/ipv4/tcp_min_tso_segs', String(TSO_SEGMENTS)));
 }
 
 /** Throws if TCP or IP of a namespace (null: the first one) has counted something wrong. */
-export function mustBeClean(guest: Guest, namespace: string | null): void {
-  const command = 'cat /proc/net/snmp';
-  const lines = guest.must(namespace === null ? command : `ip netns exec ${namespace} ${command}`).split('\n');
+export function mustBeClean(namespace: string | null): void {
+  const lines = inNamespace(namespace, () => readFileSync('/proc/thread-self/net/snmp', 'utf8')).split('\n');
   const [names, values] = lines.filter((line) => line.startsWith('Tcp:')).map((line) => line.split(' '));
   for (const counter of ['InErrs', 'InCsumErrors']) {
     const value = values[names.indexOf(counter)];

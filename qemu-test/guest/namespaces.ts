@@ -1,22 +1,32 @@
 /** Network namespaces of the guest: an application in one of them talks to the other over the wire, never by loopback. */
 import type { TrafficAnswer, TrafficRequest } from '../ipsec/traffic.ts';
 import type { Guest } from './guest.ts';
+import { inNamespace } from './network-namespace.ts';
 import { Helper } from './process.ts';
 
 const TRAFFIC = 'qemu-test/ipsec/traffic.js';
+/** Echo requests of a size. */
+const COUNT = 3;
 
 /** Makes namespace `name` with its loopback up. */
 export function addNamespace(guest: Guest, name: string): void {
   guest.must(`ip netns add ${name} && ip -n ${name} link set lo up`);
 }
 
-/** Sends `count` echo requests from inside a namespace (null: the first one) and needs all the answers. */
-export function ping(guest: Guest, from: string | null, to: string, count = 3, size = 56): string {
-  const command = `ping -c ${count} -i 0.01 -W 30 -s ${size} ${to}`;
-  const output = guest.must(from === null ? command : `ip netns exec ${from} ${command}`);
-  const summary = /(\d+) packets transmitted, (\d+) packets received/.exec(output);
-  if (summary === null || summary[1] !== summary[2]) throw new Error(`ping ${to}: ${output}`);
-  return `${summary[2]} of ${summary[1]}`;
+/** Runs lines of `ip -batch` in a namespace; null: the first one. */
+export function ip(guest: Guest, namespace: string | null, lines: readonly string[]): void {
+  inNamespace(namespace, () => guest.must('ip -batch -', `${lines.join('\n')}\n`));
+}
+
+/** Sends `COUNT` echo requests of each size from inside a namespace (null: the first one) and needs all the answers. */
+export function ping(guest: Guest, from: string | null, to: string, sizes: readonly number[] = [56]): string {
+  const commands = sizes.map((size) => `ping -c ${COUNT} -i 0.01 -W 30 -s ${size} ${to}`);
+  const output = inNamespace(from, () => guest.must(commands.join(' && ')));
+  const counts = [...output.matchAll(/(\d+) packets transmitted, (\d+) packets received/g)];
+  if (counts.length !== sizes.length || counts.some(([, sent, received]) => sent !== received)) {
+    throw new Error(`ping ${to}: ${output}`);
+  }
+  return counts.map(([, sent, received]) => `${received} of ${sent}`).join(', ');
 }
 
 /** The traffic process of a namespace: it echoes UDP and TCP, and sends on request. */
