@@ -16,8 +16,8 @@ export const LAST_BAR = 5;
 /** Bytes of a notification (4.1.4.4), and with NOTIFICATION_DATA. */
 const NOTIFICATION_BYTES = 2;
 const NOTIFICATION_DATA_BYTES = 4;
-/** Attempts to read a configuration that does not change meanwhile. */
-const CONFIG_ATTEMPTS = 64;
+/** Attempts to read a configuration that does not change meanwhile: so many, or so many milliseconds, but for a few. */
+const ConfigAttempts = { most: 64, least: 4, ms: 2000 } as const;
 
 /** A structure inside a BAR. */
 export interface Structure {
@@ -78,14 +78,27 @@ export function readAdminQueues(
   return { first, count };
 }
 
-/** Reads again while `generation` changes meanwhile (2.5.1). Throws `VirtioError` CONFIG_UNSTABLE. */
-export function readUnchanged<T>(address: string, generation: () => number, read: () => T): T {
-  for (let attempt = 0; attempt < CONFIG_ATTEMPTS; attempt++) {
-    const before = generation();
-    const value = read();
-    if (generation() === before) return value;
+/**
+ * Calls `attempt` until it gives a value. A device that changes its configuration each time, and takes its time to answer, is not read for hours: throws
+ * `VirtioError` CONFIG_UNSTABLE.
+ */
+export function untilStable<T>(address: string, attempt: () => { readonly value: T } | null): T {
+  const { most, least, ms } = ConfigAttempts;
+  const deadline = performance.now() + ms;
+  for (let tried = 0; tried < least || (tried < most && performance.now() < deadline); tried++) {
+    const result = attempt();
+    if (result !== null) return result.value;
   }
   throw new VirtioError('CONFIG_UNSTABLE', `${address}: the device configuration never stops changing`);
+}
+
+/** Reads again while `generation` changes meanwhile (2.5.1). Throws `VirtioError` CONFIG_UNSTABLE. */
+export function readUnchanged<T>(address: string, generation: () => number, read: () => T): T {
+  return untilStable(address, () => {
+    const before = generation();
+    const value = read();
+    return generation() === before ? { value } : null;
+  });
 }
 
 class PlainNotifier implements QueueNotifier {

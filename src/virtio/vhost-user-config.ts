@@ -4,6 +4,7 @@
  */
 import { VirtioError } from '../errors.ts';
 import { readU16, readU32 } from '../sys/little-endian.ts';
+import { untilStable } from './structures.ts';
 import type { ConfigReader } from './transport.ts';
 import type { BackEnd } from './vhost-user-open.ts';
 import { decodeConfig, encodeGetConfig, Payload, ProtocolFeature } from './vhost-user-protocol.ts';
@@ -11,8 +12,6 @@ import { decodeConfig, encodeGetConfig, Payload, ProtocolFeature } from './vhost
 /** `max_virtqueue_pairs` of `struct virtio_net_config` (5.1.4), and bytes of that structure. */
 const MaxQueuePairs = { offset: 8, size: 2 } as const;
 const CONFIG_LENGTH = 28;
-/** Attempts to read a configuration that does not change meanwhile. */
-const ATTEMPTS = 64;
 
 /** Bytes of the configuration, however they are read. */
 export interface ConfigBytes {
@@ -87,12 +86,12 @@ class RecordingReader implements ConfigReader {
  */
 export function readStable<T>(source: ConfigBytes, read: (config: ConfigReader) => T, address: string): T {
   let before: readonly number[] | null = null;
-  for (let attempt = 0; attempt < ATTEMPTS; attempt++) {
+  return untilStable(address, () => {
     const reader = new RecordingReader(source);
     const value = read(reader);
     const { values } = reader;
-    if (before?.length === values.length && before.every((seen, i) => seen === values[i])) return value;
+    const isSame = before?.length === values.length && before.every((seen, i) => seen === values[i]);
     before = values;
-  }
-  throw new VirtioError('CONFIG_UNSTABLE', `${address}: the device configuration never stops changing`);
+    return isSame ? { value } : null;
+  });
 }
