@@ -2,8 +2,9 @@
 import { constants as os } from 'node:os';
 import { accept, close, listen, readNow, systemError, writeNow } from '../../src/sys/libc.ts';
 import { type MappedMemory, mapAnonymous } from '../../src/sys/memory.ts';
+import { inNamespace } from '../guest/network-namespace.ts';
 import type { Epoll } from './epoll.ts';
-import { connectSocket, type Endpoint, inNamespace, openSocket, type SocketKind } from './sockets.ts';
+import { connectSocket, type Endpoint, openSocket, type SocketKind } from './sockets.ts';
 
 /** Bytes that `read` and `write` move at most. */
 const BUFFER = 64 * 1024;

@@ -6,8 +6,9 @@
 import { writeFileSync } from 'node:fs';
 import { parseIp } from '../../src/packet/addresses.ts';
 import { ffi } from '../../src/sys/ffi/ffi.ts';
-import { close, OpenFlag, open, Socket, systemError } from '../../src/sys/libc.ts';
+import { close, Socket, systemError } from '../../src/sys/libc.ts';
 import { mapAnonymous } from '../../src/sys/memory.ts';
+import { inNamespace } from '../guest/network-namespace.ts';
 
 /** socket(2), ip(7), ipv6(7): of Linux on x86-64. `ping` is a datagram socket for echo requests (icmp(7)). */
 const Domain = { 4: 2, 6: 10 } as const;
@@ -19,41 +20,17 @@ const Address = { 4: { bytes: 16, at: 4 }, 6: { bytes: 28, at: 8 } } as const;
 const SOL_SOCKET = 1;
 const SO_REUSEADDR = 2;
 const EINPROGRESS = 115;
-const CLONE_NEWNET = 0x40000000;
 const SHUT_WR = 1;
 const PING_GROUPS = '/proc/sys/net/ipv4/ping_group_range';
-const OWN_NAMESPACE = '/proc/thread-self/ns/net';
 
 export interface Endpoint {
   readonly address: string;
   readonly port: number;
 }
 
-/** Does `work` with this thread in network namespace `name` (ip-netns(8)); null: where it is. Nothing of it may be asynchronous. */
-export function inNamespace<T>(name: string | null, work: () => T): T {
-  if (name === null) return work();
-  const own = open(OWN_NAMESPACE, OpenFlag.readOnly);
-  try {
-    enter(`/run/netns/${name}`);
-    return work();
-  } finally {
-    must('setns', native().setns(own, CLONE_NEWNET));
-    close(own);
-  }
-}
-
 /** Lets sockets for echo requests be made in a namespace (ip-sysctl, ping_group_range), by root's group only, or by nobody any more. */
 export function allowPings(namespace: string | null, allowed: boolean): void {
   inNamespace(namespace, () => writeFileSync(PING_GROUPS, allowed ? '0 0' : '1 0'));
-}
-
-function enter(path: string): void {
-  const there = open(path, OpenFlag.readOnly);
-  try {
-    must('setns', native().setns(there, CLONE_NEWNET));
-  } finally {
-    close(there);
-  }
 }
 
 /** A socket bound to `local`, in the namespace where this is called. */
@@ -126,6 +103,5 @@ function bind() {
     connect: c.func('connect', 'i32', ['i32', 'i64', 'u32']),
     setsockopt: c.func('setsockopt', 'i32', ['i32', 'i32', 'i32', 'i64', 'u32']),
     shutdown: c.func('shutdown', 'i32', ['i32', 'i32']),
-    setns: c.func('setns', 'i32', ['i32', 'i32']),
   };
 }
