@@ -82,6 +82,8 @@ export class WorkerNicQueue implements Disposable {
   /** Why the queue carries nothing any more, or null. */
   get broken(): VirtioError | null {
     if (this.#parts.control.attention !== this.#attendant.seen) this.#attend();
+    // Whoever reads it here may never try another burst.
+    this.#tellBroken();
     return this.#end ?? this.rx.broken ?? this.tx.broken;
   }
 
