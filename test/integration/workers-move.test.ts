@@ -264,8 +264,8 @@ describe.each(['software', 'auto'] as const)('an SA that sends and goes from que
       moving.catch(() => {});
       const enough = 3 + 2 * round;
       await until(
-        () => moves >= enough,
-        () => `${moves} moves`,
+        () => moves >= enough && wire.frames.length > from,
+        () => `${moves} moves, ${wire.frames.length - from} packets`,
       );
       const victim = round % 2;
       await hosts[victim].worker.terminate();
@@ -301,7 +301,7 @@ describe.each(['software', 'auto'] as const)('an SA that sends and goes from que
   });
 
   it('is over with the NIC, also on its way', async () => {
-    const { a, first, second, sa, outbound } = await sending(ipsec, 5000);
+    const { a, first, second, sa, outbound } = await sending(ipsec, 2500);
     hold(second);
     const moving = sa.moveToQueue(2, outbound);
     moving.catch(() => {});

@@ -251,6 +251,24 @@ describe('the end of a NIC with worker threads', () => {
     expect(nic.broken).toEqual(code('USED_ID'));
     expect(await spinning.ended).toBe('USED_ID');
   });
+
+  it('comes from a thread that reads that its queue is broken, and tries no burst any more', async () => {
+    const device = await startDevice({ faults: ['used-id-bogus'] });
+    const nic = await open(device.addresses[0], { workerQueues: 1, ipsec: 'off' });
+    const host = await hire(nic.workerQueues[0]);
+    expect(await host.do('burst', { index: 0, frame: frames[0] })).toBe(1);
+    let found: unknown = null;
+    // Found out by the timer that looks after the ring.
+    for (const deadline = performance.now() + 20_000; found === null && performance.now() < deadline; await sleep(1)) {
+      found = await host.do('broken', { index: 0 });
+    }
+    expect(found).toBe('USED_ID');
+    await until(
+      () => nic.broken !== null,
+      () => 'the NIC was not told',
+    );
+    expect(nic.broken).toEqual(code('USED_ID'));
+  });
 });
 
 describe('a queue pair of a vhost-user port in a worker thread', () => {
