@@ -9,6 +9,8 @@ import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 
 const LOCK_POLL_MS = 200;
+/** No run lasts longer. */
+const RUN_MS = 3_600_000;
 
 export function cacheFolder(environment: NodeJS.ProcessEnv = process.env): string {
   const { VIPSEC_CACHE: own, XDG_CACHE_HOME: shared } = environment;
@@ -54,7 +56,7 @@ export async function entry(
 
 /**
  * Notes that entry `name` is in use, and deletes all but the `keep` that were used last of the entries whose names begin as its own does, up to
- * the dash.
+ * the dash; and none that another run may still need.
  */
 export async function removeUnused(cache: string, name: string, keep: number): Promise<void> {
   const now = new Date();
@@ -66,7 +68,9 @@ export async function removeUnused(cache: string, name: string, keep: number): P
     if (alike.test(other)) found.push({ path, used: (await stat(path)).mtimeMs });
   }
   found.sort((a, b) => b.used - a.used);
-  for (const { path } of found.slice(keep)) await rm(path, { recursive: true, force: true });
+  for (const { path, used } of found.slice(keep)) {
+    if (used < now.getTime() - RUN_MS) await rm(path, { recursive: true, force: true });
+  }
 }
 
 /** A file that names the process that holds the lock; one left by a process that is dead is taken over. */

@@ -146,12 +146,12 @@ export class Session {
   /** Runs `scenario` each time that the person at the guest's shell asks for it, until QEMU ends. */
   async interact(scenario: NamedScenario): Promise<void> {
     for (;;) {
-      const { passed } = await this.run(scenario, null);
+      const { passed, problems } = await this.run(scenario, null);
       this.#line?.send({ type: 'over' });
       const again = new Promise<boolean>((resolve) => {
         this.#ready = () => resolve(true);
       });
-      process.stderr.write(passed ? 'pass\r\n' : 'FAIL\r\n');
+      process.stderr.write([passed ? 'pass' : 'FAIL', ...problems, ''].join('\r\n'));
       if (!(await Promise.race([again, this.#ended.then(() => false)]))) return;
     }
   }

@@ -32,9 +32,7 @@ done
 # A function gets its driver when its scenario begins (guest/state.ts).
 echo 0 >/sys/bus/pci/drivers_autoprobe
 IFS=,
-for module in $modules; do
-  modprobe "$module" || echo "init: module $module does not load"
-done
+[ -z "$modules" ] || modprobe -a $modules || echo "init: module among $modules does not load"
 unset IFS
 
 stty -F /dev/ttyS1 raw -echo 115200

@@ -19,4 +19,11 @@ describe('the cache', () => {
     await removeUnused(cache, 'base-1', 2);
     expect(readdirSync(cache).sort()).toEqual(['base-1', 'base-4', 'base-5.unfinished', 'kernel']);
   });
+
+  it('keeps what another run may still boot from', async () => {
+    for (const name of ['base-1', 'base-2', 'base-3']) mkdirSync(join(cache, name));
+    utimesSync(join(cache, 'base-3'), 1000, 1000);
+    await removeUnused(cache, 'base-1', 1);
+    expect(readdirSync(cache).sort()).toEqual(['base-1', 'base-2']);
+  });
 });
