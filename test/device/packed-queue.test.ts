@@ -370,8 +370,8 @@ describe('the device side of a packed virtqueue', () => {
           ring.driverEvent(flags & 3, { at: length & 0x7fff, wrap });
           for (let taken = queue.take(); taken !== NO_BUFFER; taken = queue.take()) {
             held.push(taken);
-            expect(held.length).toBeLessThanOrEqual(SIZE);
-            expect(queue.segments).toBeLessThanOrEqual(SIZE);
+            if (held.length > SIZE) throw new Error(`${held.length} chains`);
+            if (queue.segments > SIZE) throw new Error(`a chain of ${queue.segments} segments`);
             queue.gather(0, 4096, out);
             queue.scatter(0, 4096, out);
           }

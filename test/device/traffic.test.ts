@@ -80,7 +80,10 @@ describe('a network function on a loopback', () => {
       for (let i = 0; i < 32; i++) net.offer(udpFrame(60 + i, { fill: round }));
       await net.driver.notify(1);
       for (let i = 0; i < 32; i++) {
-        expect((await net.receive()).frame).toEqual(udpFrame(60 + i, { fill: round }));
+        const { frame } = await net.receive();
+        const sent = udpFrame(60 + i, { fill: round });
+        // `expect` looks at each byte by itself.
+        if (Buffer.compare(frame, sent) !== 0) expect(frame).toEqual(sent);
         await net.tx.wait();
       }
     }

@@ -4,11 +4,11 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
-import { startDevice } from '../../src/device/index.ts';
 import { Feature, FeatureSet } from '../../src/virtio/features.ts';
 import { NetHeaderFlag } from '../../src/virtio-net/header.ts';
 import { inTunnel, type Large, type LargeOptions, large, type TunnelOptions } from '../device/helpers/large.ts';
 import { NetDriver } from '../device/helpers/net-driver.ts';
+import { startDevice } from '../device/helpers/start.ts';
 
 const { VERSION_1, CSUM, HOST_TSO4, HOST_TSO6, HOST_USO, HOST_ECN, GUEST_HDRLEN } = Feature;
 const FEATURES = FeatureSet.of(
