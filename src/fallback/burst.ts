@@ -9,7 +9,14 @@
 import type { Protocol, Selector } from '../ipsec/sa.ts';
 import type { PacketPool } from '../packet/pool.ts';
 import type { MappedMemory } from '../sys/memory.ts';
-import { CryptoBurst, type CryptoEngine, MAX_BURST, type Transform, type TransformFamily } from './engines/engine.ts';
+import {
+  CryptoBurst,
+  type CryptoEngine,
+  JobArrays,
+  MAX_BURST,
+  type Transform,
+  type TransformFamily,
+} from './engines/engine.ts';
 import type { SaEvent, SaLifetime } from './lifetime.ts';
 import { SaTable, SaWord } from './sa-table.ts';
 
@@ -40,17 +47,29 @@ export const At = {
   nextHeaderAt: 7,
 } as const;
 
+/**
+ * The arrays of whatever burst is being worked on, shared by all `Burst`s of a thread: a burst is done before the next one begins, and nobody is
+ * called back before. Because V8 knows an array that is a constant, an access costs a loop two instructions; to one that is in an
+ * object it costs up to ten, in every round (docs/decisions.md).
+ */
+export const Scratch = {
+  jobs: new JobArrays(),
+  /** By position in the burst: 8 words, see `At`. One array and not eight, because each costs a loop some instructions a round. */
+  state: new Int32Array(8 * MAX_BURST),
+  /** By job of the current run: position in the burst. */
+  position: new Uint16Array(MAX_BURST),
+} as const;
+
 export class Burst {
-  readonly jobs = new CryptoBurst();
-  /** By position in the burst: 8 words, see `At`. One array and not eight, because each costs a loop six instructions a round. */
-  readonly state = new Int32Array(8 * MAX_BURST);
+  readonly jobs = new CryptoBurst(Scratch.jobs);
+  /** `Scratch`. */
+  readonly state = Scratch.state;
+  readonly position = Scratch.position;
   /** Positions in the burst, run by run. */
   order = new Uint16Array(MAX_BURST);
   /** By run: its group and where it begins in `order`; `runStart[runs]` is the end of the last one. */
   readonly runGroup = new Uint16Array(MAX_BURST);
   readonly runStart = new Uint16Array(MAX_BURST + 1);
-  /** By job of the current run: position in the burst. */
-  readonly position = new Uint16Array(MAX_BURST);
 
   /** By position: what the ESN gap covers (`esn-gap.ts`). */
   readonly savedA = new Int32Array(MAX_BURST);

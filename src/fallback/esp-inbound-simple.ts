@@ -23,7 +23,9 @@ const { RECORD, RECORD_SHIFT, SaKind, SaWord, Sizes } = table;
 const { GOLDEN } = sad;
 const { NO_WINDOW_SPAN, Resync } = numbers;
 const { Verdict } = verdictNumbers;
-const { At } = bursts;
+const { At, Scratch } = bursts;
+const { position: positions, state } = Scratch;
+const { cipherLength, cipherOffset, context, icvOffset, status } = Scratch.jobs;
 const {
   arrived: SA_WORD_ARRIVED,
   bytesLeft: SA_WORD_BYTES_LEFT,
@@ -113,13 +115,7 @@ export function openSimple(
   const words = path.table.words;
   const windows = path.table.windows;
   const burst = path.burst;
-  const state = burst.state;
-  const positions = burst.position;
   const jobs = burst.jobs;
-  const context = jobs.context;
-  const cipherOffset = jobs.cipherOffset;
-  const cipherLength = jobs.cipherLength;
-  const icvOffset = jobs.icvOffset;
   const nonces = jobs.memory.u32;
   const mask = (hash.length - 1) | 0;
   const link = linkHeader | 0;
@@ -127,8 +123,8 @@ export function openSimple(
   let count = jobs.count | 0;
   let i = from | 0;
   // One read of each array: what V8 then knows about it holds in the loop, which is too long for it to look ahead.
-  let known = u16[0] | packets[0] | offsets[0] | lengths[0] | next[0] | hash[0] | words[0] | windows[0] | state[0];
-  known |= positions[0] | context[0] | cipherOffset[0] | cipherLength[0] | icvOffset[0] | nonces[0];
+  let known = u16[0] | packets[0] | offsets[0] | lengths[0] | next[0] | hash[0] | words[0] | windows[0];
+  known |= nonces[0];
   path.touched = known;
   for (; i < n; i++) {
     const p = packets[(base + i) | 0] & 0x7fffffff;
@@ -292,18 +288,13 @@ export function completeSimple(
   const words = path.table.words;
   const windows = path.table.windows;
   const burst = path.burst;
-  const state = burst.state;
-  const positions = burst.position;
   const jobs = burst.jobs;
-  const status = jobs.status;
-  const cipherOffset = jobs.cipherOffset;
-  const cipherLength = jobs.cipherLength;
   const count = jobs.count | 0;
   const link = linkHeader | 0;
   let j = from | 0;
   // As in `openSimple`.
   let known = u8[0] | u16[0] | u32[0] | offsets[0] | lengths[0] | handles[0] | flags[0] | words[0] | windows[0];
-  known |= state[0] | positions[0] | status[0] | cipherOffset[0] | cipherLength[0] | verdicts[0];
+  known |= verdicts[0];
   path.touched = known;
   for (; j < count; j++) {
     const position = positions[j];

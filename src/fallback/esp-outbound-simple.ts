@@ -21,7 +21,9 @@ const { Esp, IpProtocol, Ipv4, Ipv6 } = fields;
 const { NO_PACKET, PacketFlag } = pools;
 const { Outer, RECORD, RECORD_SHIFT, SaKind, SaWord, Sizes } = table;
 const { Verdict } = verdictNumbers;
-const { At } = bursts;
+const { At, Scratch } = bursts;
+const { position: positions, state } = Scratch;
+const { cipherLength, cipherOffset, context, icvOffset } = Scratch.jobs;
 const { BurstOffset } = engines;
 const {
   bytesLeft: SA_WORD_BYTES_LEFT,
@@ -106,13 +108,12 @@ export function lookUp(
   const next = pool.next;
   const words = path.table.words;
   const burst = path.burst;
-  const state = burst.state;
   const order = burst.order;
   const handleEnd = slotOf.length | 0;
   let alive = path.alive | 0;
   let group = path.group | 0;
   let touched =
-    packets[0] | offsets[0] | handles[0] | next[0] | words[0] | state[0] | order[0] | verdicts[0] | slotOf[0];
+    packets[0] | offsets[0] | handles[0] | next[0] | words[0] | order[0] | verdicts[0] | slotOf[0];
   let i = from | 0;
   for (; i < n; i++) {
     const p = packets[(base + i) | 0] & 0x7fffffff;
@@ -172,21 +173,15 @@ export function encapsulateSimple(
   const words = path.table.words;
   const burst = path.burst;
   const order = burst.order;
-  const state = burst.state;
-  const positions = burst.position;
   const jobs = burst.jobs;
-  const context = jobs.context;
-  const cipherOffset = jobs.cipherOffset;
-  const cipherLength = jobs.cipherLength;
-  const icvOffset = jobs.icvOffset;
   const nonces = jobs.memory.u32;
   const link = linkHeader | 0;
   let identification = path.identification | 0;
   let n = jobs.count | 0;
   let k = from | 0;
   // One read of each array: what V8 then knows about it holds in the loop, which is too long for it to look ahead.
-  let known = u8[0] | u16[0] | u32[0] | offsets[0] | lengths[0] | flags[0] | words[0] | order[0] | state[0];
-  known |= positions[0] | context[0] | cipherOffset[0] | cipherLength[0] | icvOffset[0] | nonces[0] | verdicts[0];
+  let known = u8[0] | u16[0] | u32[0] | offsets[0] | lengths[0] | flags[0] | words[0] | order[0];
+  known |= nonces[0] | verdicts[0];
   path.touched = known;
   for (; k < to; k++) {
     const position = order[k];

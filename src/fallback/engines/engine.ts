@@ -66,6 +66,19 @@ export const MAX_BURST = 256;
 /** Where the nonces and the AAD of a burst begin in its native memory. */
 export const BurstOffset = { iv: 0, aad: 16 * MAX_BURST } as const;
 
+/** The arrays of a `CryptoBurst`, by job. */
+export class JobArrays {
+  /** Result of `CryptoEngine.createContext`. */
+  readonly context = new Uint32Array(MAX_BURST);
+  readonly cipherOffset = new Uint32Array(MAX_BURST);
+  readonly cipherLength = new Uint32Array(MAX_BURST);
+  readonly authOffset = new Uint32Array(MAX_BURST);
+  readonly authLength = new Uint32Array(MAX_BURST);
+  readonly icvOffset = new Uint32Array(MAX_BURST);
+  /** Out: `JobStatus`. */
+  readonly status = new Uint8Array(MAX_BURST);
+}
+
 /**
  * A burst of jobs of one transform and one direction; contexts (keys) may differ. Offsets are bytes from the start of the
  * engine's memory. Any engine takes any burst. Nonces and AAD lie in native memory, so that a library reads them where they
@@ -76,23 +89,28 @@ export class CryptoBurst {
   count = 0;
   /** Bytes of `aad` used, the same for the whole burst: 0, 8 or 12. */
   aadLength = 0;
-  /** Result of `CryptoEngine.createContext`. */
-  readonly context = new Uint32Array(MAX_BURST);
-  readonly cipherOffset = new Uint32Array(MAX_BURST);
-  readonly cipherLength = new Uint32Array(MAX_BURST);
-  readonly authOffset = new Uint32Array(MAX_BURST);
-  readonly authLength = new Uint32Array(MAX_BURST);
-  readonly icvOffset = new Uint32Array(MAX_BURST);
+  readonly context: Uint32Array;
+  readonly cipherOffset: Uint32Array;
+  readonly cipherLength: Uint32Array;
+  readonly authOffset: Uint32Array;
+  readonly authLength: Uint32Array;
+  readonly icvOffset: Uint32Array;
   /** Four words a job: up to 16 nonce bytes in memory order (word = little-endian load of four bytes). */
   readonly iv: Uint32Array;
   /** Four words a job: up to 16 bytes of AAD in memory order. */
   readonly aad: Uint32Array;
-  /** Out: `JobStatus`. */
-  readonly status = new Uint8Array(MAX_BURST);
+  readonly status: Uint8Array;
   /** Holds `iv` and `aad` at `BurstOffset`; does not cross a multiple of 4 GiB. */
   readonly memory: MappedMemory;
 
-  constructor() {
+  constructor(arrays = new JobArrays()) {
+    this.context = arrays.context;
+    this.cipherOffset = arrays.cipherOffset;
+    this.cipherLength = arrays.cipherLength;
+    this.authOffset = arrays.authOffset;
+    this.authLength = arrays.authLength;
+    this.icvOffset = arrays.icvOffset;
+    this.status = arrays.status;
     this.memory = mapUnbroken(2 * 16 * MAX_BURST);
     const words = this.memory.u32;
     this.iv = words.subarray(BurstOffset.iv >> 2, (BurstOffset.iv >> 2) + 4 * MAX_BURST);
