@@ -65,6 +65,11 @@ export class FramePort {
     this.#peer = undefined;
   }
 
+  /** Frames wait here because the other side does not take them. */
+  get behind(): boolean {
+    return this.#peer?.writableNeedDrain === true;
+  }
+
   send(frame: Uint8Array): void {
     if (this.#peer === undefined) throw new Error('no guest is connected');
     const length = Buffer.alloc(LENGTH_BYTES);

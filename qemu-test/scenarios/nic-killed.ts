@@ -10,7 +10,9 @@ import type { Scenario } from '../scenario.ts';
 
 const FRAMES = 200;
 const MTU = 1500;
-const KILLS = 3;
+const KILLS = 2;
+/** Milliseconds of traffic before each kill, and for which the wire goes on sending after the last one. */
+const MOMENT_MS = 200;
 
 /** A broadcast that is no test frame: what QEMU still holds of it after the flood is let by. */
 const NOISE = new Uint8Array(1000).fill(0xff);
@@ -45,13 +47,13 @@ export const scenario: Scenario = {
           once(driver.stdout, 'data'),
           over.then(() => Promise.reject(new Error('it ended by itself'))),
         ]);
-        await sleep(200);
+        await sleep(MOMENT_MS);
         driver.kill('SIGKILL');
         await over;
       }
       return `${KILLS} times`;
     });
-    await sleep(1000);
+    await sleep(MOMENT_MS);
     guest.tell('flood', false);
     guest.tell('count');
     await guest.hear('counted');
@@ -75,7 +77,7 @@ export const scenario: Scenario = {
     await host.hear('flood');
     port.onFrame = () => {};
     const flood = setInterval(() => {
-      for (let i = 0; i < 32; i++) port.send(NOISE);
+      for (let i = 0; i < 32 && !port.behind; i++) port.send(NOISE);
     }, 10);
     await host.hear('flood', 120_000).finally(() => clearInterval(flood));
     await host.hear('count');

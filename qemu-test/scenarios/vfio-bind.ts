@@ -1,12 +1,14 @@
 /**
  * A stock guest with its NICs; then a function goes from the kernel to vfio-pci, back, and again; what the driver must refuse on the way.
  */
-import { once } from 'node:events';
+import { createSocket } from 'node:dgram';
 import { bindFunction, unbindFunction } from '../../src/vfio/bind.ts';
 import { readIdentity } from '../../src/vfio/config-space.ts';
 import { openKernelVfio } from '../../src/vfio/kernel.ts';
 import { describeFunction, listFunctions } from '../../src/vfio/sysfs.ts';
 import { mustFail, same } from '../guest/guest.ts';
+import type { OpenRequest } from '../guest/open-function.ts';
+import { Helper } from '../guest/process.ts';
 import type { Scenario } from '../scenario.ts';
 
 const NIC_MAC = '52:54:00:00:02:01';
@@ -14,6 +16,8 @@ const VIRTIO_NET = { vendorId: 0x1af4, deviceId: 0x1041 } as const;
 
 const MTU = 1400;
 const ARP = 0x0806;
+/** UDP port (RFC 863). */
+const DISCARD = 9;
 
 const Check = {
   interface: 'Linux binds the function and shows the MAC and MTU that QEMU gave it',
@@ -51,8 +55,11 @@ export const scenario: Scenario = {
       return guest.must(`ethtool -i ${interfaceName}`).split('\n')[0];
     });
     guest.must(`ip addr add 10.9.1.1/24 dev ${interfaceName} && ip link set ${interfaceName} up`);
-    guest.sh('ping -c 3 -W 1 -i 0.2 10.9.1.2');
+    // Nobody has that address: the kernel asks for it.
+    const asking = createSocket('udp4');
+    asking.send('anybody', DISCARD, '10.9.1.2');
     await guest.hear('seen');
+    asking.close();
 
     await guest.check(Check.list, () => {
       const found = listFunctions().find((fn) => fn.address === nic);
@@ -85,13 +92,11 @@ export const scenario: Scenario = {
       if (guest.sh(`ip link show ${interfaceName}`).status === 0) throw new Error(`${interfaceName} is still there`);
     });
     await guest.check(Check.open, () => open(nic));
-    const holder = guest.spawnNode('qemu-test/guest/open-function.js', [nic, '4096', 'hold']);
-    if (holder.stdout === null || holder.stdin === null) throw new Error('no pipes');
-    await once(holder.stdout, 'data');
+    const holder = await Helper.start('who holds it', guest.nodeCommand('qemu-test/guest/open-function.js', [nic]));
+    same('its answer', await holder.request({ bytes: 4096 } satisfies OpenRequest), { opened: true });
     await guest.check(Check.twice, () => mustFail('BUSY', () => openKernelVfio(nic)));
     await guest.check(Check.busy, () => mustFail('BUSY', () => unbindFunction(nic)));
-    holder.stdin.end();
-    await once(holder, 'exit');
+    await holder.end();
 
     await guest.check(Check.unbind, () => {
       same('result', unbindFunction(nic), { address: nic, from: 'vfio-pci', to: 'virtio-pci' });

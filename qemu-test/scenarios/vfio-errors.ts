@@ -1,15 +1,21 @@
 /** What can be wrong with a function, a user or a limit: each is a typed error with a way out, on the real kernel. */
 
-import { existsSync } from 'node:fs';
+import { chmodSync, chownSync, existsSync, readlinkSync, writeFileSync } from 'node:fs';
+import { basename } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { bindFunction } from '../../src/vfio/bind.ts';
 import { openKernelVfio } from '../../src/vfio/kernel.ts';
 import { devicePath, KERNEL_FILES } from '../../src/vfio/sysfs.ts';
 import { type Guest, mustFail, same } from '../guest/guest.ts';
+import type { OpenRequest } from '../guest/open-function.ts';
+import { Helper } from '../guest/process.ts';
 import type { Scenario } from '../scenario.ts';
 
 const USER = 1000;
-const OPEN = 'qemu-test/guest/open-function.js';
+/** KiB that the ordinary user may lock; more than that, and less, in bytes. */
+const LOCKED_MEMORY = 1024;
+const TOO_MUCH = 2 ** 21;
+const ENOUGH = 2 ** 19;
 /** Above what 39 bits reach. */
 const TOO_HIGH = { start: 2 ** 40, last: 2 ** 40 + 2 ** 30 - 1 } as const;
 
@@ -59,7 +65,7 @@ export const scenario: Scenario = {
       return stderr.trim();
     });
     bindFunction(nic);
-    checkLimits(guest, nic);
+    await checkUser(guest, nic);
     await checkRanges(guest, nic);
     await checkUnplug(guest, nic);
   },
@@ -79,32 +85,33 @@ async function checkGroup(guest: Guest): Promise<void> {
     return message;
   });
   await guest.check(Check.viable, () => {
-    guest.must(`echo ${right} > /sys/bus/pci/devices/${right}/driver/unbind`);
+    writeFileSync(`/sys/bus/pci/devices/${right}/driver/unbind`, right);
     bindFunction(left);
     openKernelVfio(left).close();
   });
 }
 
-function checkLimits(guest: Guest, nic: string): void {
-  const attempt = (as: { user?: number; lockedMemory?: number }) => {
-    const { stdout, stderr } = guest.node(OPEN, [nic, String(2 ** 20)], as);
-    if (stdout === '') throw new Error(stderr);
-    return JSON.parse(stdout);
-  };
-  const group = guest.must(`basename $(readlink /sys/bus/pci/devices/${nic}/iommu_group)`).trim();
-  guest.must('chmod 666 /dev/vfio/vfio');
-  void guest.check(Check.user, () => {
-    const { code, hint } = attempt({ user: USER });
+async function checkUser(guest: Guest, nic: string): Promise<void> {
+  const command = guest.nodeCommand('qemu-test/guest/open-function.js', [nic]);
+  const limited = ['sh', '-c', `ulimit -l ${LOCKED_MEMORY}; exec "$0" "$@"`, ...command];
+  const user = await Helper.start('the ordinary user', limited, USER);
+  const attempt = async (bytes: number) => Object(await user.request({ bytes } satisfies OpenRequest));
+  const group = basename(readlinkSync(`/sys/bus/pci/devices/${nic}/iommu_group`));
+  chmodSync('/dev/vfio/vfio', 0o666);
+  await guest.check(Check.user, async () => {
+    const { code, hint } = await attempt(ENOUGH);
     same('code', code, 'NOT_PERMITTED');
     return hint;
   });
-  guest.must(`chown ${USER} /dev/vfio/${group}`);
-  void guest.check(Check.limit, () => {
-    const { code, message, hint } = attempt({ user: USER, lockedMemory: 256 });
+  chownSync(`/dev/vfio/${group}`, USER, USER);
+  await guest.check(Check.limit, async () => {
+    const { code, message, hint } = await attempt(TOO_MUCH);
     same('code', code, 'LOCKED_MEMORY_LIMIT');
+    if (!message.includes(`${LOCKED_MEMORY} KiB`)) throw new Error(message);
     return `${message} (${hint})`;
   });
-  void guest.check(Check.owner, () => same('result', attempt({ user: USER, lockedMemory: 4096 }), { opened: true }));
+  await guest.check(Check.owner, async () => same('result', await attempt(ENOUGH), { opened: true }));
+  await user.end();
 }
 
 async function checkRanges(guest: Guest, nic: string): Promise<void> {
