@@ -2,7 +2,7 @@
  * `vipsec bind`: a PCI function goes from its kernel driver to vfio-pci. (`vipsec unbind` is the way back.)
  */
 import { Command } from 'commander';
-import { type BindResult, bindFunction } from '../../src/index.ts';
+import { type BindResult, bindFunction } from '../../src/vfio/bind.ts';
 import { print, printJson } from '../cli.ts';
 
 interface Options {

@@ -2,7 +2,7 @@
  * `vipsec devices`: the network functions of this host, and what keeps each from being driven from user space.
  */
 import { Command } from 'commander';
-import { listFunctions, type PciDescription } from '../../src/index.ts';
+import { listFunctions, type PciDescription } from '../../src/vfio/sysfs.ts';
 import { note, print, printJson, table } from '../cli.ts';
 
 export function command(): Command {
