@@ -52,18 +52,18 @@ const { EACCES, EPERM, ENOENT, ENODEV, ENXIO, EIO, EBUSY, ENOMEM, ENOSPC, EINVAL
  */
 export function openKernelVfio(address: string, options: KernelVfioOptions = {}): PciFunction {
   const normal = normalizeAddress(address);
-  checkReady(normal, options.files ?? KERNEL_FILES);
+  const description = checkReady(normal, options.files ?? KERNEL_FILES);
   const undo: (() => void)[] = [];
   try {
-    return new KernelFunction(normal, options, undo);
+    return new KernelFunction(description, options, undo);
   } catch (error) {
     for (const step of undo.reverse()) step();
     throw error;
   }
 }
 
-/** What sysfs says already is said better than by an errno. */
-function checkReady(address: string, files: KernelFiles): void {
+/** What sysfs says already is said better than by an errno: what it says of a function that may be opened. */
+function checkReady(address: string, files: KernelFiles): PciDescription {
   const fn = describeFunction(address, files);
   if (fn.group === null || fn.noIommu) throw noIommu(address);
   if (fn.driver !== VFIO_DRIVER) {
@@ -73,6 +73,7 @@ function checkReady(address: string, files: KernelFiles): void {
   }
   const held = fn.others.filter((other) => !other.harmless);
   if (held.length > 0) throw groupNotViable(fn, held);
+  return fn;
 }
 
 class KernelFunction implements PciFunction, RegionOwner {
@@ -93,13 +94,13 @@ class KernelFunction implements PciFunction, RegionOwner {
   #gone: VfioError | null = null;
 
   /** `undo` gets a step for everything that is opened, so that it can be taken back in the reverse order. */
-  constructor(address: string, options: KernelVfioOptions, undo: (() => void)[]) {
+  constructor(fn: PciDescription, options: KernelVfioOptions, undo: (() => void)[]) {
+    const { address } = fn;
     this.address = address;
     this.#undo = undo;
     this.#calls = new VfioCalls();
     undo.push(() => this.#calls.close());
     const calls = this.#calls;
-    const fn = describeFunction(address, options.files);
     const group = openGroup(fn, undo);
     if ((calls.groupStatus(group) & GroupFlag.viable) === 0) throw groupNotViable(fn, fn.others);
     const container = openContainer(calls, group, undo);
