@@ -5,15 +5,24 @@
  * keep-alives. What claims to be IPsec has to be whole: fragments are dropped (RFC 4303, 3.4.1; reassemble first), and
  * so is what has no SA. An SA with UDP encapsulation takes encapsulated packets only, one without takes none of them.
  */
-import { Ah, Esp, IpProtocol, Ipv4, Ipv6, Udp } from '../packet/fields.ts';
-import { NO_PACKET } from '../packet/pool.ts';
-import { At, align, type DataPath } from './burst.ts';
+import * as fields from '../packet/fields.ts';
+import * as pools from '../packet/pool.ts';
+import type { DataPath } from './burst.ts';
+import * as bursts from './burst.ts';
 import { MIXED } from './esp-outbound-simple.ts';
 import { Chain, walkIpv6 } from './extension-headers.ts';
-import { RECORD_SHIFT, SaKind, SaWord } from './sa-table.ts';
+import * as table from './sa-table.ts';
 import type { SaDatabase } from './sad.ts';
 import { classifyDatagram, Datagram, udpChecksumValid } from './udp-encap.ts';
-import { Verdict } from './verdict.ts';
+import * as verdictNumbers from './verdict.ts';
+
+// Bound in this module: V8 folds constants of its own module only.
+const { Ah, Esp, IpProtocol, Ipv4, Ipv6, Udp } = fields;
+const { NO_PACKET } = pools;
+const { At, align, Scratch } = bursts;
+const { state } = Scratch;
+const { RECORD_SHIFT, SaKind, SaWord } = table;
+const { Verdict } = verdictNumbers;
 
 const chain = new Uint32Array(Chain.length);
 
@@ -50,12 +59,12 @@ export function classify(
   path.alive = 0;
   path.group = -1;
   for (let i = start; i < n; i++) {
-    burst.state[(i << 3) + At.record] = 0;
+    state[(i << 3) + At.record] = 0;
     const verdict = classifyOne(path, sad, espPorts, packets[base + i], i, linkHeader);
     verdicts[base + i] = verdict;
     if (verdict !== Verdict.ok) continue;
     burst.order[path.alive++] = i;
-    const own = words[burst.state[(i << 3) + At.record] + SaWord.group];
+    const own = words[state[(i << 3) + At.record] + SaWord.group];
     if (own !== path.group) path.group = path.group === -1 ? own : MIXED;
   }
 }
@@ -70,7 +79,7 @@ export function classifyOne(
   linkHeader: number,
 ): number {
   // hot:
-  const { pool, burst } = path;
+  const { pool } = path;
   const { u8, u16, offset: offsets, length: lengths, next } = pool;
   const { words } = path.table;
   const at = (offsets[p] & 1) === 0 ? offsets[p] | 0 : align(pool, p);
@@ -165,12 +174,12 @@ export function classifyOne(
   const slot = sad.lookup(spi, protocolBit, u16, ip, version);
   const record = slot << RECORD_SHIFT;
   if (slot === 0 || ((words[record + SaWord.kind] & SaKind.udp) !== 0) !== (udp !== 0)) return Verdict.noSa;
-  burst.state[(i << 3) + At.packet] = p;
-  burst.state[(i << 3) + At.ip] = ip;
-  burst.state[(i << 3) + At.header] = header;
-  burst.state[(i << 3) + At.nextHeaderAt] = nextHeaderAt;
-  burst.state[(i << 3) + At.end] = end;
-  burst.state[(i << 3) + At.record] = record;
+  state[(i << 3) + At.packet] = p;
+  state[(i << 3) + At.ip] = ip;
+  state[(i << 3) + At.header] = header;
+  state[(i << 3) + At.nextHeaderAt] = nextHeaderAt;
+  state[(i << 3) + At.end] = end;
+  state[(i << 3) + At.record] = record;
   return Verdict.ok;
 }
 

@@ -4,21 +4,32 @@
  *
  * Every address, length and version inside was protected, but by a peer that may be wrong: it is checked like any other.
  */
-import { Ah, Esp, Ethernet, IpProtocol, Ipv4, Ipv6, Udp } from '../packet/fields.ts';
-import { PacketFlag } from '../packet/pool.ts';
+import * as fields from '../packet/fields.ts';
+import * as pools from '../packet/pool.ts';
 import { restoreHeaders } from './ah-saved.ts';
-import { At, type DataPath, type Group } from './burst.ts';
-import { JobStatus } from './engines/engine.ts';
+import type { DataPath, Group } from './burst.ts';
+import * as bursts from './burst.ts';
+import * as engines from './engines/engine.ts';
 import { closeEsnGap } from './esn-gap.ts';
 import { completeSimple } from './esp-inbound-simple.ts';
 import { renewGrant } from './grant.ts';
 import { correctChecksum } from './nat.ts';
 import { isNew, markSeen } from './replay.ts';
-import { drop, RECORD, SaKind, SaWord } from './sa-table.ts';
+import * as table from './sa-table.ts';
 import { selectorMatches } from './selector.ts';
 import { moveUp, rewriteHeader } from './transport.ts';
 import { decrementTtl, ECN_DROP, ecnAfter, setTrafficClass, trafficClass } from './tunnel.ts';
-import { Verdict } from './verdict.ts';
+import * as verdictNumbers from './verdict.ts';
+
+// Bound in this module: V8 folds constants of its own module only.
+const { Ah, Esp, Ethernet, IpProtocol, Ipv4, Ipv6, Udp } = fields;
+const { PacketFlag } = pools;
+const { At, Scratch } = bursts;
+const { position: positions, state } = Scratch;
+const { cipherLength, cipherOffset, status } = Scratch.jobs;
+const { JobStatus } = engines;
+const { drop, RECORD, SaKind, SaWord } = table;
+const { Verdict } = verdictNumbers;
 
 /** EtherTypes as their 16-bit words are in memory. */
 const ETHERTYPE_IPV4 = 0x0008;
@@ -53,10 +64,10 @@ export function complete(
       j = completeSimple(path, base, j, linkHeader, verdicts);
       if (j === count) break;
     }
-    const position = burst.position[j];
+    const position = positions[j];
     const verdict = completeOne(path, group, packets[base + position], position, j, linkHeader);
     verdicts[base + position] = verdict;
-    if (verdict !== Verdict.ok) drop(table, burst.state[(position << 3) + At.record], verdict);
+    if (verdict !== Verdict.ok) drop(table, state[(position << 3) + At.record], verdict);
   }
 }
 
@@ -67,8 +78,7 @@ function completeOne(path: DataPath, group: Group, p: number, position: number, 
   const { u8, u16, u32 } = pool;
   const { words, windows } = path.table;
   const { jobs } = burst;
-  const { status, cipherOffset, cipherLength } = jobs;
-  const record = burst.state[(position << 3) + At.record];
+  const record = state[(position << 3) + At.record];
   const isEsp = group.protocol === 'esp';
   const gap = isEsp && group.family === 'gmac' && group.esn;
 
@@ -80,8 +90,8 @@ function completeOne(path: DataPath, group: Group, p: number, position: number, 
   if (gap) closeEsnGap(u16, jobs.authOffset[j] + 4, burst.savedA[position]);
 
   // 2. The window learns of the number, unless another copy in the same burst was faster (RFC 4303, 3.4.3).
-  const low = burst.state[(position << 3) + At.low];
-  const high = burst.state[(position << 3) + At.high];
+  const low = state[(position << 3) + At.low];
+  const high = state[(position << 3) + At.high];
   const topLow = words[record + SaWord.sequenceLow];
   const topHigh = words[record + SaWord.sequenceHigh];
   const window = words[record + SaWord.window];
@@ -115,10 +125,10 @@ function completeOne(path: DataPath, group: Group, p: number, position: number, 
       return verdict === Verdict.ok ? Verdict.dummy : verdict;
     }
   } else {
-    const ah = burst.state[(position << 3) + At.header];
-    restoreHeaders(u8, position, burst.state[(position << 3) + At.ip], ah);
+    const ah = state[(position << 3) + At.header];
+    restoreHeaders(u8, position, state[(position << 3) + At.ip], ah);
     body = (ah + (u8[ah + Ah.payloadLength] + 2) * 4) | 0;
-    payload = (burst.state[(position << 3) + At.end] - body) | 0;
+    payload = (state[(position << 3) + At.end] - body) | 0;
     nextHeader = u8[ah + Ah.nextHeader];
   }
   const kind = words[record + SaWord.kind];
@@ -147,7 +157,7 @@ function completeOne(path: DataPath, group: Group, p: number, position: number, 
   }
   words[record + SaWord.packetsLeft]--;
   words[record + SaWord.bytesLeft] -= total;
-  const outer = burst.state[(position << 3) + At.ip];
+  const outer = state[(position << 3) + At.ip];
   if ((kind & CHECKED) !== 0) {
     const verdict = checkInner(path, record, kind, outer, body, body + total);
     if (verdict !== Verdict.ok) return verdict;
@@ -208,10 +218,10 @@ function deliverTransport(
   linkHeader: number,
 ): number {
   // hot:
-  const { pool, burst } = path;
-  const outer = burst.state[(position << 3) + At.ip];
+  const { pool } = path;
+  const outer = state[(position << 3) + At.ip];
   const udp = (path.table.words[record] & SaKind.udp) === 0 ? 0 : Udp.length;
-  const headerLength = burst.state[(position << 3) + At.header] - outer - udp;
+  const headerLength = state[(position << 3) + At.header] - outer - udp;
   const total = headerLength + payload;
   const verdict = charge(path, record, total);
   if (verdict !== Verdict.ok) return verdict;
@@ -219,7 +229,7 @@ function deliverTransport(
   const shift = start + linkHeader - outer;
   moveUp(pool.u16, pool.u32, outer - linkHeader, start, linkHeader + headerLength);
   const ip = start + linkHeader;
-  rewriteHeader(pool.u8, ip, total, burst.state[(position << 3) + At.nextHeaderAt] + shift, headerLength, nextHeader);
+  rewriteHeader(pool.u8, ip, total, state[(position << 3) + At.nextHeaderAt] + shift, headerLength, nextHeader);
   if (udp !== 0) correctChecksum(path.table.words, record, pool.u8, ip, ip + headerLength, ip + total, nextHeader);
   if ((path.table.words[record] & SaKind.selector) !== 0 && !fitsSelector(path, record, ip, ip + total)) {
     return Verdict.selector;

@@ -7,8 +7,9 @@
  *
  * `classify.ts` finds the SA and puts the offsets of the headers into the burst.
  */
-import { Esp } from '../packet/fields.ts';
-import { At, type DataPath, type Group } from './burst.ts';
+import * as fields from '../packet/fields.ts';
+import type { DataPath, Group } from './burst.ts';
+import * as bursts from './burst.ts';
 import { classifyOne } from './classify.ts';
 import { complete } from './deliver.ts';
 import { openEsnGap } from './esn-gap.ts';
@@ -17,10 +18,18 @@ import { setAad, setNonce, swapBytes } from './jobs.ts';
 import { readAheadInbound } from './read-ahead.ts';
 import { isNew } from './replay.ts';
 import { keepCandidate, resynchronize, shouldResynchronize } from './resync.ts';
-import { drop, SaKind, SaWord, Sizes } from './sa-table.ts';
+import * as table from './sa-table.ts';
 import type { SaDatabase } from './sad.ts';
 import { inferHigh, NO_WINDOW_SPAN, Resync, writeNumber } from './sequence.ts';
-import { Verdict } from './verdict.ts';
+import * as verdictNumbers from './verdict.ts';
+
+// Bound in this module: V8 folds constants of its own module only.
+const { Esp } = fields;
+const { At, Scratch } = bursts;
+const { position: positions, state } = Scratch;
+const { authLength, authOffset, cipherLength, cipherOffset, context, icvOffset } = Scratch.jobs;
+const { drop, SaKind, SaWord, Sizes } = table;
+const { Verdict } = verdictNumbers;
 
 /** Bytes in front of ESP that `openEsnGap` changes. */
 const ESN_GAP = 4;
@@ -81,7 +90,7 @@ export function decapsulateUniform(
     const p = packets[base + i];
     const verdict = classifyOne(path, sad, espPorts, p, i, linkHeader);
     if (verdict === Verdict.ok) {
-      const record = burst.state[(i << 3) + At.record];
+      const record = state[(i << 3) + At.record];
       const own = words[record + SaWord.group];
       trySimple = (words[record + SaWord.kind] & SaKind.simple) !== 0;
       const group = path.groups[own];
@@ -89,7 +98,7 @@ export function decapsulateUniform(
       path.group = own;
       verdicts[base + i] = openOne(path, group, p, i);
     } else {
-      burst.state[(i << 3) + At.record] = 0;
+      state[(i << 3) + At.record] = 0;
       verdicts[base + i] = verdict;
     }
   }
@@ -113,9 +122,9 @@ function decryptJobs(
   group.engine.decrypt(group.transform, jobs);
   complete(path, group, packets, base, linkHeader, verdicts);
   if (!shouldResynchronize(path, base, verdicts)) return;
-  const { burst, candidate } = path;
-  const esp = burst.state[(candidate << 3) + At.header];
-  const end = burst.state[(candidate << 3) + At.end];
+  const { candidate } = path;
+  const esp = state[(candidate << 3) + At.header];
+  const end = state[(candidate << 3) + At.end];
   resynchronize(path, base, esp - ESN_GAP, end, verdicts, () => {
     decapsulate(path, group, packets, base, 0, 1, linkHeader, verdicts);
   });
@@ -126,8 +135,8 @@ function openOne(path: DataPath, group: Group, p: number, position: number): num
   // hot:
   const { burst } = path;
   const verdict = buildJob(path, group, p, position, burst.jobs.count);
-  if (verdict === Verdict.ok) burst.position[burst.jobs.count++] = position;
-  else drop(path.table, burst.state[(position << 3) + At.record], verdict);
+  if (verdict === Verdict.ok) positions[burst.jobs.count++] = position;
+  else drop(path.table, state[(position << 3) + At.record], verdict);
   return verdict;
 }
 
@@ -138,11 +147,11 @@ function buildJob(path: DataPath, group: Group, p: number, position: number, n: 
   const { u8, u16, stride } = pool;
   const { words, windows } = path.table;
   const { jobs } = burst;
-  const record = burst.state[(position << 3) + At.record];
-  const end = burst.state[(position << 3) + At.end];
+  const record = state[(position << 3) + At.record];
+  const end = state[(position << 3) + At.end];
   const kind = words[record + SaWord.kind];
   const sizes = words[record + SaWord.sizes];
-  const esp = burst.state[(position << 3) + At.header];
+  const esp = state[(position << 3) + At.header];
   const e = esp >> 1;
 
   // 1. Lengths: at least a trailer, and whole blocks.
@@ -175,8 +184,8 @@ function buildJob(path: DataPath, group: Group, p: number, position: number, n: 
     if (!isNew(windows, windowBase, mask, window, topLow, topHigh, low, high)) return Verdict.replay;
   }
   if ((kind & SaKind.expired) !== 0) return Verdict.expired;
-  burst.state[(position << 3) + At.low] = low;
-  burst.state[(position << 3) + At.high] = high;
+  state[(position << 3) + At.low] = low;
+  state[(position << 3) + At.high] = high;
 
   // 3. The job.
   if ((kind & SaKind.counterIv) !== 0) {
@@ -186,25 +195,25 @@ function buildJob(path: DataPath, group: Group, p: number, position: number, n: 
   } else {
     for (let w = 0; w < ivLength >> 2; w++) jobs.iv[n * 4 + w] = u16[e + 4 + 2 * w] | (u16[e + 5 + 2 * w] << 16);
   }
-  jobs.context[n] = words[record + SaWord.context];
-  jobs.cipherOffset[n] = body;
-  jobs.cipherLength[n] = plain;
-  jobs.icvOffset[n] = icv;
+  context[n] = words[record + SaWord.context];
+  cipherOffset[n] = body;
+  cipherLength[n] = plain;
+  icvOffset[n] = icv;
   if (group.family === 'aead') {
     setAad(jobs, n, words[record + SaWord.spi], sequence, high, group.esn);
   } else {
-    jobs.authOffset[n] = esp;
-    jobs.authLength[n] = icv - esp;
+    authOffset[n] = esp;
+    authLength[n] = icv - esp;
     if (group.esn) {
-      jobs.authLength[n] += 4;
+      authLength[n] += 4;
       if (group.family === 'gmac') {
-        jobs.authOffset[n] = openEsnGap(u16, esp, high, burst.savedA, position);
+        authOffset[n] = openEsnGap(u16, esp, high, burst.savedA, position);
       } else {
         // The ICV makes room for the high half (RFC 4303, 2.2.1).
         if (icv + icvLength + 4 > (p + 1) * stride) return Verdict.noRoom;
         u8.copyWithin(icv + 4, icv, icv + icvLength);
         writeNumber(u8, icv, high);
-        jobs.icvOffset[n] = icv + 4;
+        icvOffset[n] = icv + 4;
       }
     }
   }

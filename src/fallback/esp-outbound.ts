@@ -9,22 +9,33 @@
  * Everything in front of the payload goes into the headroom, the rest into the tailroom; the payload does not move.
  * A packet that fails a check has used no sequence number.
  */
-import { Esp, Ethernet, IpProtocol, Ipv4, Ipv6, Udp } from '../packet/fields.ts';
-import { PacketFlag } from '../packet/pool.ts';
-import { At, type DataPath, type Group } from './burst.ts';
-import { JobStatus } from './engines/engine.ts';
+import * as fields from '../packet/fields.ts';
+import * as pools from '../packet/pool.ts';
+import type { DataPath, Group } from './burst.ts';
+import * as bursts from './burst.ts';
+import * as engines from './engines/engine.ts';
 import { closeEsnGap, openEsnGap } from './esn-gap.ts';
 import { encapsulateSimple } from './esp-outbound-simple.ts';
 import { Chain, insertionPoint } from './extension-headers.ts';
 import { renewGrant } from './grant.ts';
 import { setAad, setNonce, swapBytes } from './jobs.ts';
 import { RandomIv } from './random-iv.ts';
-import { drop, Outer, RECORD, SaKind, SaWord, Sizes } from './sa-table.ts';
+import * as table from './sa-table.ts';
 import { carry, writeNumber } from './sequence.ts';
 import { carrier, moveDown, rewriteHeader } from './transport.ts';
 import { decrementTtl, trafficClass, writeOuter4, writeOuter6 } from './tunnel.ts';
 import { writeUdp6Checksum } from './udp-encap.ts';
-import { Verdict } from './verdict.ts';
+import * as verdictNumbers from './verdict.ts';
+
+// Bound in this module: V8 folds constants of its own module only.
+const { Esp, Ethernet, IpProtocol, Ipv4, Ipv6, Udp } = fields;
+const { PacketFlag } = pools;
+const { At, Scratch } = bursts;
+const { position: positions, state } = Scratch;
+const { authLength, authOffset, cipherLength, cipherOffset, context, icvOffset, status } = Scratch.jobs;
+const { JobStatus } = engines;
+const { drop, Outer, RECORD, SaKind, SaWord, Sizes } = table;
+const { Verdict } = verdictNumbers;
 
 /** EtherTypes as their 16-bit words are in memory. */
 const ETHERTYPE_IPV4 = 0x0008;
@@ -52,7 +63,7 @@ export function encapsulate(
 ): void {
   // hot:
   const { burst } = path;
-  const { jobs, order, state } = burst;
+  const { jobs, order } = burst;
   const words = path.table.words;
   const isSimpleLink = linkHeader === 0 || linkHeader === Ethernet.length;
   jobs.count = 0;
@@ -65,7 +76,7 @@ export function encapsulate(
     const position = order[k];
     const verdict = encapsulateOne(path, group, packets[base + position], position, jobs.count, linkHeader);
     verdicts[base + position] = verdict;
-    if (verdict === Verdict.ok) burst.position[jobs.count++] = position;
+    if (verdict === Verdict.ok) positions[jobs.count++] = position;
     else drop(path.table, state[(position << 3) + At.record], verdict);
   }
   if (jobs.count === 0) return;
@@ -88,7 +99,7 @@ function encapsulateOne(
   const { u8, u16, u32, offset: offsets, length: lengths, flags, stride } = pool;
   const { words, halves } = path.table;
   const { jobs } = burst;
-  const record = burst.state[(position << 3) + At.record];
+  const record = state[(position << 3) + At.record];
   const kind = words[record + SaWord.kind];
   const sizes = words[record + SaWord.sizes];
   const at = offsets[p] | 0;
@@ -238,19 +249,19 @@ function encapsulateOne(
   }
 
   // 9. The job.
-  jobs.context[n] = words[record + SaWord.context];
-  jobs.icvOffset[n] = icv;
-  jobs.cipherOffset[n] = body;
-  jobs.cipherLength[n] = plain;
+  context[n] = words[record + SaWord.context];
+  icvOffset[n] = icv;
+  cipherOffset[n] = body;
+  cipherLength[n] = plain;
   if (group.family === 'aead') {
     setAad(jobs, n, spi, sequence, high, group.esn);
   } else {
-    jobs.authOffset[n] = esp;
-    jobs.authLength[n] = icv - esp;
+    authOffset[n] = esp;
+    authLength[n] = icv - esp;
     if (group.esn) {
-      if (group.family === 'gmac') jobs.authOffset[n] = openEsnGap(u16, esp, high, burst.savedA, position);
+      if (group.family === 'gmac') authOffset[n] = openEsnGap(u16, esp, high, burst.savedA, position);
       else writeNumber(u8, icv, high);
-      jobs.authLength[n] += 4;
+      authLength[n] += 4;
     }
   }
   offsets[p] = start;
@@ -271,12 +282,12 @@ function finish(
   // hot:
   const { pool, burst } = path;
   const words = path.table.words;
-  const { status, count } = burst.jobs;
+  const { count } = burst.jobs;
   const gap = group.family === 'gmac' && group.esn;
   if (!gap && !path.encapsulated && allDone(status, count)) return;
   for (let j = 0; j < count; j++) {
-    const position = burst.position[j];
-    const record = burst.state[(position << 3) + At.record];
+    const position = positions[j];
+    const record = state[(position << 3) + At.record];
     const kind = words[record + SaWord.kind];
     if (status[j] !== JobStatus.ok) {
       // It may still be plain text: nothing of it must be left to send.
@@ -284,11 +295,11 @@ function finish(
       verdicts[base + position] = drop(path.table, record, Verdict.engine);
       continue;
     }
-    if (gap) closeEsnGap(pool.u16, burst.jobs.authOffset[j] + 4, burst.savedA[position]);
+    if (gap) closeEsnGap(pool.u16, authOffset[j] + 4, burst.savedA[position]);
     if ((kind & SaKind.udp) !== 0) {
       const ip = pool.offset[packets[base + position]] + linkHeader;
       if (pool.u8[ip] >>> 4 === 6) {
-        const esp = burst.jobs.cipherOffset[j] - ((words[record + SaWord.sizes] >>> Sizes.iv) & 0xff) - Esp.length;
+        const esp = cipherOffset[j] - ((words[record + SaWord.sizes] >>> Sizes.iv) & 0xff) - Esp.length;
         writeUdp6Checksum(pool.u8, ip, esp - Udp.length);
       }
     }
