@@ -6,6 +6,9 @@ import { MAX_DEVICES } from '../guest/guest.ts';
 import type { Machine, NamedScenario } from '../scenario.ts';
 import { hasTaps } from './taps.ts';
 
+/** For fewer scenarios another boot costs more than waiting for them. */
+const FEW = 2;
+
 /** Scenarios for one guest, in the order in which they run. Whoever runs them takes out what it begins; the rest may be taken over. */
 export type Group = NamedScenario[];
 
@@ -25,8 +28,8 @@ export class Schedule {
   }
 
   #split(): Group | undefined {
-    const [longest] = [...this.#begun].sort((a, b) => timeOf(b) - timeOf(a));
-    if (longest === undefined || longest.length === 0) return undefined;
+    const [longest] = [...this.#begun].filter(({ length }) => length >= FEW).sort((a, b) => timeOf(b) - timeOf(a));
+    if (longest === undefined) return undefined;
     return longest.splice(Math.floor(longest.length / 2));
   }
 }
