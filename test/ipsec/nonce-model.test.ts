@@ -121,7 +121,8 @@ type Step =
 const slot = fc.nat({ max: SLOTS - 1 });
 const where = fc.constantFrom<Where>('inline', 'software');
 const wish: fc.Arbitrary<Wish> = fc.record({
-  key: fc.nat({ max: KEYS.length - 1 }),
+  // Few, so that they meet again.
+  key: fc.nat({ max: 2 }),
   mode: fc.constantFrom('gcm', 'ccm', 'ctr'),
   auth: fc.constantFrom(0, 1),
   sequence: fc.oneof(fc.constant(1n), fc.bigInt(1n, 12n), fc.constant(1n << 33n)),
@@ -134,10 +135,10 @@ const step: fc.Arbitrary<Step> = fc.oneof(
   { weight: 3, arbitrary: fc.record({ do: fc.constant('modify' as const), slot, wish }) },
   { weight: 2, arbitrary: fc.record({ do: fc.constant('remove' as const), slot }) },
   {
-    weight: 2,
+    weight: 4,
     arbitrary: fc.record({
       do: fc.constant('fail' as const),
-      after: fc.nat({ max: 2 }),
+      after: fc.constantFrom(0, 0, 0, 1, 1, 2),
       how: fc.constantFrom<Failure>('refuse', 'silent', 'lost'),
     }),
   },
@@ -264,7 +265,7 @@ describe.each(['virtio-1.4', 'rfc-2025-01'] as const)('nonces on %s', (revision)
           for (const [name, count] of Object.entries(history.done)) total[name] = (total[name] ?? 0) + count;
           closeMoves();
         }),
-        { numRuns: runs(1000), examples: EXAMPLES.map((steps) => [steps]) },
+        { numRuns: runs(600), examples: EXAMPLES.map((steps) => [steps]) },
       );
     } finally {
       rmSync(folder, { recursive: true, force: true });
@@ -272,7 +273,7 @@ describe.each(['virtio-1.4', 'rfc-2025-01'] as const)('nonces on %s', (revision)
     // The history is one in which things happen.
     expect(packets).toBeGreaterThan(500);
     for (const name of ['add', 'send', 'move', 'modify', 'remove', 'fail', 'restart', 'NONCE_REUSE', 'ADMIN_TIMEOUT']) {
-      expect(total[name], name).toBeGreaterThan(5);
+      expect(total[name], name).toBeGreaterThan(2);
     }
   }, 300_000);
 });
