@@ -2,7 +2,7 @@ import { readdirSync } from 'node:fs';
 import { afterEach, describe, expect, it, vi } from 'vitest';
 import { Feature, type NicOptions } from '../../src/index.ts';
 import { UserRegion } from '../../src/vfio/user-region.ts';
-import { capture, cleanUp, open, receive, send, spawnDevice } from './support.ts';
+import { capture, cleanUp, open, receive, send, spawnDevice, startDevice } from './support.ts';
 
 afterEach(async () => {
   vi.restoreAllMocks();
@@ -14,7 +14,7 @@ const frames = capture('http-ipv4').slice(0, 30);
 /** How often registers are written while frames go to the device and back, ten times. */
 async function writesFor(server: 'gives' | 'refuses', decline: NonNullable<NicOptions['decline']>): Promise<number> {
   if (server === 'refuses') vi.spyOn(UserRegion.prototype, 'share').mockReturnValue(null);
-  const device = await spawnDevice();
+  const device = await startDevice();
   const nic = await open(device.addresses[0], { ipsec: 'off', decline });
   const writes = [vi.spyOn(UserRegion.prototype, 'write16'), vi.spyOn(UserRegion.prototype, 'write32')];
   for (let i = 0; i < 10; i++) {
