@@ -6,6 +6,8 @@ import { renameSync, rmSync, statSync } from 'node:fs';
 import { CaptureWriter, type CaptureWriterOptions, InputError } from '../src/index.ts';
 
 export class CaptureOutput {
+  /** It is written where it is to be: nothing would be left over. */
+  readonly isDirect: boolean;
   readonly #path: string;
   readonly #written: string;
   #writer: CaptureWriter | undefined;
@@ -21,14 +23,15 @@ export class CaptureOutput {
       }
     }
     this.#path = path;
-    this.#written = existing === undefined || existing.isFile() ? `${path}.${process.pid}.part` : path;
+    this.isDirect = existing !== undefined && !existing.isFile();
+    this.#written = this.isDirect ? path : `${path}.${process.pid}.part`;
   }
 
   /** The writer; the options count the first time. */
   open(options: CaptureWriterOptions): CaptureWriter {
     if (this.#writer !== undefined) return this.#writer;
     try {
-      this.#writer = new CaptureWriter(this.#written, { ...options, exclusive: this.#written !== this.#path });
+      this.#writer = new CaptureWriter(this.#written, { ...options, exclusive: !this.isDirect });
     } catch (error) {
       const what = error instanceof Error ? error.message : 'unknown error';
       throw new InputError('OUTPUT_UNWRITABLE', `cannot write ${this.#path}: ${what}`, { cause: error });
@@ -39,7 +42,7 @@ export class CaptureOutput {
   /** Puts the finished file in its place. */
   commit(): void {
     this.#writer?.close();
-    if (this.#written !== this.#path) renameSync(this.#written, this.#path);
+    if (!this.isDirect) renameSync(this.#written, this.#path);
     this.#committed = true;
   }
 
@@ -49,7 +52,7 @@ export class CaptureOutput {
     try {
       this.#writer?.close();
     } finally {
-      if (this.#written !== this.#path) rmSync(this.#written, { force: true });
+      if (!this.isDirect) rmSync(this.#written, { force: true });
     }
   }
 }

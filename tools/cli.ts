@@ -86,7 +86,8 @@ function isNumber(cell: string | number | bigint | undefined): boolean {
 }
 
 /** Says what went wrong on stderr and returns the exit code for it. */
-export function reportError(error: unknown): number {
+export function reportError(thrown: unknown): number {
+  const error = firstOf(thrown);
   if (error instanceof CommanderError) return reportUsage(error);
   const message = error instanceof Error ? error.message : String(error);
   note(`vipsec: error: ${oneLine(message)} [${codeOf(error)}]`);
@@ -94,6 +95,13 @@ export function reportError(error: unknown): number {
   const { VIPSEC_DEBUG } = process.env;
   if (VIPSEC_DEBUG === '1' && error instanceof Error) showStack(error);
   return error instanceof InputError ? ExitCode.usage : ExitCode.failed;
+}
+
+/** What went wrong first, where clean-up failed as well (`using`). */
+function firstOf(error: unknown): unknown {
+  return error instanceof Error && error.name === 'SuppressedError' && 'suppressed' in error
+    ? firstOf(error.suppressed)
+    : error;
 }
 
 function showStack(error: Error): void {
@@ -177,6 +185,15 @@ export async function untilSignal<T>(work: (signal: AbortSignal) => Promise<T>):
     stop();
     if (received !== undefined) process.kill(process.pid, received);
   }
+}
+
+/** `work`, or nothing when `signal` comes before it is done. */
+export function unlessAborted(work: Promise<void>, signal: AbortSignal): Promise<void> {
+  return new Promise((resolve, reject) => {
+    const stop = (): void => resolve();
+    signal.addEventListener('abort', stop, { once: true });
+    work.then(resolve, reject).finally(() => signal.removeEventListener('abort', stop));
+  });
 }
 
 /** A reader of stdout that goes away (`| head`) is no error: end quietly. */

@@ -9,7 +9,7 @@
  *
  * The file holds keys: it is made readable by its owner only.
  */
-import { closeSync, fchmodSync, openSync, writeSync } from 'node:fs';
+import { closeSync, fchmodSync, openSync, writeFileSync } from 'node:fs';
 import { formatIp, type SecurityAssociation } from '../src/index.ts';
 
 const Cipher = {
@@ -92,7 +92,8 @@ export function writeEspKeys(path: string, sas: readonly SecurityAssociation[]):
   try {
     // The mode above counts for a new file only.
     fchmodSync(fd, 0o600);
-    writeSync(fd, lines.map((line) => `${line}\n`).join(''));
+    // All of it: a disk that becomes full takes the first part of one write.
+    writeFileSync(fd, lines.map((line) => `${line}\n`).join(''));
   } finally {
     closeSync(fd);
   }

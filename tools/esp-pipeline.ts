@@ -29,8 +29,8 @@ import {
 /** Packets at a time. */
 const BURST = 64;
 
-/** A slot holds the largest IP packet (65535 bytes), its link header, and what tunnels add before and behind. */
-const Slot = { stride: 66 * 1024, headroom: 256, largest: 65_535 + Ethernet.length + 2 * Vlan.length } as const;
+/** A slot holds the largest IP packet (IPv6: 65535 bytes behind a header of 40), its link header, and what tunnels add before and behind. */
+const Slot = { stride: 66 * 1024, headroom: 256, largest: 65_535 + 40 + Ethernet.length + 2 * Vlan.length } as const;
 
 /** What the output's link type cannot carry: an IPv6 packet in a capture of IPv4 packets. */
 const LINK_TYPE = VERDICTS;
@@ -115,8 +115,8 @@ export class EspPipeline {
   }
 
   /**
-   * Takes up to a burst of packets from `reader` through IPsec into `writer`. Returns false at the end of the input.
-   * Throws `InputError` where the input is malformed.
+   * Takes up to a burst of packets from `reader` through IPsec into `writer`. Returns false when there was none: at the end of
+   * the input, or when `reader` is starved. Throws `InputError` where the input is malformed.
    */
   step(reader: CaptureReader, writer: (linkType: number) => CaptureWriter): boolean {
     const n = this.#load(reader);

@@ -2,13 +2,24 @@
  * Reading and writing capture files of any size with a bounded buffer.
  *
  * Files are read and written synchronously, a chunk at a time: a slow disk or a full pipe holds the caller back by
- * itself and memory does not grow.
+ * itself and memory does not grow. Who has to stay awake while an input that may take its time, such as a pipe, says
+ * nothing, reads with `waits` and `more`.
  */
-import { closeSync, openSync, readSync, writeSync } from 'node:fs';
+import { closeSync, fstatSync, openSync, read, readSync, writeSync } from 'node:fs';
+import { promisify } from 'node:util';
 import { InputError } from '../errors.ts';
 import { type CaptureDecoder, CaptureRecord, MAX_PACKET_LENGTH } from './capture.ts';
 import { PcapDecoder, pcapHeader, pcapRecordHeader } from './pcap.ts';
 import { PcapngDecoder, pcapngHeader, pcapngPacketHeader, pcapngPacketTrailer } from './pcapng.ts';
+
+const readLater = promisify(read);
+
+export interface CaptureReaderOptions {
+  /** Bytes read at a time. Default 256 KiB. */
+  readonly chunk?: number;
+  /** In what is no ordinary file `next` does not read on, which may take long: `more` does. */
+  readonly waits?: boolean;
+}
 
 /** Picks the decoder by the first four bytes of the file. */
 function decoderFor(bytes: Uint8Array, end: number): CaptureDecoder {
@@ -27,14 +38,19 @@ export class CaptureReader {
   readonly decoder: CaptureDecoder;
   /** Bytes of the file that have been read from the disk so far. */
   bytesRead = 0;
+  /** `next` returned `null` because `more` has to be called. */
+  starved = false;
   readonly #record = new CaptureRecord();
+  #waits = false;
+  /** Seen by `more`. */
+  #ended = false;
   #fd = -1;
   #buffer: Uint8Array;
   #start = 0;
   #end = 0;
 
   /** Opens `path` and reads its first chunk. Throws `InputError` (`CAPTURE_UNREADABLE`, `CAPTURE_FORMAT`). */
-  constructor(path: string, options: { chunk?: number } = {}) {
+  constructor(path: string, options: CaptureReaderOptions = {}) {
     this.path = path;
     this.#buffer = new Uint8Array(options.chunk ?? 256 * 1024);
     try {
@@ -43,6 +59,7 @@ export class CaptureReader {
       throw this.#explain(error);
     }
     try {
+      this.#waits = options.waits === true && !fstatSync(this.#fd).isFile();
       while (this.#end < 4 && this.#fill(4));
       this.decoder = decoderFor(this.#buffer, this.#end);
     } catch (error) {
@@ -51,7 +68,10 @@ export class CaptureReader {
     }
   }
 
-  /** The next packet, or `null` at the end of the file. Throws `InputError` where the file is malformed or cut short. */
+  /**
+   * The next packet, or `null` at the end of the file, or when `starved`. Throws `InputError` where the file is malformed or
+   * cut short.
+   */
   next(): CaptureRecord | null {
     try {
       return this.#next();
@@ -68,13 +88,30 @@ export class CaptureReader {
       if (taken > 0) {
         this.#start += taken;
         if (decoder.filled) return record;
-      } else if (!this.#fill(decoder.needed)) {
+      } else if (this.#waits && !this.#ended) {
+        this.starved = true;
+        return null;
+      } else if (this.#ended || !this.#fill(decoder.needed)) {
         if (this.#start === this.#end && this.bytesRead > 0) return null;
         throw new InputError(
           'CAPTURE_TRUNCATED',
           `at byte ${this.bytesRead - (this.#end - this.#start)}: the file ends within a record`,
         );
       }
+    }
+  }
+
+  /** Reads on, without holding the thread up. Throws `InputError` `CAPTURE_UNREADABLE`. */
+  async more(): Promise<void> {
+    this.#makeRoom(this.decoder.needed);
+    try {
+      const { bytesRead } = await readLater(this.#fd, this.#buffer, this.#end, this.#buffer.length - this.#end, null);
+      this.#end += bytesRead;
+      this.bytesRead += bytesRead;
+      this.#ended = bytesRead === 0;
+      this.starved = false;
+    } catch (error) {
+      throw this.#explain(error);
     }
   }
 
@@ -104,8 +141,8 @@ export class CaptureReader {
     return error;
   }
 
-  /** Reads on; makes room for `needed` bytes from the current start. False at the end of the file. */
-  #fill(needed: number): boolean {
+  /** Makes room for `needed` bytes from the current start. */
+  #makeRoom(needed: number): void {
     const have = this.#end - this.#start;
     if (needed > this.#buffer.length) {
       const larger = new Uint8Array(Math.max(needed, 2 * this.#buffer.length));
@@ -116,10 +153,15 @@ export class CaptureReader {
     }
     this.#start = 0;
     this.#end = have;
-    const read = readSync(this.#fd, this.#buffer, have, this.#buffer.length - have, null);
-    this.#end += read;
-    this.bytesRead += read;
-    return read > 0;
+  }
+
+  /** Reads on; makes room for `needed` bytes from the current start. False at the end of the file. */
+  #fill(needed: number): boolean {
+    this.#makeRoom(needed);
+    const count = readSync(this.#fd, this.#buffer, this.#end, this.#buffer.length - this.#end, null);
+    this.#end += count;
+    this.bytesRead += count;
+    return count > 0;
   }
 }
 
@@ -178,10 +220,11 @@ export class CaptureWriter {
     this.packets++;
   }
 
-  /** Hands everything to the operating system. */
+  /** Hands everything to the operating system. What it does not take is lost, and not tried again by `close`. */
   flush(): void {
-    this.#writeAll(this.#buffer, 0, this.#used);
+    const used = this.#used;
     this.#used = 0;
+    this.#writeAll(this.#buffer, 0, used);
   }
 
   /** Flushes and closes. Idempotent. */

@@ -1,20 +1,24 @@
-import { spawn } from 'node:child_process';
+import { execFileSync, spawn } from 'node:child_process';
 import { once } from 'node:events';
 import {
+  closeSync,
   existsSync,
   mkdtempSync,
+  openSync,
   readdirSync,
   readFileSync,
   rmSync,
   statSync,
   symlinkSync,
   writeFileSync,
+  writeSync,
 } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
-import { vipsec, vipsecProcess } from './vipsec.ts';
+import { startVipsec, vipsec, vipsecProcess } from './vipsec.ts';
 
 const data = fileURLToPath(new URL('../data/', import.meta.url));
 const program = fileURLToPath(new URL('../../dist/tools/vipsec.js', import.meta.url));
@@ -125,6 +129,25 @@ describe('vipsec esp', () => {
     });
     await once(child, 'close');
     expect(stdout).toMatch(/^ d4 c3 b2 a1 02 00 04 00/);
+  });
+
+  test('ends by SIGTERM while the pipe that it reads from says nothing, and leaves nothing', async () => {
+    execFileSync('mkfifo', [at('in')]);
+    // Of both directions, since one for writing alone waits for a reader.
+    const pipe = openSync(at('in'), 'r+');
+    try {
+      writeSync(pipe, readFileSync(join(data, 'http-ipv4.pcap')));
+      const args = ['--in', at('in'), '--out', at('esp.pcap'), '--engine', 'openssl'];
+      const child = startVipsec(['esp', '--sa', saFile('sa.json', outbound), ...args]);
+      const ended = once(child, 'exit');
+      const begun = (): boolean => readdirSync(folder).some((name) => name.endsWith('.part'));
+      while (!begun() && child.exitCode === null) await sleep(20);
+      child.kill('SIGTERM');
+      expect(await ended).toEqual([null, 'SIGTERM']);
+      expect(readdirSync(folder).sort()).toEqual(['in', 'sa.json']);
+    } finally {
+      closeSync(pipe);
+    }
   });
 
   test('keeps its memory small however large the capture is', async () => {

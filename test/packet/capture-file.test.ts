@@ -1,4 +1,5 @@
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { execFileSync } from 'node:child_process';
+import { closeSync, mkdtempSync, openSync, readFileSync, rmSync, writeFileSync, writeSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import fc from 'fast-check';
@@ -317,4 +318,47 @@ describe('a file that is no capture', () => {
       );
     }
   });
+});
+
+test('a pipe that says nothing holds nobody up: the reader is starved until there is more, and then ends', async () => {
+  const path = file();
+  execFileSync('mkfifo', [path]);
+  const whole = file();
+  writeAll(
+    whole,
+    [1, 2].map((n) => ({
+      bytes: new Uint8Array(100).fill(n),
+      seconds: n,
+      nanoseconds: 0,
+      originalLength: 100,
+      linkType: 1,
+    })),
+    { linkType: 1 },
+  );
+  const bytes = readFileSync(whole);
+  // Of both directions, since one for writing waits for a reader.
+  const writer = openSync(path, 'r+');
+  writeSync(writer, bytes, 0, 50);
+  using reader = new CaptureReader(path, { waits: true });
+  expect([reader.next(), reader.starved]).toEqual([null, true]);
+  writeSync(writer, bytes, 50, 150);
+  await reader.more();
+  expect([reader.next()?.seconds, reader.starved]).toEqual([1, false]);
+  expect([reader.next(), reader.starved]).toEqual([null, true]);
+  const more = reader.more();
+  writeSync(writer, bytes, 200);
+  closeSync(writer);
+  await more;
+  expect(reader.next()?.seconds).toBe(2);
+  expect([reader.next(), reader.starved]).toEqual([null, true]);
+  await reader.more();
+  expect([reader.next(), reader.starved]).toEqual([null, false]);
+});
+
+test('what could not be written is not written again when the file is closed', () => {
+  const writer = new CaptureWriter('/dev/full', { linkType: 1 });
+  expect(() => writer.write(new Uint8Array(262_144), 0, 262_144, 0, 0)).toThrow(
+    expect.objectContaining({ code: 'ENOSPC' }),
+  );
+  expect(() => writer.close()).not.toThrow();
 });

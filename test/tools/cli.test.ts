@@ -1,6 +1,6 @@
 import { afterEach, describe, expect, test, vi } from 'vitest';
 import { InputError, IpsecError } from '../../src/errors.ts';
-import { ExitCode, printJson, reportError, table } from '../../tools/cli.ts';
+import { ExitCode, printJson, reportError, table, unlessAborted } from '../../tools/cli.ts';
 
 afterEach(() => {
   vi.restoreAllMocks();
@@ -65,5 +65,34 @@ describe('an error', () => {
         expect(reportError(error)).toBe(code);
       }),
     ).toBe(text);
+  });
+
+  test('is what went wrong first when clean-up failed as well', () => {
+    const fails = (code: string): never => {
+      throw new InputError(code, 'no');
+    };
+    const work = (): void => {
+      using _outer = { [Symbol.dispose]: () => fails('THIRD') };
+      using _inner = { [Symbol.dispose]: () => fails('SECOND') };
+      fails('FIRST');
+    };
+    let thrown: unknown;
+    try {
+      work();
+    } catch (error) {
+      thrown = error;
+    }
+    expect(written(process.stderr, () => reportError(thrown))).toBe('vipsec: error: no [FIRST]\n');
+  });
+});
+
+describe('work that may take for ever', () => {
+  test('is waited for until it is done, has failed, or the signal comes', async () => {
+    const controller = new AbortController();
+    await unlessAborted(Promise.resolve(), controller.signal);
+    await expect(unlessAborted(Promise.reject(new Error('no')), controller.signal)).rejects.toThrow('no');
+    const endless = unlessAborted(new Promise(() => {}), controller.signal);
+    controller.abort();
+    await endless;
   });
 });

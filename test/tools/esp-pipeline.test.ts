@@ -277,6 +277,16 @@ describe('link types', () => {
     expect(packets(esp(out.output, [receive({ ...tunnel, tunnel: v6 })]).output)).toEqual(packets(path));
   });
 
+  test('the longest packet of IPv6, which is longer than that of IPv4, is read and written', () => {
+    const longest = new Uint8Array(40 + 65_535);
+    longest.set(ipv6[0].subarray(0, 40));
+    longest.set([0xff, 0xff, 59], 4);
+    const path = capture([longest], 229);
+    const { report, output } = esp(path, [receive(tunnel)]);
+    expect(report).toMatchObject({ in: 1, out: 1, bypassed: 1 });
+    expect(packets(output)).toEqual(packets(path));
+  });
+
   test('others are refused', () => {
     expect(() => esp(capture(ipv4, 113), [tunnel])).toThrow(
       expect.objectContaining({ code: 'LINK_TYPE_UNSUPPORTED', constructor: InputError }),

@@ -13,7 +13,7 @@ import {
   type SecurityAssociation,
 } from '../../src/index.ts';
 import { CaptureOutput } from '../capture-output.ts';
-import { ExitCode, ProgressLine, print, printJson, table, untilSignal, warn } from '../cli.ts';
+import { ExitCode, ProgressLine, print, printJson, table, unlessAborted, untilSignal, warn } from '../cli.ts';
 import { writeEspKeys } from '../esp-keys.ts';
 import { anyDropped, asInputError, EspPipeline, type EspReport, requireSas } from '../esp-pipeline.ts';
 
@@ -58,7 +58,13 @@ async function run(options: Options): Promise<void> {
   const { sas, warnings } = loadSaFile(options.sa);
   for (const warning of warnings) warn(warning);
   requireSas(sas, options.sa);
-  const { report, seconds, engines } = await untilSignal((signal) => apply(options, sas, signal));
+  // Signals end this process as they always do while it may wait for a pipe with nothing yet to clean up.
+  using reader = new CaptureReader(options.in, { waits: true });
+  const output = new CaptureOutput(options.out, options.in);
+  const work = (signal: AbortSignal) => apply(options, sas, reader, output, signal);
+  const { report, seconds, engines } = output.isDirect
+    ? await work(new AbortController().signal)
+    : await untilSignal(work);
   if (options.espKeys !== undefined) {
     const skipped = writeEspKeys(options.espKeys, sas);
     if (skipped.length > 0) warn(`Wireshark cannot decrypt the SAs ${skipped.join(', ')}: not in ${options.espKeys}`);
@@ -71,10 +77,11 @@ async function run(options: Options): Promise<void> {
 async function apply(
   options: Options,
   sas: readonly SecurityAssociation[],
+  reader: CaptureReader,
+  place: CaptureOutput,
   signal: AbortSignal,
 ): Promise<{ report: EspReport; seconds: number; engines: string[] }> {
-  using reader = new CaptureReader(options.in);
-  using output = new CaptureOutput(options.out, options.in);
+  using output = place;
   using progress = new ProgressLine();
   using pipeline = createPipeline(sas, options.engine);
   const { report } = pipeline;
@@ -82,12 +89,15 @@ async function apply(
   const nanoseconds = reader.decoder.nanoseconds;
   const open = (linkType: number): CaptureWriter => output.open({ linkType, nanoseconds });
   const start = performance.now();
-  for (let bursts = 1; pipeline.step(reader, open); bursts++) {
-    if (bursts % 256 !== 0) continue;
-    progress.update(() => describe(report.in, reader.bytesRead, size));
+  for (let bursts = 1; ; bursts++) {
+    const some = pipeline.step(reader, open);
+    if (reader.starved) await unlessAborted(reader.more(), signal);
+    else if (!some) break;
+    else if (bursts % 256 === 0) await new Promise(setImmediate);
+    else continue;
     // Signals are seen between turns of the event loop.
-    await new Promise(setImmediate);
     if (signal.aborted) throw new InputError('INTERRUPTED', 'interrupted; nothing was written');
+    progress.update(() => describe(report.in, reader.bytesRead, size));
   }
   // A capture without packets has a link type all the same, when it is a pcap.
   open(reader.decoder.linkType ?? LinkType.ethernet);
