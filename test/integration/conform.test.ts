@@ -145,6 +145,15 @@ describe('vipsec conform', () => {
     expect(run.stdout).toContain('The device conforms; 1 SHOULD failed.');
   });
 
+  it('prints its report even where JUnit or HTML cannot be written, and then fails', async () => {
+    const device = await startDevice();
+    const place = join(directory(), 'none', 'report.html');
+    const run = await vipsec(['conform', device.addresses[0], '--only', 'PCI-003', '--html', place, '--json']);
+    expect(run.code).toBe(1);
+    expect(JSON.parse(run.stdout)).toMatchObject({ summary: { pass: 1 } });
+    expect(run.stderr).toMatch(/^vipsec: error: .* \[ENOENT\]\n$/);
+  });
+
   it('fails the checks that a silent device does not answer, in bounded time, and goes on', async () => {
     const device = await startDevice({ faults: ['admin-silent'] });
     const [address] = device.addresses;

@@ -87,12 +87,13 @@ async function run(device: string | undefined, flags: Flags): Promise<void> {
   }
   if (device === undefined) throw new InputError('USAGE', 'which device?', { hint: 'vipsec conform DEVICE' });
   const report = await untilSignal((signal) => check(device, checks, flags, signal));
-  if (flags.junit !== undefined) writeFileSync(flags.junit, junitReport(report));
-  if (flags.html !== undefined) writeFileSync(flags.html, htmlReport(report));
   if (flags.json === true) printJson(jsonReport(report));
   else print(textReport(report, flags.verbose === true));
   if (report.lost !== null) note(`vipsec: error: the device is gone: ${report.lost} [DEVICE_GONE]`);
   if (report.lost !== null || !conforms(report.checks)) process.exitCode = ExitCode.failed;
+  // Last: a place that cannot be written must not cost the report.
+  if (flags.junit !== undefined) writeFileSync(flags.junit, junitReport(report));
+  if (flags.html !== undefined) writeFileSync(flags.html, htmlReport(report));
 }
 
 /** The checks that `--only` names. */
