@@ -28,6 +28,9 @@ export class Host {
   readonly worker: Worker;
   readonly #pending = new Map<number, (answer: Answer) => void>();
   readonly #onMessage = (answer: Answer) => this.#pending.get(answer.id)?.(answer);
+  readonly #onExit = () => {
+    this.#ended = true;
+  };
   #ended = false;
   #nextId = 1;
 
@@ -36,12 +39,11 @@ export class Host {
     const used = options === undefined ? idle.pop() : undefined;
     this.worker = used ?? startThread(options ?? {});
     this.worker.ref();
-    this.worker.once('exit', () => {
-      this.#ended = true;
-    });
+    this.worker.on('exit', this.#onExit);
     this.worker.on('message', this.#onMessage);
     atEnd(async () => {
       if (options === undefined && idle.length < MOST_IDLE && (await this.#letGo())) {
+        this.worker.off('exit', this.#onExit);
         this.worker.off('message', this.#onMessage);
         this.worker.unref();
         idle.push(this.worker);
