@@ -34,6 +34,8 @@ export function noOffload(): TapOffload {
 export class Tap {
   readonly #fd: number;
   readonly #memory: MappedMemory;
+  /** What is sent: a frame that was received may wait meanwhile. */
+  readonly #sending: MappedMemory;
   /** Of the frame that was received last. */
   readonly offload = noOffload();
 
@@ -41,9 +43,10 @@ export class Tap {
   constructor(name: string) {
     this.#fd = openTun(name, { kind: 'tap', vnetHeader: true, offload: OFFLOADS });
     this.#memory = mapAnonymous(BUFFER);
+    this.#sending = mapAnonymous(BUFFER);
   }
 
-  /** The next frame that the kernel sends; `offload` is about it. A view that the next call overwrites. Undefined when there is none now. */
+  /** The next frame that the kernel sends; `offload` is about it. A view that the next call of this overwrites. Undefined when there is none now. */
   receive(): Uint8Array | undefined {
     const { u8, u16, address } = this.#memory;
     const length = readNow(this.#fd, address, BUFFER);
@@ -61,7 +64,7 @@ export class Tap {
 
   /** Gives the kernel a frame; false when it does not take it (the interface is down). */
   send(frame: Uint8Array, offload: TapOffload): boolean {
-    const { u8, u16, address } = this.#memory;
+    const { u8, u16, address } = this.#sending;
     u8[0] = offload.needsChecksum ? FLAG_NEEDS_CSUM : 0;
     u8[1] = offload.gsoType;
     u16[Word.headerLength] = offload.headerLength;
@@ -78,5 +81,6 @@ export class Tap {
   close(): void {
     close(this.#fd);
     unmapMemory(this.#memory);
+    unmapMemory(this.#sending);
   }
 }
