@@ -293,11 +293,18 @@ export class NetDevice implements DeviceModel {
         // count.
         const pair = index / PAIR;
         if (this.#receiver.waiting(pair) > 0 && queue.arm(this.#receiver.tooFew(pair))) ready = true;
-      } else if (queue.arm(0) && !this.blocked) {
+      } else if (this.#isServed(index) && queue.arm(0) && !this.blocked) {
         ready = true;
       }
     }
     return ready;
+  }
+
+  /** False for transmit queues that the driver said it would not use: what it puts there waits until they are, and keeps nobody awake. */
+  #isServed(index: number): boolean {
+    return (
+      index >= PAIR * this.#options.queuePairs || index === this.#controlIndex || index < PAIR * this.#steering.pairs
+    );
   }
 
   #isReceive(index: number): boolean {

@@ -490,6 +490,31 @@ describe('several queue pairs', () => {
       expect((await rings[2 * pair].wait()).length).toBe(112);
     }
   });
+
+  it('that are not used yet keep what is put there, and do not keep the device awake', async () => {
+    const [path] = start({ queuePairs: 2 });
+    const driver = await MiniDriver.open(path);
+    drivers.push(driver);
+    expect(await driver.negotiate(FeatureSet.of(Feature.VERSION_1, Feature.CTRL_VQ, Feature.MQ))).toBe(true);
+    const rings: Ring[] = [];
+    for (let index = 0; index < 5; index++) rings.push(await driver.queue(index, 16));
+    await driver.driverOk();
+    const data = driver.allocate(4 * 4096);
+    driver.memory.u8.set(udpFrame(), data + 12);
+    rings[3].descriptor(0, data, 112, 0);
+    rings[3].offer(0);
+    await driver.notify(3);
+    const noNotify = () => rings[1].memory.u16[rings[1].used >>> 1];
+    await until('sleep', () => noNotify() === 0);
+    expect(rings[3].usedIndex).toBe(0);
+    driver.memory.u8.set([4, 0, 2, 0], data + 4096);
+    rings[4].descriptor(0, data + 4096, 4, 1, 1);
+    rings[4].descriptor(1, data + 8192, 1, 2);
+    rings[4].offer(0);
+    await driver.notify(4);
+    await rings[4].wait();
+    await rings[3].wait();
+  });
 });
 
 describe('the device configuration', () => {
