@@ -11,8 +11,14 @@ import { BaseSequencer, type TestSpecification } from 'vitest/node';
  * through all memory for keys.
  */
 const PROCESS = ['test/**/*{koffi,ffi-rs}.test.ts', 'test/fallback/engines/wiping.test.ts'];
-/** Generous: machines are slow, and busy with the other tests. Tests wait for what is to happen, not for a time. */
-const PATIENCE = { testTimeout: 60_000, hookTimeout: 60_000 };
+const COMMON = {
+  // Generous: machines are slow, and busy with the other tests. Tests wait for what is to happen, not for a time.
+  testTimeout: 60_000,
+  hookTimeout: 60_000,
+  pool: 'forks' as const,
+  // Tests map and clear much memory, so V8 collects its garbage often: several threads for it get into each other's way.
+  execArgv: ['--single-threaded-gc'],
+};
 
 /** In this order, so that nothing long is left for the end, when the other workers have nothing more to do. */
 const PROJECTS = ['integration', 'judges', 'unit-process', 'unit'];
@@ -36,37 +42,34 @@ export default defineConfig({
     projects: [
       {
         test: {
-          ...PATIENCE,
+          ...COMMON,
           name: 'unit',
           include: ['test/**/*.test.ts'],
           exclude: ['test/integration/**', 'test/judges/**', ...PROCESS],
-          pool: 'forks',
           isolate: false,
         },
       },
       {
         test: {
-          ...PATIENCE,
+          ...COMMON,
           name: 'unit-process',
           include: PROCESS,
-          pool: 'forks',
         },
       },
       {
         test: {
-          ...PATIENCE,
+          ...COMMON,
           name: 'integration',
           include: ['test/integration/**/*.test.ts'],
-          pool: 'forks',
           isolate: false,
         },
       },
       {
         test: {
-          ...PATIENCE,
+          ...COMMON,
           name: 'judges',
           include: ['test/judges/**/*.test.ts'],
-          pool: 'forks',
+          isolate: false,
           testTimeout: 120_000,
         },
       },
