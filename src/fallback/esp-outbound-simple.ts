@@ -112,8 +112,7 @@ export function lookUp(
   const handleEnd = slotOf.length | 0;
   let alive = path.alive | 0;
   let group = path.group | 0;
-  let touched =
-    packets[0] | offsets[0] | handles[0] | next[0] | words[0] | order[0] | verdicts[0] | slotOf[0];
+  let touched = packets[0] | offsets[0] | handles[0] | next[0] | words[0] | order[0] | verdicts[0] | slotOf[0];
   let i = from | 0;
   for (; i < n; i++) {
     const p = packets[(base + i) | 0] & 0x7fffffff;
