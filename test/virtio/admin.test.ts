@@ -247,9 +247,9 @@ describe('deadlines of administration commands', () => {
   });
 
   it('do not run for commands that wait while the device answers others', async () => {
-    const { admin, serve } = open({ timeout: 400, slots: 1 });
+    const { admin, serve } = open({ timeout: 1500, slots: 1 });
     serve((command) => {
-      setTimeout(() => command.reply(0), 80);
+      setTimeout(() => command.reply(0), 250);
     });
     await Promise.all(Array.from({ length: 8 }, (_, id) => admin.destroyObject(SA, id)));
   });
