@@ -83,13 +83,17 @@ export function devicePath(address: string, files: KernelFiles): string {
 
 /** Everything about one function. Throws VfioError `NO_SUCH_FUNCTION`. */
 export function describeFunction(address: string, files: KernelFiles = KERNEL_FILES): PciDescription {
+  const fn = lookUp(address, files);
+  if (fn !== undefined) return fn;
+  throw new VfioError('NO_SUCH_FUNCTION', `there is no PCI function ${address}`, {
+    hint: '`vipsec devices` shows the network functions of this machine',
+  });
+}
+
+function lookUp(address: string, files: KernelFiles): PciDescription | undefined {
   const path = devicePath(address, files);
   const vendor = number(join(path, 'vendor'));
-  if (vendor === undefined) {
-    throw new VfioError('NO_SUCH_FUNCTION', `there is no PCI function ${address}`, {
-      hint: '`vipsec devices` shows the network functions of this machine',
-    });
-  }
+  if (vendor === undefined) return undefined;
   const device = number(join(path, 'device')) ?? 0;
   const driver = linkName(join(path, 'driver'));
   const group = linkName(join(path, 'iommu_group'));
@@ -113,11 +117,11 @@ export function describeFunction(address: string, files: KernelFiles = KERNEL_FI
   };
 }
 
-/** The functions that are network functions, or that carry a virtio network function; by address. */
+/** The functions that are network functions, or that carry a virtio network function; by address. One that goes meanwhile is left out. */
 export function listFunctions(files: KernelFiles = KERNEL_FILES): PciDescription[] {
   return folder(join(files.sys, 'bus/pci/devices'))
     .sort()
-    .map((address) => describeFunction(address, files))
+    .flatMap((address) => lookUp(address, files) ?? [])
     .filter((fn) => fn.class >>> 16 === PciClass.network || fn.virtio !== 'none');
 }
 

@@ -1,3 +1,5 @@
+import { rmSync } from 'node:fs';
+import { join } from 'node:path';
 import { afterEach, describe, expect, it } from 'vitest';
 import { type BindOptions, bindFunction, unbindFunction } from '../../src/vfio/bind.ts';
 import { describeFunction, listFunctions, normalizeAddress } from '../../src/vfio/sysfs.ts';
@@ -56,6 +58,12 @@ describe('the list of functions', () => {
       ['0000:01:00.1', 'octeon-pf'],
       ['0000:02:00.0', 'none'],
     ]);
+  });
+
+  it('leaves out a function that is taken out while it is read', () => {
+    const tree = fake([{ address: '0000:01:00.0' }, { address: '0000:02:00.0' }]);
+    rmSync(join(tree.device('0000:01:00.0'), 'vendor'));
+    expect(listFunctions(tree.files).map(({ address }) => address)).toEqual(['0000:02:00.0']);
   });
 
   it('says for each function what is missing, in the order to deal with it', () => {
