@@ -29,8 +29,15 @@ import {
 /** Packets at a time. */
 const BURST = 64;
 
+/** VLAN tags that are looked behind: as many as a link header of `SoftwareIpsec` can hold. What has more might be IP, and is dropped. */
+const MAX_TAGS = 12;
+
 /** A slot holds the largest IP packet (IPv6: 65535 bytes behind a header of 40), its link header, and what tunnels add before and behind. */
-const Slot = { stride: 66 * 1024, headroom: 256, largest: 65_535 + 40 + Ethernet.length + 2 * Vlan.length } as const;
+const Slot = {
+  stride: 66 * 1024,
+  headroom: 256,
+  largest: 65_535 + 40 + Ethernet.length + MAX_TAGS * Vlan.length,
+} as const;
 
 /** What the output's link type cannot carry: an IPv6 packet in a capture of IPv4 packets. */
 const LINK_TYPE = VERDICTS;
@@ -160,9 +167,10 @@ export class EspPipeline {
       this.#seconds[n] = record.seconds;
       this.#nanoseconds[n] = record.nanoseconds;
       this.#originalLength[n] = record.originalLength;
-      this.#linkHeader[n] = this.#linkType === LinkType.ethernet ? ethernetHeader(pool.u8, at, record.length) : 0;
-      this.#verdict[n] = Verdict.notIpsec;
-      this.#touched[n] = 0;
+      const header = this.#linkType === LinkType.ethernet ? ethernetHeader(pool.u8, at, record.length) : 0;
+      this.#linkHeader[n] = header === TOO_DEEP ? NOT_IP : header;
+      this.#verdict[n] = header === TOO_DEEP ? Verdict.malformed : Verdict.notIpsec;
+      this.#touched[n] = header === TOO_DEEP ? 1 : 0;
       n++;
     }
     for (let i = n; i < free; i++) {
@@ -287,14 +295,17 @@ export class EspPipeline {
 
 /** Instead of the length of a link header: the frame does not carry IP. */
 const NOT_IP = 0xffffffff;
+/** It has more than `MAX_TAGS` VLAN tags. */
+const TOO_DEEP = -1;
 
-/** Bytes before the IP header of an Ethernet frame, VLAN tags included, or `NOT_IP`. */
+/** Bytes before the IP header of an Ethernet frame, VLAN tags included, or `NOT_IP`, or `TOO_DEEP`. */
 function ethernetHeader(u8: Uint8Array, at: number, length: number): number {
   let end: number = Ethernet.length;
   for (let tags = 0; end <= length; tags++, end += Vlan.length) {
     const type = (u8[at + end - 2] << 8) | u8[at + end - 1];
     if (type === EtherType.ipv4 || type === EtherType.ipv6) return end;
-    if ((type !== EtherType.vlan && type !== EtherType.serviceVlan) || tags === 2) return NOT_IP;
+    if (type !== EtherType.vlan && type !== EtherType.serviceVlan) return NOT_IP;
+    if (tags === MAX_TAGS) return TOO_DEEP;
   }
   return NOT_IP;
 }

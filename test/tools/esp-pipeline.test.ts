@@ -263,18 +263,27 @@ describe('link types', () => {
   });
 
   test('tags of VLANs stay in front of what is protected', () => {
-    const tagged = [[0x81, 0, 0, 5], [0x88, 0xa8, 0, 6, 0x81, 0, 0, 5], []].map((tags) =>
+    const vlan = [0x81, 0, 0, 5];
+    const tagged = [vlan, [0x88, 0xa8, 0, 6, ...vlan], [...vlan, ...vlan, ...vlan], []].map((tags) =>
       Uint8Array.from([...new Uint8Array(12), ...tags, 8, 0, ...ipv4[0]]),
     );
     const path = capture(tagged, 1);
     const out = esp(path, [{ ...tunnel, tunnel: v6 }]);
-    expect(out.report.protected).toBe(3);
+    expect(out.report.protected).toBe(4);
     packets(out.output).forEach(({ bytes }, i) => {
       const tags = tagged[i].length - 14 - ipv4[0].length;
       expect(bytes.slice(0, 2 * (12 + tags))).toBe(Buffer.from(tagged[i].subarray(0, 12 + tags)).toString('hex'));
       expect(bytes.slice(2 * (12 + tags), 2 * (15 + tags))).toBe('86dd60');
     });
     expect(packets(esp(out.output, [receive({ ...tunnel, tunnel: v6 })]).output)).toEqual(packets(path));
+  });
+
+  test('behind more tags than can be looked behind a packet is dropped, not sent in the clear', () => {
+    const tags = Array.from({ length: 13 }, () => [0x81, 0, 0, 5]).flat();
+    const frame = Uint8Array.from([...new Uint8Array(12), ...tags, 8, 0, ...ipv4[0]]);
+    const { report, output } = esp(capture([frame], 1), [tunnel]);
+    expect(dropped(report, 'malformed')).toBe(1);
+    expect(packets(output)).toEqual([]);
   });
 
   test('the longest packet of IPv6, which is longer than that of IPv4, is read and written', () => {
