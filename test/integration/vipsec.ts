@@ -1,7 +1,6 @@
 /** Runs the built command line for tests. */
 import { type ChildProcess, fork, spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { existsSync } from 'node:fs';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 
@@ -91,10 +90,14 @@ export function startVipsec(args: readonly string[], env: Record<string, string>
   });
 }
 
-/** A `vipsec device` on `socket`, listening. */
+/** A `vipsec device` on `socket`, which has said that it listens: its socket is there a moment before. */
 export async function startDeviceProcess(socket: string, args: readonly string[] = []): Promise<ChildProcess> {
   const child = startVipsec(['device', '--socket', socket, ...args]);
-  for (let i = 0; i < 500 && !existsSync(socket); i++) {
+  let ready = false;
+  child.stdout?.once('data', () => {
+    ready = true;
+  });
+  for (let i = 0; i < 1000 && !ready; i++) {
     if (child.exitCode !== null) throw new Error(`the device ended with ${child.exitCode}`);
     await sleep(20);
   }

@@ -3,7 +3,7 @@
  */
 import { type ChildProcess, spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { existsSync, rmSync } from 'node:fs';
+import { rmSync } from 'node:fs';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import { VfioError } from '../../src/index.ts';
@@ -14,6 +14,7 @@ const Deadline = { start: 60_000, stop: 3_000 } as const;
 export class DeviceProcess {
   readonly socket: string;
   readonly #child: ChildProcess;
+  #ready = false;
   #complaints = '';
 
   /** Starts `vipsec device --socket socket …args`. */
@@ -21,8 +22,12 @@ export class DeviceProcess {
     this.socket = socket;
     const program = fileURLToPath(new URL('../vipsec.js', import.meta.url));
     this.#child = spawn(process.execPath, [program, 'device', '--socket', socket, ...args], {
-      stdio: ['ignore', 'ignore', 'pipe'],
+      stdio: ['ignore', 'pipe', 'pipe'],
     });
+    this.#child.stdout?.once('data', () => {
+      this.#ready = true;
+    });
+    this.#child.stdout?.resume();
     this.#child.stderr?.setEncoding('utf8').on('data', (text: string) => {
       this.#complaints = (this.#complaints + text).slice(-20_000);
     });
@@ -35,10 +40,10 @@ export class DeviceProcess {
     return this.#child.pid !== undefined && this.#child.exitCode === null && this.#child.signalCode === null;
   }
 
-  /** Resolves once the device listens. Throws `VfioError` `DEVICE_START`. */
+  /** Resolves once the device has said that it listens; its socket is there a moment before. Throws `VfioError` `DEVICE_START`. */
   async ready(): Promise<void> {
     const deadline = Date.now() + Deadline.start;
-    while (!existsSync(this.socket)) {
+    while (!this.#ready) {
       if (!this.running || Date.now() > deadline) {
         const said = this.#complaints.trim();
         throw new VfioError('DEVICE_START', `the software device did not start${said === '' ? '' : `: ${said}`}`);
