@@ -122,10 +122,6 @@ export function openSimple(
   let group = path.group | 0;
   let count = jobs.count | 0;
   let i = from | 0;
-  // One read of each array: what V8 then knows about it holds in the loop, which is too long for it to look ahead.
-  let known = u16[0] | packets[0] | offsets[0] | lengths[0] | next[0] | hash[0] | words[0] | windows[0];
-  known |= nonces[0];
-  path.touched = known;
   for (; i < n; i++) {
     const p = packets[(base + i) | 0] & 0x7fffffff;
     const at = offsets[p] | 0;
@@ -292,10 +288,6 @@ export function completeSimple(
   const count = jobs.count | 0;
   const link = linkHeader | 0;
   let j = from | 0;
-  // As in `openSimple`.
-  let known = u8[0] | u16[0] | u32[0] | offsets[0] | lengths[0] | handles[0] | flags[0] | words[0] | windows[0];
-  known |= verdicts[0];
-  path.touched = known;
   for (; j < count; j++) {
     const position = positions[j];
     const s = (position & 0xff) << 3;

@@ -112,7 +112,7 @@ export function lookUp(
   const handleEnd = slotOf.length | 0;
   let alive = path.alive | 0;
   let group = path.group | 0;
-  let touched = packets[0] | offsets[0] | handles[0] | next[0] | words[0] | order[0] | verdicts[0] | slotOf[0];
+  let touched = 0;
   let i = from | 0;
   for (; i < n; i++) {
     const p = packets[(base + i) | 0] & 0x7fffffff;
@@ -178,10 +178,6 @@ export function encapsulateSimple(
   let identification = path.identification | 0;
   let n = jobs.count | 0;
   let k = from | 0;
-  // One read of each array: what V8 then knows about it holds in the loop, which is too long for it to look ahead.
-  let known = u8[0] | u16[0] | u32[0] | offsets[0] | lengths[0] | flags[0] | words[0] | order[0];
-  known |= nonces[0] | verdicts[0];
-  path.touched = known;
   for (; k < to; k++) {
     const position = order[k];
     const s = (position & 0xff) << 3;
