@@ -11,6 +11,7 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import type { DeviceRings, FaultName, OctepFault, PersonalityName } from '../../src/device/index.ts';
 import { type Nic, type NicOptions, openNic, type SaHandle, type SecurityAssociationInput } from '../../src/index.ts';
 import { CaptureReader } from '../../src/packet/capture-file.ts';
+import '../equality.ts';
 import { deviceHost } from './device-host.ts';
 
 const vipsec = new URL('../../dist/tools/vipsec.js', import.meta.url).pathname;
