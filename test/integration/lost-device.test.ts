@@ -137,7 +137,7 @@ describe('a NIC that is closed', () => {
   });
 
   it('gives up what waits', async () => {
-    const device = await spawnDevice({ faults: ['admin-silent'] });
+    const device = await startDevice({ faults: ['admin-silent'] });
     const opening = openNic(device.addresses[0], { commandTimeout: 200 });
     const nic = await opening;
     expect(nic.ipsec.inlineObstacle).toMatch(/ADMIN_TIMEOUT/);

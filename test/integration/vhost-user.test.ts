@@ -41,7 +41,7 @@ async function port(
   options: NicOptions = {},
   fake: FakeOptions = {},
 ): Promise<{ nic: Nic; backEnd: FakeBackEnd }> {
-  const backEnd = await startBackEnd({ process: true, ...fake, device: { loop: true, ...device } });
+  const backEnd = await startBackEnd({ ...fake, device: { loop: true, ...device } });
   const nic = await openNic(`vhost-user:${backEnd.path}`, options);
   nics.push(nic);
   return { nic, backEnd };
@@ -179,7 +179,7 @@ describe('a NIC at a vhost-user port', () => {
   });
 
   it('waits for the back-end when it is the one that listens', async () => {
-    const backEnd = await startBackEnd({ process: true, connect: true, device: { features: BASE, loop: true } });
+    const backEnd = await startBackEnd({ connect: true, device: { features: BASE, loop: true } });
     const nic = await openNic(`vhost-user:${backEnd.path},server=1`);
     nics.push(nic);
     expect(await exchange(nic, [60])).toEqual([frame(0, 60)]);
@@ -250,7 +250,7 @@ describe('IPsec at a vhost-user port', () => {
 describe('a back-end that dies', () => {
   it('breaks the NIC: bursts give 0, what is pending rejects, and nothing is left open', async () => {
     const before = descriptors();
-    const { nic, backEnd } = await port({ features: BASE });
+    const { nic, backEnd } = await port({ features: BASE }, {}, { process: true });
     await exchange(nic, [60]);
     const heard = new Promise<Error>((resolve) => nic.onBroken(resolve));
     await backEnd.kill();
@@ -269,7 +269,7 @@ describe('a back-end that dies', () => {
   });
 
   it('does not keep a NIC from opening again once there is another', async () => {
-    const first = await port({ features: BASE });
+    const first = await port({ features: BASE }, {}, { process: true });
     await first.backEnd.kill();
     await first.nic.close();
     const second = await port({ features: BASE });
@@ -284,7 +284,7 @@ describe('vipsec probe of a vhost-user port', () => {
   it('tells what the back-end offers, what reaches the driver, and what is ours', async () => {
     const config = [2, 0, 0, 0, 0, 9, 0, 0, ...Array(20).fill(0)];
     const device = { features: [...features, Feature.MAC], protocol, queuePairs: 4, config };
-    const backEnd = await startBackEnd({ process: true, device });
+    const backEnd = await startBackEnd({ device });
     const { code, stdout, stderr } = await vipsec(['probe', `vhost-user:${backEnd.path}`, '--json']);
     expect({ code, stderr }).toEqual({ code: 0, stderr: '' });
     const report = JSON.parse(stdout);
@@ -314,7 +314,7 @@ describe('vipsec probe of a vhost-user port', () => {
   });
 
   it('prints it for people, and says what is missing', async () => {
-    const backEnd = await startBackEnd({ process: true, device: { features: [], protocol } });
+    const backEnd = await startBackEnd({ device: { features: [], protocol } });
     const { code, stdout } = await vipsec(['probe', `vhost-user:${backEnd.path}`]);
     expect(code).toBe(1);
     for (const text of [
