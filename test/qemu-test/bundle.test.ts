@@ -1,5 +1,5 @@
 import { execFileSync } from 'node:child_process';
-import { mkdirSync, mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
@@ -43,6 +43,21 @@ describe('the bundled programs', () => {
       expect(said).toBe(`file:///app/dist/src/place.js file:///app/dist/qemu-test/guest/${name}.js\n`);
     }
     expect(readdirSync(output).sort()).toEqual(['chunks', 'package.json', 'qemu-test', 'tools']);
+  });
+
+  it("take Node's own modules in each of the ways in which one is imported", async () => {
+    const program = `
+      import url from 'node:url';
+      import { basename as last, join } from 'node:path';
+      import * as system from 'node:os';
+      console.log(url.URL === URL, last(join('a', 'b')), system.EOL === '\\n');`;
+    const dist = packageWith({ 'qemu-test/guest/built-ins.js': program });
+    const output = join(scratch, 'built-ins');
+    await bundlePrograms(dist, output, '/app/dist');
+    writeFileSync(join(output, 'package.json'), '{"type":"module"}');
+    const file = join(output, 'qemu-test/guest/built-ins.js');
+    expect(execFileSync(process.execPath, [file], { encoding: 'utf8' })).toBe('true b true\n');
+    expect(readFileSync(file, 'utf8')).not.toMatch(/^import/m);
   });
 
   it('are not made when a module is missing', async () => {
