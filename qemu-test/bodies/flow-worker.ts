@@ -1,6 +1,6 @@
 /**
- * A worker thread with a queue pair of its own, for `workers.ts`: it sends its share of the datagrams of `flows.ts`, and receives what comes by
- * its queue, whosever it is.
+ * A worker thread with queue pairs of its own, for `workers.ts`: it sends its share of the datagrams of `flows.ts`, and receives what comes by
+ * its queues, whosever it is.
  */
 import { setTimeout as sleep, setImmediate as turn } from 'node:timers/promises';
 import { parentPort } from 'node:worker_threads';
@@ -13,18 +13,18 @@ import { udpFrame } from './packets.ts';
 
 /** `seen` is what the threads share: 32-bit words that say how often each datagram has come back, to whichever of them. */
 export type FlowCommand =
-  /** Takes a queue pair over; the one before is over. */
-  | { readonly kind: 'open'; readonly handle: QueueHandle; readonly peer: Peer }
-  /** Sends the flows with `flow % of === part`, and receives until all `TOTAL` datagrams have come back. */
+  /** Takes the queue of a pair over. What it had of that pair before is over. */
+  | { readonly kind: 'open'; readonly pair: number; readonly handle: QueueHandle; readonly peer: Peer }
+  /** Sends the flows with `flow % of === pair`, and receives until all `TOTAL` datagrams have come back. */
   | {
       readonly kind: 'exchange';
-      readonly part: number;
+      readonly pair: number;
       readonly of: number;
       readonly waiting: Waiting;
       readonly seen: SharedArrayBuffer;
     }
   /** Sends and receives without end, and never comes to the event loop. */
-  | { readonly kind: 'flood'; readonly seen: SharedArrayBuffer };
+  | { readonly kind: 'flood'; readonly pair: number; readonly seen: SharedArrayBuffer };
 
 export type FlowAnswer =
   /** A command was carried out; `received`: datagrams that came by this queue. */
@@ -54,12 +54,12 @@ class Flows {
     this.#peer = peer;
   }
 
-  async exchange({ part, of, waiting, seen }: Extract<FlowCommand, { kind: 'exchange' }>): Promise<number> {
+  async exchange({ pair, of, waiting, seen }: Extract<FlowCommand, { kind: 'exchange' }>): Promise<number> {
     const { rx } = this.#queue;
     rx.policy = waiting;
     const words = new Int32Array(seen);
     const all = Array.from({ length: TOTAL }, (_, i) => i);
-    const mine = all.filter((i) => (i % FLOWS) % of === part);
+    const mine = all.filter((i) => (i % FLOWS) % of === pair);
     const isMissing = (i: number) => Atomics.load(words, i) === 0;
     const deadline = performance.now() + TIMEOUT_MS;
     const window = waiting === 'interrupt' ? 1 : IN_FLIGHT;
@@ -133,14 +133,15 @@ class Flows {
   }
 }
 
-let flows: Flows | null = null;
+const pairs = new Map<number, Flows>();
 
 async function obey(command: FlowCommand): Promise<number> {
   if (command.kind === 'open') {
-    flows = new Flows(openQueue(command.handle), command.peer);
+    pairs.set(command.pair, new Flows(openQueue(command.handle), command.peer));
     return 0;
   }
-  if (flows === null) throw new Error('there is no queue');
+  const flows = pairs.get(command.pair);
+  if (flows === undefined) throw new Error(`pair ${command.pair} is another thread's`);
   return command.kind === 'flood' ? flows.flood(command.seen) : flows.exchange(command);
 }
 

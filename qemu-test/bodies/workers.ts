@@ -1,9 +1,9 @@
 /**
  * What an application with several threads does: a queue pair for each, traffic by all at once, a thread that ends in the middle of it and
- * whose queue another one takes over. Every datagram must come back once, byte for byte, by whichever queue.
+ * whose queue the other one takes over. Every datagram must come back once, byte for byte, by whichever queue.
  */
 import { type MessagePort, Worker } from 'node:worker_threads';
-import { type FeatureBit, type Nic, openNic, type WorkerQueue } from '../../src/index.ts';
+import { type FeatureBit, type Nic, openNic } from '../../src/index.ts';
 import { same } from '../guest/guest.ts';
 import { FLOWS, type Peer, TOTAL } from './datagrams.ts';
 import type { FlowAnswer, FlowCommand } from './flow-worker.ts';
@@ -39,7 +39,7 @@ export interface WorkerSetup {
   readonly features: readonly FeatureBit[];
   /** How worker threads must be able to notify the device: by its register, or by an eventfd. */
   readonly doorbell: 'memory' | 'eventfd';
-  /** Whether a thread is ended and another one started, which takes a while. Default true. */
+  /** Whether a thread is ended, and the other one takes its queue over. It is the last that the crew does. Default true. */
   readonly ending?: boolean;
 }
 
@@ -48,25 +48,27 @@ export async function workerBody(place: Place, crew: FlowCrew, setup: WorkerSetu
   const { ring, features } = setup;
   await using nic = await openNic(place.address, { queuePairs: PAIRS, workerQueues: PAIRS, ring, ipsec: 'off' });
   if (!nic.features.hasAll(...features)) throw new Error(`negotiated ${nic.features.names().join(' ')}`);
-  for (const [i, queue] of nic.workerQueues.entries()) await crew.threads[i].open(queue, setup);
+  const [first, second] = crew.threads;
+  await first.open(0, nic, setup);
+  await second.open(1, nic, setup);
   for (const waiting of ['poll', 'interrupt'] as const) {
-    await place.check(workersName(ring, waiting), () => allAtOnce(place, nic, crew, waiting));
+    await place.check(workersName(ring, waiting), () => allAtOnce(place, nic, [first, second], waiting));
   }
   if (setup.ending === false) return;
   await place.check(killedName(ring), () => endOne(nic, crew));
   await place.check(replacedName(ring), async () => {
-    crew.threads[1] = new FlowThread();
-    await crew.threads[1].open(nic.workerQueues[1], setup);
-    return allAtOnce(place, nic, crew, 'interrupt');
+    await first.open(1, nic, setup);
+    return allAtOnce(place, nic, [first, first], 'interrupt');
   });
 }
 
-async function allAtOnce(place: Place, nic: Nic, { threads }: FlowCrew, waiting: Waiting): Promise<string> {
+/** Traffic by all queues; `threads` are those that have them. */
+async function allAtOnce(place: Place, nic: Nic, threads: readonly FlowThread[], waiting: Waiting): Promise<string> {
   const interrupts = () => threads.map((_, pair) => place.interrupts?.(pair) ?? Number.NaN);
   const before = interrupts();
   const sentBefore = nic.statistics().tx.packets;
   const seen = seenWords();
-  const received = await Promise.all(threads.map((thread, part) => thread.exchange(part, PAIRS, waiting, seen)));
+  const received = await Promise.all(threads.map((thread, pair) => thread.exchange(pair, PAIRS, waiting, seen)));
   const sent = nic.statistics().tx.packets - sentBefore;
   same('datagrams received and sent', [received.reduce((a, b) => a + b), sent], [TOTAL, TOTAL]);
   if (received.some((n) => n === 0)) throw new Error(`datagrams by queue: ${received.join(', ')}`);
@@ -80,7 +82,7 @@ async function endOne(nic: Nic, { threads: [first, second] }: FlowCrew): Promise
   const seen = seenWords();
   const words = new Int32Array(seen);
   const flooded = () => Atomics.load(words, TOTAL);
-  second.order({ kind: 'flood', seen });
+  second.order({ kind: 'flood', pair: 1, seen });
   await poll(() => flooded() >= IN_FULL_SWING || second.failure !== null, TIMEOUT_MS, 'a flood');
   same('the flood', second.failure, null);
   const end = async () => {
@@ -116,17 +118,19 @@ class FlowThread {
     this.worker.on('error', (error) => this.#heard({ kind: 'failed', message: error.message }));
   }
 
-  async open(queue: WorkerQueue, { peer, doorbell }: WorkerSetup): Promise<void> {
+  /** Takes the queue of a pair over. */
+  async open(pair: number, nic: Nic, { peer, doorbell }: WorkerSetup): Promise<void> {
+    const queue = nic.workerQueues[pair];
     const handle = await queue.transfer();
     const { tx } = handle;
     same('doorbell', 'register' in tx.doorbell ? tx.doorbell.register.kind : 'relay', doorbell);
-    await this.#ask({ kind: 'open', handle, peer }, handle.port);
+    await this.#ask({ kind: 'open', pair, handle, peer }, handle.port);
     await poll(() => queue.state === 'open', TIMEOUT_MS, 'the opening of the queue');
   }
 
-  /** Returns how many datagrams came by its queue. */
-  exchange(part: number, of: number, waiting: Waiting, seen: SharedArrayBuffer): Promise<number> {
-    return this.#ask({ kind: 'exchange', part, of, waiting, seen });
+  /** Sends the share of the flows that the queue of `pair` has; returns how many datagrams came by it. */
+  exchange(pair: number, of: number, waiting: Waiting, seen: SharedArrayBuffer): Promise<number> {
+    return this.#ask({ kind: 'exchange', pair, of, waiting, seen });
   }
 
   /** Has it do something that it does not come back from. */

@@ -30,7 +30,7 @@ const FEATURES = [
   Feature.RING_RESET,
 ];
 
-/** The rings on which a worker thread is ended: on one of the two, because the start of another takes seconds. */
+/** The rings on which a worker thread is ended: the last ones, because nobody starts another, which takes seconds. */
 const ENDING = 'packed';
 const largeName = (ring: string): string => `${ring}: TCP crosses in packets longer than the MTU, both ways`;
 
