@@ -1,11 +1,10 @@
 /**
- * What every subcommand of `vipsec` shares: exit codes, how errors look, JSON and tables on stdout, the progress line on
- * stderr, clean-up on signals.
+ * What every subcommand of `vipsec` shares: exit codes, how errors look, JSON on stdout, the progress line on stderr, clean-up
+ * on signals. (Tables are in `table.ts`: not every command has one.)
  *
  * Data goes to stdout, everything else to stderr.
  */
 import { writeSync } from 'node:fs';
-import Table from 'cli-table3';
 import { CommanderError } from 'commander';
 // Not by `index.ts`: no command needs to load what another is about.
 import { InputError, VipsecError } from '../src/errors.ts';
@@ -41,48 +40,6 @@ export function printJson(value: unknown): void {
     return field <= BigInt(Number.MAX_SAFE_INTEGER) ? Number(field) : String(field);
   };
   print(JSON.stringify(value, exact));
-}
-
-/** Columns two spaces apart and nothing else: reads the same on a terminal, in a file and in a mail. */
-const PlainTable = {
-  chars: Object.fromEntries(
-    ['top', 'bottom', 'left', 'right', 'mid'].flatMap((side) => [
-      [side, ''],
-      [`${side}-mid`, ''],
-      [`${side}-left`, ''],
-      [`${side}-right`, ''],
-    ]),
-  ),
-  style: { head: [], border: [], 'padding-left': 0, 'padding-right': 0 },
-};
-
-/** A table as text, its head underlined; columns of numbers are aligned to the right. A head of empty names is left out. */
-export function table(head: readonly string[], rows: readonly (readonly (string | number | bigint)[])[]): string {
-  const lines = new Table({
-    ...PlainTable,
-    chars: { ...PlainTable.chars, middle: '  ' },
-    colAligns: head.map((_, column) =>
-      rows.length > 0 && rows.every((row) => isNumber(row[column])) ? 'right' : 'left',
-    ),
-  });
-  const named = head.some((name) => name !== '');
-  if (named) lines.push([...head], underline(head, rows));
-  for (const row of rows) lines.push(row.map(String));
-  return lines
-    .toString()
-    .split('\n')
-    .map((line) => line.trimEnd())
-    .join('\n');
-}
-
-function underline(head: readonly string[], rows: readonly (readonly unknown[])[]): string[] {
-  return head.map((name, column) =>
-    '-'.repeat(Math.max(name.length, ...rows.map((row) => String(row[column]).length))),
-  );
-}
-
-function isNumber(cell: string | number | bigint | undefined): boolean {
-  return typeof cell === 'number' || typeof cell === 'bigint';
 }
 
 /** Says what went wrong on stderr and returns the exit code for it. */

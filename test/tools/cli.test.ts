@@ -1,6 +1,7 @@
 import { afterEach, describe, expect, test, vi } from 'vitest';
 import { InputError, IpsecError } from '../../src/errors.ts';
-import { ExitCode, printJson, reportError, table, unlessAborted } from '../../tools/cli.ts';
+import { ExitCode, printJson, reportError, unlessAborted } from '../../tools/cli.ts';
+import { table } from '../../tools/table.ts';
 
 afterEach(() => {
   vi.restoreAllMocks();

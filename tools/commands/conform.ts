@@ -15,12 +15,13 @@ import {
   type WireRevision,
 } from '../../src/conform/index.ts';
 import { InputError } from '../../src/errors.ts';
-import { ExitCode, note, ProgressLine, print, printJson, table, untilSignal } from '../cli.ts';
+import { ExitCode, note, ProgressLine, print, printJson, untilSignal } from '../cli.ts';
 import { htmlReport } from '../conform/html.ts';
 import { jsonReport } from '../conform/json.ts';
 import { junitReport } from '../conform/junit.ts';
 import { conforms } from '../conform/summary.ts';
 import { textReport } from '../conform/text.ts';
+import { table } from '../table.ts';
 
 interface Flags {
   readonly only?: string[];

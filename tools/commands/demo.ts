@@ -2,9 +2,10 @@
  * `vipsec demo`: the whole thing on one machine, without root.
  */
 import { Command, InvalidArgumentError, Option } from 'commander';
-import { ExitCode, note, ProgressLine, print, printJson, table, untilSignal } from '../cli.ts';
+import { ExitCode, note, ProgressLine, print, printJson, untilSignal } from '../cli.ts';
 import type { DemoReport } from '../demo/report.ts';
 import { runDemo } from '../demo/run.ts';
+import { table } from '../table.ts';
 
 interface Options {
   readonly rounds: number;

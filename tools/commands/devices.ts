@@ -3,7 +3,8 @@
  */
 import { Command } from 'commander';
 import { listFunctions, type PciDescription } from '../../src/vfio/sysfs.ts';
-import { note, print, printJson, table } from '../cli.ts';
+import { note, print, printJson } from '../cli.ts';
+import { table } from '../table.ts';
 
 export function command(): Command {
   return new Command('devices')

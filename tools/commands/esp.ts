@@ -13,9 +13,10 @@ import {
   type SecurityAssociation,
 } from '../../src/index.ts';
 import { CaptureOutput } from '../capture-output.ts';
-import { ExitCode, ProgressLine, print, printJson, table, unlessAborted, untilSignal, warn } from '../cli.ts';
+import { ExitCode, ProgressLine, print, printJson, unlessAborted, untilSignal, warn } from '../cli.ts';
 import { writeEspKeys } from '../esp-keys.ts';
 import { anyDropped, asInputError, EspPipeline, type EspReport, requireSas } from '../esp-pipeline.ts';
+import { table } from '../table.ts';
 
 interface Options {
   readonly sa: string;

@@ -16,7 +16,8 @@ import {
   WIRE_REVISIONS,
   type WireRevision,
 } from '../../src/index.ts';
-import { ExitCode, print, printJson, table } from '../cli.ts';
+import { ExitCode, print, printJson } from '../cli.ts';
+import { table } from '../table.ts';
 
 interface Options {
   readonly wire: WireRevision | 'auto';

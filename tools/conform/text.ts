@@ -1,6 +1,6 @@
 /** The conformance report as text: what failed in full, then a table of the areas. */
 import type { ConformanceReport } from '../../src/conform/index.ts';
-import { table } from '../cli.ts';
+import { table } from '../table.ts';
 import { byArea, conforms, summarise } from './summary.ts';
 
 /** `verbose` lists every check, not just those that failed. */
