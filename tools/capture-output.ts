@@ -3,7 +3,8 @@
  * no ordinary file (a pipe, /dev/stdout) is written directly.
  */
 import { renameSync, rmSync, statSync } from 'node:fs';
-import { CaptureWriter, type CaptureWriterOptions, InputError } from '../src/index.ts';
+import { InputError } from '../src/errors.ts';
+import { CaptureWriter, type CaptureWriterOptions } from '../src/packet/capture-file.ts';
 
 export class CaptureOutput {
   /** It is written where it is to be: nothing would be left over. */

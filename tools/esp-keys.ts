@@ -10,7 +10,8 @@
  * The file holds keys: it is made readable by its owner only.
  */
 import { closeSync, fchmodSync, openSync, writeFileSync } from 'node:fs';
-import { formatIp, type SecurityAssociation } from '../src/index.ts';
+import type { SecurityAssociation } from '../src/ipsec/sa.ts';
+import { formatIp } from '../src/packet/addresses.ts';
 
 const Cipher = {
   null: 'NULL',

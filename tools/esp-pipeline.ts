@@ -4,27 +4,17 @@
  * A packet goes first to the inbound SAs (when there are any), then to the outbound policy. What it does not protect,
  * verify or drop is copied as it is. The order of packets is kept. Memory is one burst of the largest packets there are.
  */
-import {
-  type CaptureReader,
-  type CaptureRecord,
-  type CaptureWriter,
-  type EngineName,
-  Ethernet,
-  EtherType,
-  InputError,
-  IpsecError,
-  LinkType,
-  mapAnonymous,
-  OutboundPolicy,
-  PacketPool,
-  type SecurityAssociation,
-  SoftwareIpsec,
-  unmapMemory,
-  VERDICTS,
-  Verdict,
-  Vlan,
-  verdictNames,
-} from '../src/index.ts';
+import { InputError, IpsecError } from '../src/errors.ts';
+import type { EngineName } from '../src/fallback/engines/engine.ts';
+import { SoftwareIpsec } from '../src/fallback/software.ts';
+import { VERDICTS, Verdict, verdictNames } from '../src/fallback/verdict.ts';
+import { OutboundPolicy } from '../src/ipsec/policy.ts';
+import type { SecurityAssociation } from '../src/ipsec/sa.ts';
+import type { CaptureRecord } from '../src/packet/capture.ts';
+import type { CaptureReader, CaptureWriter } from '../src/packet/capture-file.ts';
+import { Ethernet, EtherType, LinkType, Vlan } from '../src/packet/fields.ts';
+import { PacketPool } from '../src/packet/pool.ts';
+import { mapAnonymous, unmapMemory } from '../src/sys/memory.ts';
 
 /** Packets at a time. */
 const BURST = 64;

@@ -3,15 +3,12 @@
  */
 import { statSync } from 'node:fs';
 import { Command, Option } from 'commander';
-import {
-  CaptureReader,
-  type CaptureWriter,
-  type EngineName,
-  InputError,
-  LinkType,
-  loadSaFile,
-  type SecurityAssociation,
-} from '../../src/index.ts';
+import { InputError } from '../../src/errors.ts';
+import type { EngineName } from '../../src/fallback/engines/engine.ts';
+import type { SecurityAssociation } from '../../src/ipsec/sa.ts';
+import { loadSaFile } from '../../src/ipsec/sa-file.ts';
+import { CaptureReader, type CaptureWriter } from '../../src/packet/capture-file.ts';
+import { LinkType } from '../../src/packet/fields.ts';
 import { CaptureOutput } from '../capture-output.ts';
 import { ExitCode, ProgressLine, print, printJson, unlessAborted, untilSignal, warn } from '../cli.ts';
 import { writeEspKeys } from '../esp-keys.ts';

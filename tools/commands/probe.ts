@@ -2,20 +2,11 @@
  * `vipsec probe DEVICE`: what a virtio network function says about itself.
  */
 import { Command, InvalidArgumentError, Option } from 'commander';
-import {
-  isPortAddress,
-  type ModeReport,
-  type OctepReport,
-  openFunction,
-  openPort,
-  type PciReport,
-  type PortReport,
-  type ProbeReport,
-  probeFunction,
-  probePort,
-  WIRE_REVISIONS,
-  type WireRevision,
-} from '../../src/index.ts';
+import { isPortAddress, openFunction, openPort } from '../../src/nic/device.ts';
+import type { OctepReport } from '../../src/probe/octep.ts';
+import { type PortReport, probePort } from '../../src/probe/port.ts';
+import { type ModeReport, type PciReport, type ProbeReport, probeFunction } from '../../src/probe/probe.ts';
+import { WIRE_REVISIONS, type WireRevision } from '../../src/virtio/revision.ts';
 import { ExitCode, print, printJson } from '../cli.ts';
 import { table } from '../table.ts';
 
