@@ -8,6 +8,7 @@ import { type SecurityAssociationInput, validateSa } from '../../src/ipsec/valid
 import { setIpv4Checksum } from '../../src/packet/checksum.ts';
 import { PacketPool } from '../../src/packet/pool.ts';
 import { NodeEngine, plainMemory } from './node-engine.ts';
+import '../equality.ts';
 
 export function hex(text: string): Uint8Array {
   return Uint8Array.from(Buffer.from(text.replaceAll(/\s/g, ''), 'hex'));

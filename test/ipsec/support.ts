@@ -1,5 +1,6 @@
 /** Associations for tests: complete, valid, and easy to vary. Keys are test patterns. */
 import type { SecurityAssociation } from '../../src/ipsec/sa.ts';
+import '../equality.ts';
 
 export function key(length: number, first = 1): Uint8Array {
   return Uint8Array.from({ length }, (_, i) => (first + i) & 0xff);

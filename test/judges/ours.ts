@@ -6,6 +6,7 @@ import { validateSa } from '../../src/ipsec/validate.ts';
 import { PacketPool } from '../../src/packet/pool.ts';
 import { mapAnonymous, unmapMemory } from '../../src/sys/memory.ts';
 import type { SaText } from './matrix.ts';
+import '../equality.ts';
 
 const HANDLE = 1;
 

@@ -14,6 +14,7 @@ import { createSaTable } from '../../src/virtio-net/sa-table.ts';
 import { TxQueue } from '../../src/virtio-net/tx.ts';
 import { allocateVirtqueue } from '../../src/virtqueue/create.ts';
 import { NaiveSplitDevice, setupOf, TestMemory } from '../virtqueue/support.ts';
+import '../equality.ts';
 
 export interface Options {
   features?: number[];

@@ -4,6 +4,7 @@
  */
 import type { DmaMemory } from '../../src/sys/memory.ts';
 import type { QueueSetup } from '../../src/virtio/transport.ts';
+import '../equality.ts';
 
 /** Gives out memory at ascending I/O addresses, and finds it again. */
 export class TestMemory {

@@ -8,6 +8,7 @@ import * as protocol from '../../../src/vfio/protocol.ts';
 import { FeatureSet } from '../../../src/virtio/features.ts';
 import { CommonCfgField as F } from '../../../src/virtio/pci-layout.ts';
 import { RawClient, until } from './raw-client.ts';
+import '../../equality.ts';
 
 export const GUEST_SIZE = 4 * 2 ** 20;
 /** High enough that the upper half of an address matters. */

@@ -18,6 +18,7 @@ import {
 } from '../../../src/virtio-net/header.ts';
 import { ALL_OPCODES } from './admin.ts';
 import { MiniDriver, type Ring } from './mini-driver.ts';
+import '../../equality.ts';
 
 const WRITE = 2;
 const NEXT = 1;
