@@ -243,7 +243,7 @@ export interface Pair<Device extends RunningDevice = RunningDevice> {
   readonly a: Nic;
   readonly b: Nic;
   readonly deviceA: Device;
-  readonly deviceB: Device;
+  readonly deviceB: RunningDevice;
   readonly wire: Wire;
 }
 
@@ -259,7 +259,7 @@ export function openPair(a: PairSetup = {}, b: PairSetup = {}): Promise<Pair> {
   return pairOf(startDevice, a, b);
 }
 
-/** The same with devices that can be killed. */
+/** The same with a first device that can be killed. */
 export function spawnPair(a: PairSetup = {}, b: PairSetup = {}): Promise<Pair<DeviceProcess>> {
   return pairOf(spawnDevice, a, b);
 }
@@ -273,7 +273,7 @@ async function pairOf<Device extends RunningDevice>(
   const [linkA, linkB] = [join(links, 'a.sock'), join(links, 'b.sock')];
   const [deviceA, deviceB] = await Promise.all([
     start({ ...a, link: `unix:${linkA}` }),
-    start({ ...b, link: `unix:${linkB}` }),
+    startDevice({ ...b, link: `unix:${linkB}` }),
   ]);
   const wire = await Wire.between(linkA, linkB);
   const nicA = await open(deviceA.addresses[0], { ...spoken(a), ...optionsA });
