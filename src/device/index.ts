@@ -14,13 +14,13 @@ import { BackingFiles } from './backing.ts';
 import { faultSet } from './faults.ts';
 import type { FramePool } from './frame-pool.ts';
 import type { VirtioFunction } from './function.ts';
-import type { Link } from './links/link.ts';
+import { type Link, pollableLink } from './links/link.ts';
 import { makeLinks } from './links/parse.ts';
 import type { NetDevice } from './net.ts';
 import { isOctepFault, type OctepFault } from './personalities/octep-faults.ts';
 import { PERSONALITIES, type PersonalityName } from './personalities/personality.ts';
 import { DEVICE_RINGS, type DeviceRings, MAX_QUEUE_PAIRS } from './personalities/standard.ts';
-import { type Pollable, Pump } from './pump.ts';
+import { Pump } from './pump.ts';
 import { VfioUserServer } from './vfio-user-server.ts';
 import { BoundedWarnings } from './warnings.ts';
 
@@ -304,15 +304,4 @@ class RunningDevice implements Device {
     for (const link of this.#links) link.close();
     this.#arena.close();
   }
-}
-
-function pollableLink(link: Link): Pollable {
-  return {
-    poll: () => link.poll(),
-    arm: () => link.idle(),
-    suppress: () => {},
-    get blocked() {
-      return link.blocked;
-    },
-  };
 }

@@ -9,11 +9,11 @@ import { faultSet } from '../../src/device/faults.ts';
 import type { FramePool } from '../../src/device/frame-pool.ts';
 import type { VirtioFunction } from '../../src/device/function.ts';
 import type { DeviceRings, PersonalityName } from '../../src/device/index.ts';
-import type { Link } from '../../src/device/links/link.ts';
+import { type Link, pollableLink } from '../../src/device/links/link.ts';
 import { makeLinks } from '../../src/device/links/parse.ts';
 import type { NetDevice } from '../../src/device/net.ts';
 import { CONFIG_SPACE_SIZE, Command } from '../../src/device/pci.ts';
-import { type Pollable, Pump } from '../../src/device/pump.ts';
+import { Pump } from '../../src/device/pump.ts';
 import { FcntlCommand, fcntl } from '../../src/sys/libc.ts';
 import type { DmaMemory } from '../../src/sys/memory.ts';
 import { DmaArena } from '../../src/vfio/dma.ts';
@@ -81,7 +81,7 @@ export class LocalDevice {
       this.#devices.push(device);
       this.#pump.add(device);
     }
-    for (const end of this.#links) this.#pump.add(pollable(end));
+    for (const end of this.#links) this.#pump.add(pollableLink(end));
   }
 
   /** Function `index` as a driver has it that opens it: reset. */
@@ -100,17 +100,6 @@ export class LocalDevice {
     const bytes = this.#available - this.#arena.available;
     if (packets !== 0 || bytes !== 0) throw new Error(`the device has left ${packets} packets, ${bytes} bytes behind`);
   }
-}
-
-function pollable(link: Link): Pollable {
-  return {
-    poll: () => link.poll(),
-    arm: () => link.idle(),
-    suppress: () => {},
-    get blocked() {
-      return link.blocked;
-    },
-  };
 }
 
 class LocalFunction implements PciFunction {

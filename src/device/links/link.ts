@@ -6,6 +6,7 @@
  * (`unfinished.ts`).
  */
 import type { FrameSource } from '../frame-source.ts';
+import type { Pollable } from '../pump.ts';
 
 /** The receiving side of a function. */
 export interface FrameSink {
@@ -63,3 +64,15 @@ export const LINK_BURST = 64;
 
 /** `room` of a link that never holds anything back. */
 export const ANY_ROOM = 0x7fffffff;
+
+/** A link as the pump takes it. */
+export function pollableLink(link: Link): Pollable {
+  return {
+    poll: () => link.poll(),
+    arm: () => link.idle(),
+    suppress: () => {},
+    get blocked() {
+      return link.blocked;
+    },
+  };
+}
