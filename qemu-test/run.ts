@@ -65,7 +65,8 @@ try {
 
 async function main(options: Options): Promise<number> {
   const names = choose(options.only);
-  if (names.length === 0) program.error(`no scenario is called ${options.only.join(', ')}`, { exitCode: 2 });
+  if (names.length === 0)
+    program.error(`no scenario is called ${options.only.join(', ')}; --list names them`, { exitCode: 2 });
   if (options.interactive && names.length !== 1) program.error('--interactive needs one scenario', { exitCode: 2 });
   const scenarios = new Map<string, Scenario>();
   for (const name of names) scenarios.set(name, await loadScenario(name));

@@ -48,18 +48,9 @@ export class Guest {
    */
   async check(name: string, body: () => unknown): Promise<boolean> {
     this.#send({ type: 'begin', check: name });
-    const started = performance.now();
-    let ok = true;
-    let detail = '';
-    try {
-      const result = await body();
-      if (result !== undefined) detail = String(result);
-    } catch (error) {
-      ok = false;
-      detail = describe(error);
-    }
-    this.#send({ type: 'check', check: name, ok, detail, ms: Math.round(performance.now() - started) });
-    return ok;
+    const outcome = await outcomeOf(body);
+    this.#send({ type: 'check', check: name, ...outcome });
+    return outcome.ok;
   }
 
   /** Runs a shell command to its end. */
@@ -136,6 +127,28 @@ export class Guest {
   hear(topic: string, timeoutMs = NOTE_TIMEOUT_MS): Promise<unknown> {
     return this.#mailbox.take(topic, timeoutMs);
   }
+}
+
+export interface CheckOutcome {
+  readonly ok: boolean;
+  /** What the check returned, or why it failed. */
+  readonly detail: string;
+  readonly ms: number;
+}
+
+/** Makes a check, on either side: it passes when `body` does not throw. */
+export async function outcomeOf(body: () => unknown): Promise<CheckOutcome> {
+  const started = performance.now();
+  let ok = true;
+  let detail = '';
+  try {
+    const result = await body();
+    if (result !== undefined) detail = String(result);
+  } catch (error) {
+    ok = false;
+    detail = describe(error);
+  }
+  return { ok, detail, ms: Math.round(performance.now() - started) };
 }
 
 /** An error as one line with its code and hint. */

@@ -1,5 +1,5 @@
 /** What comes out of one scenario: its checks, what went wrong beside them, its part of the console. */
-import { describe } from '../guest/guest.ts';
+import { outcomeOf } from '../guest/guest.ts';
 import type { GuestMessage } from '../messages.ts';
 import type { NamedScenario } from '../scenario.ts';
 import { consoleFaults } from './faults.ts';
@@ -72,17 +72,8 @@ export class ScenarioRun {
 
   /** Makes a check on the host, as `Guest.check` does in the guest. */
   async check(name: string, body: () => unknown): Promise<boolean> {
-    const started = performance.now();
-    let ok = true;
-    let detail = '';
-    try {
-      const result = await body();
-      if (result !== undefined) detail = String(result);
-    } catch (error) {
-      ok = false;
-      detail = describe(error);
-    }
-    this.#record(name, ok, detail, Math.round(performance.now() - started));
+    const { ok, detail, ms } = await outcomeOf(body);
+    this.#record(name, ok, detail, ms);
     return ok;
   }
 
