@@ -442,7 +442,8 @@ describe('two functions on a pair', () => {
 });
 
 describe('several queue pairs', () => {
-  it('are used after the control command, and a flow comes back where it went out', async () => {
+  /** Its rings: two pairs, and the control queue. */
+  async function openTwoPairs() {
     const [path] = start({ queuePairs: 2 });
     const driver = await MiniDriver.open(path);
     drivers.push(driver);
@@ -450,6 +451,11 @@ describe('several queue pairs', () => {
     const rings: Ring[] = [];
     for (let index = 0; index < 5; index++) rings.push(await driver.queue(index, 16));
     await driver.driverOk();
+    return { driver, rings };
+  }
+
+  it('are used after the control command, and a flow comes back where it went out', async () => {
+    const { driver, rings } = await openTwoPairs();
     const data = driver.allocate(64 * 4096);
     for (const rx of [0, 2]) {
       for (let i = 0; i < 8; i++) {
@@ -492,13 +498,7 @@ describe('several queue pairs', () => {
   });
 
   it('that are not used yet keep what is put there, and do not keep the device awake', async () => {
-    const [path] = start({ queuePairs: 2 });
-    const driver = await MiniDriver.open(path);
-    drivers.push(driver);
-    expect(await driver.negotiate(FeatureSet.of(Feature.VERSION_1, Feature.CTRL_VQ, Feature.MQ))).toBe(true);
-    const rings: Ring[] = [];
-    for (let index = 0; index < 5; index++) rings.push(await driver.queue(index, 16));
-    await driver.driverOk();
+    const { driver, rings } = await openTwoPairs();
     const data = driver.allocate(4 * 4096);
     driver.memory.u8.set(udpFrame(), data + 12);
     rings[3].descriptor(0, data, 112, 0);
